@@ -1,0 +1,248 @@
+"""The backbone: one decoder for every supported family, causal or not, for target and drafter.
+
+Flax NNX declares it; plain JAX runs it. `abstract_params`, `init_params` and the checkpoint importers speak of one pure
+nested dict:
+
+    embed [V, D] · norm [D] · head [V, D] (untied only)
+    layers: name -> [L, ...] (scanned) or index -> name -> [...] (unrolled)
+    experts: gate, up [L, E, F, D], down [L, E, D, F] (mixture of experts only; always stacked)
+
+and `forward` merges it back into modules inside the jitted function. Weights are [out, in], as in Hugging Face folders.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from deer_jax.config import ModelConfig
+from deer_jax.models import experts as moe
+from deer_jax.models.attention import attend
+from deer_jax.models.cache import KVCache
+from deer_jax.models.layers import gated_mlp, linear, logits, rms_norm, rotary, rotate
+
+Params = dict[str, Any]
+
+
+class Weight(NamedTuple):
+    """Declaration of one weight: shape, the logical axis of each dimension (see `sharding`), initial value."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: str = "normal"  # "normal": std 1/sqrt(in); "ones"; "zeros"
+
+
+def outer_weights(config: ModelConfig) -> dict[str, Weight]:
+    """The weights outside the layers."""
+    table = {
+        "embed": Weight((config.vocab_size, config.width), ("vocab", "width")),
+        "norm": Weight((config.width,), (None,), "ones"),
+    }
+    if not config.tied:
+        table["head"] = Weight((config.vocab_size, config.width), ("vocab", "width"))
+    return table
+
+
+def layer_weights(config: ModelConfig) -> dict[str, Weight]:
+    """The weights of one layer, without the experts."""
+    D, F, H = config.width, config.mlp_width, config.head_width
+    query, key = config.heads * H, config.kv_heads * H
+    table = {
+        "input_norm": Weight((D,), (None,), "ones"),
+        "q": Weight((query, D), ("heads", "width")),
+        "k": Weight((key, D), ("kv_heads", "width")),
+        "v": Weight((key, D), ("kv_heads", "width")),
+        "o": Weight((D, query), ("width", "heads")),
+        "post_norm": Weight((D,), (None,), "ones"),
+    }
+    if config.qkv_bias:
+        table |= {
+            "q_bias": Weight((query,), ("heads",), "zeros"),
+            "k_bias": Weight((key,), ("kv_heads",), "zeros"),
+            "v_bias": Weight((key,), ("kv_heads",), "zeros"),
+        }
+    if config.qk_norm:
+        table |= {"q_norm": Weight((H,), (None,), "ones"), "k_norm": Weight((H,), (None,), "ones")}
+    if config.experts:
+        table["router"] = Weight((config.experts, D), (None, "width"))
+    else:
+        table |= {
+            "gate": Weight((F, D), ("mlp", "width")),
+            "up": Weight((F, D), ("mlp", "width")),
+            "down": Weight((D, F), ("width", "mlp")),
+        }
+    return table
+
+
+def expert_weights(config: ModelConfig) -> dict[str, Weight]:
+    """The weights of one layer's experts; empty for a dense model."""
+    if not config.experts:
+        return {}
+    E, D, F = config.experts, config.width, config.expert_width
+    return {
+        "gate": Weight((E, F, D), ("experts", None, "width")),
+        "up": Weight((E, F, D), ("experts", None, "width")),
+        "down": Weight((E, D, F), ("experts", "width", None)),
+    }
+
+
+def _parameter(weight: Weight, rngs: nnx.Rngs, dtype, stack: tuple[int, ...] = ()) -> nnx.Param:
+    shape = stack + weight.shape
+    if weight.init == "normal":
+        value = jax.random.normal(rngs.params(), shape, dtype) * (1 / math.sqrt(weight.shape[-1]))
+    else:
+        value = (jnp.ones if weight.init == "ones" else jnp.zeros)(shape, dtype)
+    return nnx.Param(value, logical_axes=(None,) * len(stack) + weight.axes)
+
+
+class Layer(nnx.Module):
+    """One pre-norm block; with `stack` its weights carry leading axes and only `lax.scan` may call it."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, stack: tuple[int, ...] = ()):
+        self.config = config
+        for name, weight in layer_weights(config).items():
+            setattr(self, name, _parameter(weight, rngs, dtype, stack))
+
+    def __call__(self, x, cos_sin, experts, index, *, visible, cached, start):
+        """The block's output [B, T, D] and its fresh keys and values [B, K, T, H]."""
+        config, (B, T, _) = self.config, x.shape
+
+        def heads(name, count):
+            bias = getattr(self, f"{name}_bias")[...] if config.qkv_bias else None
+            y = linear(h, getattr(self, name)[...], bias).reshape(B, T, count, config.head_width)
+            if config.qk_norm and name != "v":
+                y = rms_norm(y, getattr(self, f"{name}_norm")[...], config.norm_eps)
+            return y
+
+        with jax.named_scope("attention"):
+            h = rms_norm(x, self.input_norm[...], config.norm_eps)
+            q, k = rotate(heads("q", config.heads), cos_sin), rotate(heads("k", config.kv_heads), cos_sin)
+            v = heads("v", config.kv_heads)
+            mixed = attend(q, k, v, visible=visible, cached=cached, start=start)
+            x = x + linear(mixed.reshape(B, T, -1), self.o[...])
+        with jax.named_scope("mlp"):
+            h = rms_norm(x, self.post_norm[...], config.norm_eps)
+            if config.experts:
+                x = x + moe.mix(h, self.router[...], experts, index, config)
+            else:
+                x = x + gated_mlp(h, self.gate[...], self.up[...], self.down[...])
+        return x, (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
+
+
+class Experts(nnx.Module):
+    """The stacks of all layers' experts."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        for name, weight in expert_weights(config).items():
+            setattr(self, name, _parameter(weight, rngs, dtype, (config.layers,)))
+
+
+class Transformer(nnx.Module):
+    """Embedding, layers, final norm and head. `scan` stacks the layers; otherwise they are unrolled (faster on CPU)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, scan: bool = True):
+        self.config, self.scan = config, scan
+        for name, weight in outer_weights(config).items():
+            setattr(self, name, _parameter(weight, rngs, dtype))
+        if scan:
+            self.layers = Layer(config, rngs=rngs, dtype=dtype, stack=(config.layers,))
+        else:
+            self.layers = nnx.List([Layer(config, rngs=rngs, dtype=dtype) for _ in range(config.layers)])
+        if config.experts:
+            self.experts = Experts(config, rngs=rngs, dtype=dtype)
+
+    def lookup(self, tokens):
+        """Embeddings [B, T, D] of tokens int [B, T]."""
+        return self.embed[...].at[tokens].get(mode="clip")
+
+    def logits(self, hidden):
+        """float32 logits [..., V] of final hidden states [..., D]."""
+        with jax.named_scope("head"):
+            return logits(hidden, (self.embed if self.config.tied else self.head)[...])
+
+    def __call__(self, x, positions, *, visible=None, cache: KVCache | None = None, start=None):
+        """Final hidden states [B, T, D] and the fresh keys and values [L, B, K, T, H].
+
+        Args:
+          x: embeddings [B, T, D]; positions: int [B, T].
+          visible: bool [B or 1, T, T] among the fresh rows; None is causal.
+          cache: earlier keys and values, only read; start int [B]: how many slots of it exist.
+        """
+        config = self.config
+        cos_sin = rotary(positions, config.rope, config.head_width, x.dtype)
+        experts = None
+        if config.experts:
+            experts = {name: getattr(self.experts, name)[...] for name in expert_weights(config)}
+
+        def layer(module, x, index):
+            cached = None
+            if cache is not None:
+                cached = tuple(
+                    lax.dynamic_index_in_dim(side, index, axis=0, keepdims=False)
+                    for side in (cache.keys, cache.values)
+                )
+            return module(x, cos_sin, experts, index, visible=visible, cached=cached, start=start)
+
+        if self.scan:
+            graph, weights = nnx.split(self.layers)
+
+            def body(x, xs):
+                index, weights = xs
+                return layer(nnx.merge(graph, weights), x, index)
+
+            x, (keys, values) = lax.scan(body, x, (jnp.arange(config.layers), weights))
+        else:
+            fresh = []
+            for index, module in enumerate(self.layers):
+                x, pair = layer(module, x, index)
+                fresh.append(pair)
+            keys, values = (jnp.stack(side) for side in zip(*fresh, strict=True))
+        return rms_norm(x, self.norm[...], config.norm_eps), KVCache(keys, values)
+
+
+@functools.lru_cache
+def _declared(config: ModelConfig, scan: bool, dtype) -> tuple[nnx.GraphDef, Params]:
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, scan=scan))
+    graph, state = nnx.split(model)
+    return graph, nnx.to_pure_dict(state)
+
+
+def abstract_params(config: ModelConfig, dtype=jnp.float32, *, scan: bool = True) -> Params:
+    """The parameters as shapes and dtypes, without memory."""
+    return _declared(config, scan, jnp.dtype(dtype))[1]
+
+
+def init_params(config: ModelConfig, seed: int, dtype=jnp.float32, *, scan: bool = True) -> Params:
+    """Random parameters."""
+
+    @jax.jit
+    def init():
+        return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(seed), dtype=dtype, scan=scan)))
+
+    return init()
+
+
+def is_stacked(params: Params) -> bool:
+    """Whether the layers' weights are stacked on a leading axis."""
+    return "q" in params["layers"]
+
+
+def bind(config: ModelConfig, params: Params) -> Transformer:
+    """The module around given parameters, for use inside a jitted function."""
+    graph, _ = _declared(config, is_stacked(params), jnp.dtype(params["embed"].dtype))
+    return nnx.merge(graph, params)
+
+
+def unstack_layers(params: Params, layers: int) -> Params:
+    """Scanned parameters as unrolled ones."""
+    return params | {"layers": {i: {name: w[i] for name, w in params["layers"].items()} for i in range(layers)}}
+
+
+def stack_layers(params: Params) -> Params:
+    """Unrolled parameters as scanned ones."""
+    layers = [params["layers"][i] for i in range(len(params["layers"]))]
+    return params | {"layers": {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}}
