@@ -1,0 +1,19 @@
+"""Diffusion-drafted speculative decoding in JAX: lossless, on device, trainable."""
+
+from deer_jax.config import DrafterConfig, InputError
+from deer_jax.decoding.engine import decode, stream
+from deer_jax.decoding.state import DecodeResult, DecodeStats
+from deer_jax.drafters.standalone import StandaloneDrafter, drafter_from_target
+from deer_jax.models.target import Target
+
+__all__ = [
+    "DecodeResult",
+    "DecodeStats",
+    "DrafterConfig",
+    "InputError",
+    "StandaloneDrafter",
+    "Target",
+    "decode",
+    "drafter_from_target",
+    "stream",
+]

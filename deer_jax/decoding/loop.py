@@ -1,0 +1,147 @@
+"""The decode loop: draft, verify, accept, commit, all on the device.
+
+Plain decoding is the same loop with k = 0.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deer_jax.config import ModelConfig
+from deer_jax.decoding.sampling import Kind, Knobs, pick_draft
+from deer_jax.decoding.state import DecodeState
+from deer_jax.decoding.verify import Verdict, accept_greedy, accept_sampled
+from deer_jax.drafters.protocol import Draft, Method
+from deer_jax.drafters.standalone import prefill_rows
+from deer_jax.models.cache import write_cache, write_rows
+from deer_jax.models.transformer import Params, bind
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is fixed when a decode is compiled, beside the shapes of its arguments."""
+
+    target: ModelConfig
+    drafter: Method | None
+    k: int
+    kind: Kind
+
+
+def one_round(plan: Plan, params: Params, drafter_params: Params, state: DecodeState, knobs: Knobs, stop_ids):
+    """One draft and one verify: the state with accepted + 1 more tokens in every running row."""
+    draft, drafter = propose(plan, drafter_params, state, knobs)
+    logits, fresh = read_block(plan.target, params, state, draft)
+    if plan.kind.sampled:
+        verdict = accept_sampled(
+            logits, draft, length=state.length, prompt_index=state.prompt_index, rounds=state.rounds,
+            kind=plan.kind, knobs=knobs,
+        )  # fmt: skip
+    else:
+        verdict = accept_greedy(logits, draft)
+    state = dataclasses.replace(state, drafter=drafter, cache=write_cache(state.cache, fresh, state.length - 1))
+    return commit(state, verdict, stop_ids)
+
+
+def propose(plan: Plan, drafter_params: Params, state: DecodeState, knobs: Knobs):
+    """k drafted tokens per row and the drafter's next state."""
+    if plan.k == 0:
+        return Draft(jnp.zeros((state.length.shape[0], 0), jnp.int32), None), state.drafter
+    assert plan.drafter is not None
+    pick = functools.partial(pick_draft, context=state.context, rounds=state.rounds, kind=plan.kind, knobs=knobs)
+    return plan.drafter.propose(drafter_params, state.drafter, state.context, plan.k, pick)
+
+
+def read_block(config: ModelConfig, params: Params, state: DecodeState, draft: Draft):
+    """The target's logits float32 [B, k+1, V] over the block [anchor, draft], and its fresh keys and values."""
+    with jax.named_scope("verify"):
+        model = bind(config, params)
+        at = state.length[:, None] - 1
+        block = jnp.concatenate([jnp.take_along_axis(state.tokens, at, axis=1), draft.tokens], axis=1)
+        positions = at + jnp.arange(block.shape[1])[None]
+        hidden, fresh = model(model.lookup(block), positions, cache=state.cache, start=state.length - 1)
+        return model.logits(hidden), fresh
+
+
+def commit(state: DecodeState, verdict: Verdict, stop_ids) -> DecodeState:
+    """Append accepted + 1 tokens to every running row, up to its first stop token and its limit.
+
+    stop_ids int32 [n]. Writes all k+1 choices; those behind the committed ones are scratch.
+    """
+    with jax.named_scope("commit"):
+        choice, accepted = verdict
+        stop_at = first_stop(choice, stop_ids)
+        offered = jnp.minimum(accepted, stop_at) + 1
+        count = jnp.where(state.done, 0, jnp.minimum(offered, state.limit - state.length))
+        length = state.length + count
+        running = (~state.done).astype(jnp.int32)
+        committed = jax.nn.one_hot(offered - 1, choice.shape[1], dtype=jnp.int32) * running[:, None]
+        return dataclasses.replace(
+            state,
+            tokens=write_rows(state.tokens, choice, state.length),
+            length=length,
+            done=state.done | (stop_at < count) | (length >= state.limit),
+            rounds=state.rounds + running,
+            histogram=state.histogram + committed,
+        )
+
+
+def first_stop(tokens, stop_ids):
+    """Index of the first stop id in each row, or the row's width: int32 [B, T], int32 [n] -> int32 [B]."""
+    is_stop = jnp.any(tokens[..., None] == stop_ids[None, None], axis=-1)
+    return jnp.where(jnp.any(is_stop, axis=1), jnp.argmax(is_stop, axis=1), tokens.shape[1]).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
+def run_segment(
+    plan: Plan, params: Params, drafter_params: Params, state: DecodeState, knobs: Knobs, stop_ids, max_rounds, max_done
+) -> DecodeState:
+    """Rounds until every row is done, or `max_done` rows are, or `max_rounds` have run (both int32 [])."""
+
+    def running(carry):
+        count, state = carry
+        done = jnp.sum(state.done, dtype=jnp.int32)
+        return (count < max_rounds) & (done < jnp.minimum(max_done, state.done.shape[0]))
+
+    def body(carry):
+        count, state = carry
+        return count + 1, one_round(plan, params, drafter_params, state, knobs, stop_ids)
+
+    return lax.while_loop(running, body, (jnp.zeros((), jnp.int32), state))[1]
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "first"), donate_argnames="state")
+def prefill(
+    plan: Plan, params: Params, drafter_params: Params, state: DecodeState, tokens, start, rows, *, first: bool
+) -> DecodeState:
+    """Both models read a chunk int32 [R, P] of the prompts in slots `rows`, at positions start.. (int32 [])."""
+    with jax.named_scope("prefill"):
+        model = bind(plan.target, params)
+        cache = prefill_rows(model, model.lookup(tokens), state.cache, start, rows, first=first)
+        drafter = state.drafter
+        if plan.drafter is not None:
+            drafter = plan.drafter.prefill(drafter_params, drafter, tokens, start, rows, first=first)
+        return dataclasses.replace(state, cache=cache, drafter=drafter)
+
+
+@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
+def admit(
+    plan: Plan, params: Params, drafter_params: Params, state: DecodeState, tokens, length, limit, index, rows
+) -> DecodeState:
+    """Put prompts into slots: tokens int32 [R, S], length, limit and prompt index int32 [R], slots int32 [R]."""
+    drafter = state.drafter
+    if plan.drafter is not None:
+        drafter = plan.drafter.ready(drafter, length, rows)
+    return dataclasses.replace(
+        state,
+        tokens=state.tokens.at[rows].set(tokens),
+        length=state.length.at[rows].set(length),
+        limit=state.limit.at[rows].set(limit),
+        done=state.done.at[rows].set(False),
+        prompt_index=state.prompt_index.at[rows].set(index),
+        rounds=state.rounds.at[rows].set(0),
+        histogram=state.histogram.at[rows].set(0),
+        drafter=drafter,
+    )

@@ -1,0 +1,125 @@
+"""The record a round takes and returns, and what a finished decode reports."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deer_jax.drafters.protocol import Context
+from deer_jax.models.cache import KVCache, empty_cache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeState:
+    """What one round reads and returns.
+
+    Row b has committed tokens[b, :length[b]]. The last of these, the anchor, is the one committed token the target's
+    cache does not hold: the next round feeds it together with the draft. Token and cache slots from there on are
+    scratch; the next round overwrites them before any query can see them, so a rejected draft needs no rollback.
+
+    Attributes:
+      limit: length at which the row ends.
+      done: rows that have ended, and slots that hold no prompt. They keep computing at their own length; only `commit`
+        freezes them.
+      prompt_index: which prompt the row holds; part of the keys of its random numbers.
+      rounds: the row's own count.
+      histogram: rounds of the row that committed i + 1 tokens (i accepted drafts), before the limit's cut.
+      drafter: the drafter's own state.
+    """
+
+    tokens: jax.Array  # int32 [B, S]
+    length: jax.Array  # int32 [B]
+    limit: jax.Array  # int32 [B]
+    done: jax.Array  # bool [B]
+    prompt_index: jax.Array  # int32 [B]
+    rounds: jax.Array  # int32 [B]
+    histogram: jax.Array  # int32 [B, k+1]
+    cache: KVCache
+    drafter: Any
+
+    @property
+    def context(self) -> Context:
+        return Context(self.tokens, self.length, self.prompt_index)
+
+
+def idle_state(config, batch: int, capacity: int, k: int, dtype, drafter_state) -> DecodeState:
+    """A state whose slots hold no prompt. `length` is 1 so that every index a round forms stays in range."""
+
+    def ints(*shape):
+        return jnp.zeros(shape, jnp.int32)
+
+    return DecodeState(
+        tokens=ints(batch, capacity),
+        length=jnp.ones((batch,), jnp.int32),
+        limit=jnp.ones((batch,), jnp.int32),
+        done=jnp.ones((batch,), bool),
+        prompt_index=ints(batch),
+        rounds=ints(batch),
+        histogram=ints(batch, k + 1),
+        cache=empty_cache(config, batch, capacity, dtype),
+        drafter=drafter_state,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeStats:
+    """What a decode did. Lists are per prompt, in the order of the prompts.
+
+    Attributes:
+      draft_length: k; 0 is plain decoding.
+      new_tokens: tokens in the result, stop token included.
+      rounds: draft-and-verify rounds.
+      accepted_histogram: [k+1] counts: rounds that committed i + 1 tokens, counted up to and including a stop token
+        and before the limit's cut.
+      seconds: wall clock of the call, compilation excluded, prefill included.
+      prefill_seconds: the part of it before the first round; 0 unless it was measured (`bench` does).
+      compile_seconds: what compilation took, not part of `seconds`.
+      fetches: blocking copies from the device; one per segment.
+    """
+
+    draft_length: int
+    new_tokens: list[int]
+    rounds: list[int]
+    accepted_histogram: list[list[int]]
+    seconds: float
+    prefill_seconds: float
+    compile_seconds: float
+    fetches: int
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens committed per round, the target's own included; summed over prompts before dividing. Plain: 1."""
+        return acceptance_length(self.accepted_histogram)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(self.new_tokens) / self.seconds if self.seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Like `tokens_per_second`, without prefill."""
+        seconds = self.seconds - self.prefill_seconds
+        return sum(self.new_tokens) / seconds if seconds > 0 else 0.0
+
+
+def acceptance_length(histograms: list[list[int]]) -> float:
+    """Tokens committed over rounds, both summed over the rows of `accepted_histogram`; 0 without rounds."""
+    rounds = sum(sum(row) for row in histograms)
+    committed = sum((i + 1) * count for row in histograms for i, count in enumerate(row))
+    return committed / rounds if rounds else 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeResult:
+    """What `decode` returns, in the order of the prompts.
+
+    Attributes:
+      texts: the answers alone, without stop and special tokens; None without a tokenizer.
+      tokens: new tokens only, the stop token included if it was produced.
+    """
+
+    texts: list[str] | None
+    tokens: list[list[int]]
+    stats: DecodeStats
