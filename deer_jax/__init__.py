@@ -1,5 +1,7 @@
 """Diffusion-drafted speculative decoding in JAX: lossless, on device, trainable."""
 
+from deer_jax.checkpoints.drafters import load_drafter, save_drafter
+from deer_jax.checkpoints.load import load_target
 from deer_jax.config import DrafterConfig, InputError
 from deer_jax.decoding.engine import decode, stream
 from deer_jax.decoding.state import DecodeResult, DecodeStats
@@ -15,5 +17,8 @@ __all__ = [
     "Target",
     "decode",
     "drafter_from_target",
+    "load_drafter",
+    "load_target",
+    "save_drafter",
     "stream",
 ]

@@ -1,0 +1,297 @@
+"""Hugging Face model families: `config.json` in both directions, and one table of tensor keys per family.
+
+Weights are [out, in] on both sides, so a table only renames; layers and experts are stacked by the reader.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from deer_jax.config import InputError, ModelConfig, Rope
+from deer_jax.models.transformer import Weight, expert_weights, layer_weights, outer_weights
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+
+# Our name of a parameter -> the Hugging Face key; {i} is the layer, {e} the expert. Experts' names are prefixed.
+_COMMON = {
+    "embed": "model.embed_tokens.weight",
+    "norm": "model.norm.weight",
+    "head": "lm_head.weight",
+    "input_norm": "model.layers.{i}.input_layernorm.weight",
+    "q": "model.layers.{i}.self_attn.q_proj.weight",
+    "k": "model.layers.{i}.self_attn.k_proj.weight",
+    "v": "model.layers.{i}.self_attn.v_proj.weight",
+    "o": "model.layers.{i}.self_attn.o_proj.weight",
+    "post_norm": "model.layers.{i}.post_attention_layernorm.weight",
+}
+_BIASES = {
+    "q_bias": "model.layers.{i}.self_attn.q_proj.bias",
+    "k_bias": "model.layers.{i}.self_attn.k_proj.bias",
+    "v_bias": "model.layers.{i}.self_attn.v_proj.bias",
+}
+_HEAD_NORMS = {
+    "q_norm": "model.layers.{i}.self_attn.q_norm.weight",
+    "k_norm": "model.layers.{i}.self_attn.k_norm.weight",
+}
+_MLP = {
+    "gate": "model.layers.{i}.mlp.gate_proj.weight",
+    "up": "model.layers.{i}.mlp.up_proj.weight",
+    "down": "model.layers.{i}.mlp.down_proj.weight",
+}
+_EXPERTS = {
+    "router": "model.layers.{i}.mlp.gate.weight",
+    "experts.gate": "model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
+    "experts.up": "model.layers.{i}.mlp.experts.{e}.up_proj.weight",
+    "experts.down": "model.layers.{i}.mlp.experts.{e}.down_proj.weight",
+}
+KEYS: dict[str, dict[str, str]] = {
+    "llama": _COMMON | _MLP,
+    "qwen2": _COMMON | _BIASES | _MLP,
+    "qwen3": _COMMON | _HEAD_NORMS | _MLP,
+    "qwen3_moe": _COMMON | _HEAD_NORMS | _EXPERTS,
+}
+
+
+class Slot(NamedTuple):
+    """Where one tensor of a folder belongs: params[group][name] at index, or params[name] where group is empty."""
+
+    group: str  # "", "layers" or "experts"
+    name: str
+    index: tuple[int, ...]  # (layer,) or (layer, expert); () outside the layers
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+
+
+def tensor_slots(config: ModelConfig) -> dict[str, Slot]:
+    """Every tensor that a folder of this configuration has, by Hugging Face key.
+
+    A tied model's `lm_head.weight` is not among them. Raises InputError where the family cannot hold the model.
+
+      llama, 2 layers:  "model.layers.1.mlp.up_proj.weight" -> Slot("layers", "up", (1,), (F, D), ("mlp", "width"))
+    """
+    keys, slots = KEYS[config.family], {}
+
+    def add(group: str, table: Mapping[str, Weight], indices: Sequence[tuple[int, ...]]):
+        for name, weight in table.items():
+            full = f"experts.{name}" if group == "experts" else name
+            if full not in keys:
+                raise InputError(f"the {config.family} family has no {full}: no folder can hold this configuration")
+            for index in indices:
+                key = keys[full].format(**dict(zip("ie", index, strict=False)))
+                slots[key] = Slot(group, name, index, weight.shape, weight.axes)
+
+    layers = range(config.layers)
+    add("", outer_weights(config), [()])
+    add("layers", layer_weights(config), [(i,) for i in layers])
+    outer, inner = expert_weights(config), range(config.experts)
+    if outer:
+        # A folder has one tensor per expert: the leading expert axis is the reader's.
+        single = {name: Weight(weight.shape[1:], weight.axes[1:]) for name, weight in outer.items()}
+        add("experts", single, [(i, e) for i in layers for e in inner])
+    return slots
+
+
+def _number(values: Mapping[str, Any], key: str, where: str, default=None, kind: type = int):
+    """values[key] as an int or float; missing or null is the default, and an error without one."""
+    value = values.get(key)
+    if value is None:
+        if default is None:
+            raise InputError(f"{where}: {key} is missing")
+        return default
+    wrong = isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+    if wrong or (kind is int and value != int(value)):
+        raise InputError(f"{where}: {key} must be {'an integer' if kind is int else 'a number'}, got {value!r}")
+    return kind(value)
+
+
+def _family(values: Mapping[str, Any], where: str) -> str:
+    named = values.get("architectures") or [ARCHITECTURES.get(str(values.get("model_type")), values.get("model_type"))]
+    for family, architecture in ARCHITECTURES.items():
+        if named == [architecture]:
+            return family
+    found = named if isinstance(named, str) else ", ".join(map(str, named))
+    raise InputError(f"{where}: architecture {found} is not supported; supported: {', '.join(ARCHITECTURES.values())}")
+
+
+def _refuse_unsupported(values: Mapping[str, Any], family: str, layers: int, where: str) -> None:
+    def refuse(what: str):
+        raise InputError(f"{where}: {what}")
+
+    if values.get("quantization_config"):
+        refuse("quantised weights (quantization_config) are not supported; use the unquantised folder")
+    if values.get("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act {values['hidden_act']!r} is not supported; supported: silu")
+    for key in ("attention_bias", "mlp_bias"):
+        if values.get(key):
+            refuse(f"{key} is not supported for {family}")
+    types = values.get("layer_types")
+    if types is not None and (not isinstance(types, list) or any(kind != "full_attention" for kind in types)):
+        refuse("layer_types other than full_attention (sliding windows) are not supported")
+    # As in transformers: without layer_types the layers from max_window_layers on use the window, all of them in MoE.
+    windowed = family == "qwen3_moe" or _number(values, "max_window_layers", where, 28) < layers
+    active = values.get("use_sliding_window") and values.get("sliding_window", 4096) is not None
+    if family != "llama" and types is None and active and windowed:
+        refuse("sliding-window attention (use_sliding_window) is not supported")
+    if family == "qwen3_moe" and (values.get("decoder_sparse_step", 1) != 1 or values.get("mlp_only_layers")):
+        refuse("dense layers among the experts (decoder_sparse_step, mlp_only_layers) are not supported")
+
+
+def _read_rope(values: Mapping[str, Any], context: int, where: str) -> Rope:
+    # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling; where both are there,
+    # transformers 5 itself follows rope_scaling.
+    given = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(given, dict):
+        raise InputError(f"{where}: rope_parameters must be keys and values, got {given!r}")
+    if any(isinstance(value, dict) for value in given.values()):
+        raise InputError(f"{where}: rope_parameters that differ between layers are not supported")
+
+    def number(key: str, default=None, kind: type = float):
+        return _number(given, key, f"{where}: rope_parameters", default, kind)
+
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ROPE_KINDS:
+        raise InputError(f"{where}: RoPE scaling {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
+    partial = given.get("partial_rotary_factor", values.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise InputError(f"{where}: partial_rotary_factor {partial} is not supported, only 1")
+    rope: dict[str, Any] = {
+        "kind": kind,
+        "theta": number("rope_theta", _number(values, "rope_theta", where, 10000.0, float)),
+    }
+    if kind in ("llama3", "yarn"):
+        # Outside wins over inside, and the model's own context stands in for both: transformers' rule.
+        inside = number("original_max_position_embeddings", context, int)
+        rope["original_context"] = _number(values, "original_max_position_embeddings", where, inside)
+    if kind == "yarn":
+        rope["factor"] = number("factor", context / rope["original_context"])
+        rope["beta_fast"], rope["beta_slow"] = number("beta_fast", 32.0) or 32.0, number("beta_slow", 1.0) or 1.0
+        for key in ("attention_factor", "mscale", "mscale_all_dim"):
+            if given.get(key) is not None:
+                rope[key] = number(key)
+        rope["truncate"] = bool(given.get("truncate", True))
+    elif kind != "default":
+        rope["factor"] = number("factor")
+    if kind == "llama3":
+        rope["low_freq_factor"], rope["high_freq_factor"] = number("low_freq_factor"), number("high_freq_factor")
+    for key in ("theta", "factor", "original_context"):
+        if rope.get(key, 1) <= 0:
+            raise InputError(f"{where}: RoPE {key} must be positive, got {rope[key]}")
+    return Rope(**rope)
+
+
+def config_from(values: Mapping[str, Any], where: str) -> ModelConfig:
+    """The configuration in a parsed `config.json`; `where` names it in errors. Unsupported models are an InputError."""
+    family = _family(values, where)
+
+    def number(key: str, default=None, kind: type = int):
+        return _number(values, key, where, default, kind)
+
+    width, heads, context = number("hidden_size"), number("num_attention_heads"), number("max_position_embeddings")
+    layers = number("num_hidden_layers")
+    _refuse_unsupported(values, family, layers, where)
+    experts = {}
+    if family == "qwen3_moe":
+        experts = {
+            # transformers 5 writes num_local_experts, published folders have num_experts.
+            "experts": number("num_local_experts" if values.get("num_local_experts") is not None else "num_experts"),
+            "experts_per_token": number("num_experts_per_tok"),
+            "expert_width": number("moe_intermediate_size"),
+            "normalise_router": bool(values.get("norm_topk_prob", False)),
+        }
+    try:
+        return ModelConfig(
+            family=family,
+            vocab_size=number("vocab_size"),
+            width=width,
+            layers=layers,
+            heads=heads,
+            kv_heads=number("num_key_value_heads", heads),
+            head_width=number("head_dim", 128 if family == "qwen3" else width // max(heads, 1)),
+            mlp_width=number("intermediate_size"),
+            context=context,
+            norm_eps=number("rms_norm_eps", 1e-6, float),
+            rope=_read_rope(values, context, where),
+            tied=bool(values.get("tie_word_embeddings", False)),
+            qkv_bias=family == "qwen2",
+            qk_norm=family in ("qwen3", "qwen3_moe"),
+            **experts,
+        )
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+
+
+def _write_rope(rope: Rope) -> dict[str, Any]:
+    values: dict[str, Any] = {"rope_type": rope.kind}
+    if rope.kind != "default":
+        values["factor"] = rope.factor
+    if rope.kind in ("llama3", "yarn"):
+        values["original_max_position_embeddings"] = rope.original_context
+    if rope.kind == "llama3":
+        values |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    if rope.kind == "yarn":
+        values |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
+        for key in ("attention_factor", "mscale", "mscale_all_dim"):
+            if getattr(rope, key) is not None:
+                values[key] = getattr(rope, key)
+    return values
+
+
+def write_config(
+    config: ModelConfig, dtype, *, bos_id: int | None = None, stop_ids: Sequence[int] = ()
+) -> dict[str, Any]:
+    """The `config.json` of a model whose weights have this dtype, for transformers 4 and 5 alike."""
+    rope, dtype = _write_rope(config.rope), jnp.dtype(dtype).name
+    values: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[config.family]],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        "bos_token_id": bos_id,
+        "eos_token_id": stop_field(stop_ids),
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        # Both spellings: version 4 reads the first two, version 5 any of them.
+        "rope_theta": config.rope.theta,
+        "rope_scaling": None if config.rope.kind == "default" else rope,
+        "rope_parameters": rope | {"rope_theta": config.rope.theta},
+    }
+    if config.family == "llama":
+        values |= {"attention_bias": False, "mlp_bias": False}
+    else:
+        values |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": config.layers}
+    if config.family in ("qwen3", "qwen3_moe"):
+        values["attention_bias"] = False
+    if config.experts:
+        values |= {
+            "num_experts": config.experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "moe_intermediate_size": config.expert_width,
+            "norm_topk_prob": config.normalise_router,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    return values
+
+
+def stop_field(stop_ids: Sequence[int]) -> int | list[int] | None:
+    """Stop ids as `eos_token_id` is written: one number, a list, or null."""
+    return list(stop_ids) if len(stop_ids) > 1 else stop_ids[0] if stop_ids else None

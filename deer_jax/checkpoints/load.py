@@ -1,0 +1,69 @@
+"""A target from a folder or a hub id, in one call."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from deer_jax.checkpoints.huggingface import Progress, load_params, read_config, read_stop_ids, resolve_folder
+from deer_jax.config import InputError
+from deer_jax.data.tokenizer import Tokenizer
+from deer_jax.models.target import Target
+
+DTYPES = ("bfloat16", "float32")
+
+
+def compute_dtype(dtype=None) -> jnp.dtype:
+    """The dtype by name or value; None is float32 on CPU and bfloat16 elsewhere."""
+    if dtype is None:
+        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in DTYPES:
+        raise InputError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}")
+    return found
+
+
+def scan_layers() -> bool:
+    """Whether layers are stacked and scanned here: everywhere but on CPU, where unrolled ones are faster."""
+    return jax.default_backend() != "cpu"
+
+
+def check_vocabulary(tokenizer: Tokenizer | None, vocab_size: int, folder: Path) -> None:
+    """InputError if the tokenizer has ids that the model has no row for."""
+    largest = max(tokenizer.vocabulary().values(), default=-1) if tokenizer else -1
+    if largest >= vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has ids up to {largest}, the model's vocabulary ends at {vocab_size - 1}"
+        )
+
+
+def load_target(
+    path_or_id: str | Path, dtype=None, mesh: Mesh | None = None, *, progress: Progress | None = None
+) -> Target:
+    """The target in a Hugging Face folder, local or on the hub.
+
+    Args:
+      dtype: "bfloat16" or "float32"; None is float32 on CPU and bfloat16 elsewhere.
+      mesh: devices to shard the parameters over; None is the default device.
+      progress: called with the bytes read so far and their total.
+
+    Raises InputError, one line, for whatever is wrong with the folder.
+    """
+    dtype = compute_dtype(dtype)
+    folder = resolve_folder(path_or_id)
+    config, stop_ids = read_config(folder), read_stop_ids(folder)
+    tokenizer = Tokenizer.load(folder)
+    check_vocabulary(tokenizer, config.vocab_size, folder)
+    params, _ = load_params(folder, config, dtype, scan=scan_layers(), mesh=mesh, progress=progress)
+    return Target(
+        config=config,
+        params=params,
+        tokenizer=tokenizer,
+        stop_ids=stop_ids,
+        name=Path(path_or_id).name or str(path_or_id),
+        mesh=mesh,
+    )
