@@ -93,6 +93,8 @@ class ModelConfig:
             raise InputError(f"head_width must be even for rotary positions, got {self.head_width}")
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
             raise InputError(f"experts_per_token must be in 1..{self.experts}, got {self.experts_per_token}")
+        if self.experts and self.expert_width < 1:
+            raise InputError(f"expert_width must be at least 1, got {self.expert_width}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -208,7 +208,7 @@ def config_from(values: Mapping[str, Any], where: str) -> ModelConfig:
         }
     try:
         return ModelConfig(
-            family=family,
+            family=family,  # pyrefly: ignore[bad-argument-type]  # one of ARCHITECTURES
             vocab_size=number("vocab_size"),
             width=width,
             layers=layers,

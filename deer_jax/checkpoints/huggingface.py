@@ -277,7 +277,8 @@ def _pick(stack, index):
 
 def _tensor(params: Params, slot: Slot) -> np.ndarray:
     """One tensor of a folder, on the host, from stacked or unrolled parameters."""
-    home, index = params[slot.group] if slot.group else params, slot.index
+    home: dict[Any, Any] = params[slot.group] if slot.group else params
+    index = slot.index
     if slot.group == "layers" and slot.name not in home:
         home, index = home[index[0]], ()
     value = home[slot.name]

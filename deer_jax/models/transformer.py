@@ -107,7 +107,7 @@ class Layer(nnx.Module):
         for name, weight in layer_weights(config).items():
             setattr(self, name, _parameter(weight, rngs, dtype, stack))
 
-    def __call__(self, x, cos_sin, experts, index, *, visible, cached, start):
+    def __call__(self, x, cos_sin, experts, index, *, visible, cache, start, block):
         """The block's output [B, T, D] and its fresh keys and values [B, K, T, H]."""
         config, (B, T, _) = self.config, x.shape
 
@@ -122,7 +122,7 @@ class Layer(nnx.Module):
             h = rms_norm(x, self.input_norm[...], config.norm_eps)
             q, k = rotate(heads("q", config.heads), cos_sin), rotate(heads("k", config.kv_heads), cos_sin)
             v = heads("v", config.kv_heads)
-            mixed = attend(q, k, v, visible=visible, cached=cached, start=start)
+            mixed = attend(q, k, v, visible=visible, cache=cache, layer=index, start=start, block=block)
             x = x + linear(mixed.reshape(B, T, -1), self.o[...])
         with jax.named_scope("mlp"):
             h = rms_norm(x, self.post_norm[...], config.norm_eps)
@@ -155,6 +155,13 @@ class Transformer(nnx.Module):
         if config.experts:
             self.experts = Experts(config, rngs=rngs, dtype=dtype)
 
+    def _cache_block(self, cache: KVCache | None) -> int | None:
+        # On CPU (unrolled) reading only what is there pays from the first hundred slots on. On accelerators the loop
+        # costs more than the bytes it saves until the cache is long.
+        if not self.scan:
+            return 128
+        return None if cache is None or cache.capacity <= 4096 else 1024
+
     def lookup(self, tokens):
         """Embeddings [B, T, D] of tokens int [B, T]."""
         return self.embed[...].at[tokens].get(mode="clip")
@@ -178,14 +185,10 @@ class Transformer(nnx.Module):
         if config.experts:
             experts = {name: getattr(self.experts, name)[...] for name in expert_weights(config)}
 
+        block = self._cache_block(cache)
+
         def layer(module, x, index):
-            cached = None
-            if cache is not None:
-                cached = tuple(
-                    lax.dynamic_index_in_dim(side, index, axis=0, keepdims=False)
-                    for side in (cache.keys, cache.values)
-                )
-            return module(x, cos_sin, experts, index, visible=visible, cached=cached, start=start)
+            return module(x, cos_sin, experts, index, visible=visible, cache=cache, start=start, block=block)
 
         if self.scan:
             graph, weights = nnx.split(self.layers)

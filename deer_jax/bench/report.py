@@ -1,0 +1,181 @@
+"""What a bench measured: the numbers by their definitions, as JSON and as a table."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from deer_jax.decoding.state import DecodeResult, acceptance_length
+
+PLAIN = "plain"
+RESAMPLES = 2000
+WINDOW = 8  # tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodReport:
+    """One method, over all prompts and repeats.
+
+    Attributes:
+      draft_length: k; 0 is plain decoding.
+      acceptance_length: tokens committed over rounds, each summed before dividing.
+      ci95: 95 % bootstrap interval of it over prompts; None for a single prompt.
+      tokens_per_second: new tokens over wall clock, prefill included, compilation excluded.
+      decode_tokens_per_second: the same without prefill.
+      speedup: tokens_per_second over plain decoding's.
+      exact_match: share of prompts whose tokens equal plain decoding's; None when sampling.
+      rows_differing: how many prompts differ; None when sampling.
+      accepted_histogram: [k+1] rounds that accepted i drafts.
+      acceptance_by_depth: [k] share of accepted i-th drafts among rounds that accepted all before it; None where no
+        round got there. A round that a stop token ends counts as rejecting what follows it.
+      repeated_8grams: share of 8-token windows that occurred before in the same answer; None if all are shorter.
+      seconds, prefill_seconds, new_tokens, rounds: totals.
+      compile_seconds: spent before measuring; in no other number.
+    """
+
+    draft_length: int
+    temperature: float
+    batch_size: int
+    acceptance_length: float
+    ci95: tuple[float, float] | None
+    tokens_per_second: float
+    decode_tokens_per_second: float
+    speedup: float
+    exact_match: float | None
+    rows_differing: int | None
+    accepted_histogram: list[int]
+    acceptance_by_depth: list[float | None]
+    repeated_8grams: float | None
+    seconds: float
+    prefill_seconds: float
+    compile_seconds: float
+    new_tokens: int
+    rounds: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchReport:
+    """Several methods on the same prompts in one run.
+
+    Attributes:
+      methods: by name, plain decoding first.
+      machine: platform, device kind, devices, cores, jax version.
+      settings: the other arguments of the run.
+    """
+
+    methods: dict[str, MethodReport]
+    machine: dict[str, Any]
+    date: str
+    command: str
+    target: str
+    prompts: int
+    repeats: int
+    settings: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON holds it."""
+        return dataclasses.asdict(self)
+
+
+def measure(
+    rounds: Sequence[DecodeResult],
+    plain: Sequence[DecodeResult],
+    temperature: float,
+    batch_size: int,
+    compile_seconds: float,
+) -> MethodReport:
+    """The numbers of one method from its repeats and plain decoding's, which ran in the same rounds."""
+    histograms = np.sum([result.stats.accepted_histogram for result in rounds], axis=0)  # [prompts, k+1]
+    total = histograms.sum(axis=0)
+    exact, differing = None, None
+    if temperature == 0:
+        pairs = [zip(ours.tokens, theirs.tokens, strict=True) for ours, theirs in zip(rounds, plain, strict=True)]
+        same = np.all([[a == b for a, b in pair] for pair in pairs], axis=0)
+        exact, differing = float(same.mean()), int((~same).sum())
+    speed = _speed(rounds)
+    return MethodReport(
+        draft_length=rounds[0].stats.draft_length,
+        temperature=temperature,
+        batch_size=batch_size,
+        acceptance_length=acceptance_length(histograms.tolist()),
+        ci95=acceptance_interval(histograms),
+        tokens_per_second=speed,
+        decode_tokens_per_second=_speed(rounds, prefill=False),
+        speedup=speed / _speed(plain),
+        exact_match=exact,
+        rows_differing=differing,
+        accepted_histogram=total.tolist(),
+        acceptance_by_depth=acceptance_by_depth(total),
+        repeated_8grams=repeated_windows([answer for result in rounds for answer in result.tokens]),
+        seconds=sum(result.stats.seconds for result in rounds),
+        prefill_seconds=sum(result.stats.prefill_seconds for result in rounds),
+        compile_seconds=compile_seconds,
+        new_tokens=sum(sum(result.stats.new_tokens) for result in rounds),
+        rounds=sum(sum(result.stats.rounds) for result in rounds),
+    )
+
+
+def _speed(rounds: Sequence[DecodeResult], prefill: bool = True) -> float:
+    tokens = sum(sum(result.stats.new_tokens) for result in rounds)
+    return tokens / sum(r.stats.seconds - (0 if prefill else r.stats.prefill_seconds) for r in rounds)
+
+
+def acceptance_interval(histograms: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
+    """95 % interval of the acceptance length, prompts drawn with replacement; histograms int [prompts, k+1].
+
+    Every resample divides sums, as the acceptance length itself does. One prompt has no interval.
+    """
+    count, width = histograms.shape
+    if count < 2:
+        return None
+    rounds, committed = histograms.sum(axis=1), histograms @ np.arange(1, width + 1)
+    drawn = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+    low, high = np.percentile(committed[drawn].sum(axis=1) / rounds[drawn].sum(axis=1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def acceptance_by_depth(histogram: np.ndarray) -> list[float | None]:
+    """P(draft i accepted | the drafts before it accepted), i = 0..k-1, from [k+1] rounds that accepted i drafts.
+
+    [2, 3, 0, 0] -> [3/5, 0, None]
+    """
+    reached = np.cumsum(histogram[::-1])[::-1]  # rounds that accepted at least i
+    return [float(after / before) if before else None for before, after in itertools.pairwise(reached)]
+
+
+def repeated_windows(answers: Sequence[Sequence[int]], width: int = WINDOW) -> float | None:
+    """Share of `width`-token windows that occurred before in the same answer; None without any window.
+
+    width 2:  a b a b a -> windows ab ba ab ba, two of four
+    """
+    windows = [[tuple(answer[i : i + width]) for i in range(len(answer) - width + 1)] for answer in answers]
+    total = sum(map(len, windows))
+    return 1 - sum(len(set(row)) for row in windows) / total if total else None
+
+
+def table(report: BenchReport) -> Table:
+    """The report for a terminal."""
+    result = Table(caption=f"{report.target}, {report.prompts} prompts x {report.repeats}", caption_justify="left")
+    result.add_column("method")
+    for name in ("k", "τ [95 %]", "tokens/s", "decode tokens/s", "speedup", "exact match", "repeated 8-grams"):
+        result.add_column(name, justify="right")
+    for name, method in report.methods.items():
+        interval = "" if method.ci95 is None else f" [{method.ci95[0]:.2f}, {method.ci95[1]:.2f}]"
+        result.add_row(
+            name,
+            str(method.draft_length),
+            f"{method.acceptance_length:.2f}{interval}",
+            f"{method.tokens_per_second:,.1f}",
+            f"{method.decode_tokens_per_second:,.1f}",
+            f"{method.speedup:.2f}x",
+            _percent(method.exact_match),
+            _percent(method.repeated_8grams),
+        )
+    return result
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"

@@ -1,0 +1,141 @@
+"""Several ways to decode the same prompts, measured side by side in one run."""
+
+import datetime
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from deer_jax.bench.report import PLAIN, BenchReport, measure
+from deer_jax.config import InputError
+from deer_jax.decoding.engine import decode
+from deer_jax.decoding.prompts import encode_prompts
+from deer_jax.decoding.state import DecodeResult
+from deer_jax.drafters.protocol import Drafter
+from deer_jax.models.target import Target
+
+Progress = Callable[[int, int, str], None]  # finished runs, all runs, the method that runs next
+
+
+class Way(NamedTuple):
+    """One method: a drafter and how many tokens it drafts per round."""
+
+    drafter: Drafter | None
+    k: int
+
+
+def bench(
+    target: Target,
+    prompts: Any,
+    *,
+    drafters: Mapping[str, Drafter],
+    draft_lengths: Sequence[int] | None = None,
+    max_new_tokens: int | Sequence[int] = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    draft_temperature: float | None = None,
+    batch_size: int = 1,
+    repeats: int = 3,
+    seed: int = 0,
+    ignore_stop: bool = False,
+    template_arguments: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    command: str = "",
+) -> BenchReport:
+    """Plain decoding and every drafter at every draft length, on the same prompts.
+
+    Each method runs once to compile, then `repeats` times more, the methods taking turns so that a machine that speeds
+    up or slows down does so for all of them. Numbers are totals over the repeats; when sampling, each repeat has a seed
+    of its own.
+
+    Args:
+      prompts: as for `decode`.
+      drafters: by the name they have in the report; their methods are called "NAME k=8".
+      draft_lengths: k to try with every drafter; None is what each was trained for.
+      progress: called before each run.
+      command: what to record as the command that made the report.
+
+    Raises:
+      InputError: anything wrong with the arguments.
+    """
+    if repeats < 1:
+        raise InputError(f"repeats must be at least 1, got {repeats}")
+    ways = _ways(drafters, draft_lengths)
+    encoded = encode_prompts(target, prompts, template_arguments)
+    total = len(ways) * (1 + repeats)
+    finished = 0
+
+    def run(name: str, seed: int) -> DecodeResult:
+        nonlocal finished
+        if progress:
+            progress(finished, total, name)
+        way = ways[name]
+        result = decode(
+            target, encoded, drafter=way.drafter, draft_length=way.k, max_new_tokens=max_new_tokens,
+            temperature=temperature, top_k=top_k, top_p=top_p, draft_temperature=draft_temperature, seed=seed,
+            batch_size=batch_size, ignore_stop=ignore_stop, time_prefill=True,
+        )  # fmt: skip
+        finished += 1
+        return result
+
+    names = list(ways)
+    compile_seconds = {name: run(name, seed).stats.compile_seconds for name in names}
+    rounds: dict[str, list[DecodeResult]] = {name: [] for name in names}
+    for repeat in range(repeats):
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
+            rounds[name].append(run(name, seed + repeat))
+    if progress:
+        progress(finished, total, "")
+
+    return BenchReport(
+        methods={
+            name: measure(
+                rounds[name],
+                rounds[PLAIN],
+                temperature=temperature,
+                batch_size=batch_size,
+                compile_seconds=compile_seconds[name],
+            )
+            for name in names
+        },  # fmt: skip
+        machine=machine(target),
+        date=datetime.date.today().isoformat(),
+        command=command,
+        target=target.name,
+        prompts=len(encoded),
+        repeats=repeats,
+        settings={
+            "dtype": str(target.params["embed"].dtype),
+            "max_new_tokens": max_new_tokens,
+            "top_k": top_k,
+            "top_p": top_p,
+            "draft_temperature": draft_temperature,
+            "seed": seed,
+            "ignore_stop": ignore_stop,
+        },
+    )
+
+
+def _ways(drafters: Mapping[str, Drafter], draft_lengths: Sequence[int] | None) -> dict[str, Way]:
+    if draft_lengths is not None and (not draft_lengths or min(draft_lengths) < 1):
+        raise InputError(f"draft_lengths must be 1 or more each, got {list(draft_lengths)}; plain decoding always runs")
+    ways = {PLAIN: Way(None, 0)}
+    for name, drafter in drafters.items():
+        for k in draft_lengths or [drafter.draft_length]:
+            ways[f"{name} k={k}"] = Way(drafter, k)
+    return ways
+
+
+def machine(target: Target) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    device = jax.devices()[0] if target.mesh is None else target.mesh.devices.flat[0]
+    return {
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "devices": 1 if target.mesh is None else target.mesh.size,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "jax": jax.__version__,
+    }

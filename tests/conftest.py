@@ -1,0 +1,46 @@
+"""Settings for every test: no accelerator, no network, strict JAX; and where the data is."""
+
+import os
+from pathlib import Path
+
+# Before jax is imported, and inherited by the programs that tests start.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One compute thread per worker, for XLA and for torch: more of them only wait for each other.
+    os.environ["NPROC"] = os.environ["OMP_NUM_THREADS"] = "1"
+
+import jax
+import pytest
+
+# For the tests alone: the programs that tests start run as users run them.
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("DEER_JAX_DATA") or ROOT.parent / "shared" / "data")
+
+
+def pytest_report_header() -> str:
+    found = "found" if DATA.is_dir() else "not found, tests that read it are skipped (set DEER_JAX_DATA)"
+    return f"jax {jax.__version__} on 4 virtual CPU devices; data: {DATA}, {found}"
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of public data sets and small models; the test is skipped where it is absent."""
+    if not DATA.is_dir():
+        pytest.skip(f"no data at {DATA}; set DEER_JAX_DATA")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def stories_dir(data_dir: Path) -> Path:
+    """The Hugging Face folder of stories260k, a real pretrained target of 260 thousand parameters."""
+    folder = data_dir / "models" / "stories260k"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    return folder

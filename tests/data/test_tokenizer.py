@@ -1,0 +1,148 @@
+"""Tokenizers of real folders: BOS once, never a closing EOS, chat templates, damaged files, disagreement."""
+
+import gzip
+import json
+import shutil
+
+import pytest
+
+from deer_jax.config import InputError
+from deer_jax.data.tokenizer import Tokenizer, differing_ids
+
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def qwen_dir(data_dir, tmp_path_factory):
+    source, folder = data_dir / "tokenizers" / "qwen3", tmp_path_factory.mktemp("qwen3")
+    if not source.is_dir():
+        pytest.skip(f"no {source}")
+    (folder / "tokenizer.json").write_bytes(gzip.decompress((source / "tokenizer.json.gz").read_bytes()))
+    shutil.copyfile(source / "tokenizer_config.json", folder / "tokenizer_config.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qwen(qwen_dir):
+    return Tokenizer.load(qwen_dir)
+
+
+@pytest.fixture
+def stories(stories_dir, tmp_path):
+    """The stories260k tokenizer in a folder of its own, and a way to change its tokenizer.json."""
+
+    def make(change=lambda values: None, name="changed", **settings):
+        folder = tmp_path / name
+        folder.mkdir()
+        values = json.loads((stories_dir / "tokenizer.json").read_text(encoding="utf-8"))
+        change(values)
+        (folder / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+        given = json.loads((stories_dir / "tokenizer_config.json").read_text(encoding="utf-8"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(given | settings), encoding="utf-8")
+        return Tokenizer.load(folder)
+
+    return make
+
+
+def test_plain_text_with_bos(stories_dir):
+    tokenizer = Tokenizer.load(stories_dir)
+    ids = tokenizer.encode("Once upon a time")
+    assert ids == [1, 403, 407, 261, 378]
+    assert tokenizer.decode(ids) == "Once upon a time"
+    assert tokenizer.encode("") == [1]
+    assert len(tokenizer.vocabulary()) == 512
+    assert tokenizer.vocabulary()["<s>"] == 1
+
+
+def test_spaces_before_punctuation_stay(stories_dir):
+    tokenizer = Tokenizer.load(stories_dir)
+    assert tokenizer.decode(tokenizer.encode("a , b .")) == "a , b ."
+
+
+def test_plain_text_without_bos(qwen):
+    ids = qwen.encode("Once upon a time")
+    assert ids == [12522, 5193, 264, 882]
+    assert qwen.decode([*ids, 151645]) == "Once upon a time"  # special tokens are left out
+    assert qwen.vocabulary()["<tool_response>"] == 151665
+
+
+def test_a_closing_eos_is_not_added(stories):
+    def close(values):
+        piece = {"Sequence": {"id": "A", "type_id": 0}}
+        special = [{"SpecialToken": {"id": name, "type_id": 0}} for name in ("<s>", "</s>")]
+        values["post_processor"] = {
+            "type": "TemplateProcessing", "single": [special[0], piece, special[1]], "pair": [piece, piece],
+            "special_tokens": {n: {"id": n, "ids": [i], "tokens": [n]} for n, i in (("<s>", 1), ("</s>", 2))},
+        }  # fmt: skip
+
+    tokenizer = stories(close)
+    assert tokenizer._inner("a")["input_ids"][-1] == 2  # what the trap looks like
+    assert tokenizer.encode("Once upon a time") == [1, 403, 407, 261, 378]
+    assert tokenizer.encode("") == [1]
+
+
+def test_chat_template_with_arguments(qwen):
+    thinking = qwen.encode_chat(CHAT)
+    short = qwen.encode_chat(CHAT, enable_thinking=False)
+    text = qwen._inner.decode(short)
+    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert short[: len(thinking)] == thinking
+    assert len(short) > len(thinking)
+
+
+def test_chat_templates_write_bos_themselves(stories):
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    ids = stories(chat_template=template).encode_chat([{"role": "user", "content": "Once"}])
+    assert ids.count(1) == 1
+    assert ids[0] == 1
+
+
+def test_chats_are_refused_where_they_cannot_be_rendered(stories):
+    with pytest.raises(InputError, match=r"no chat template[^\n]*\Z"):
+        stories(name="plain").encode_chat(CHAT)
+    refusing = stories(name="strict", chat_template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(InputError, match=r"roles must alternate\Z"):
+        refusing.encode_chat(CHAT)
+
+
+def test_folders_without_tokenizer(tmp_path):
+    assert Tokenizer.load(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", ['{"version": "1.0", "tru', "[]", '{"version": "1.0"}', ""])
+def test_damaged_files_are_refused(content, tmp_path, stories_dir):
+    shutil.copyfile(stories_dir / "tokenizer_config.json", tmp_path / "tokenizer_config.json")
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(InputError, match=r"\A[^\n]*download it again|\A[^\n]*download them again"):
+        Tokenizer.load(tmp_path)
+
+
+def test_saving_copies_the_files(qwen, qwen_dir, tmp_path):
+    qwen.save(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["tokenizer.json", "tokenizer_config.json"]
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (qwen_dir / name).read_bytes()
+
+
+def test_differing_ids(stories_dir, stories):
+    target = Tokenizer.load(stories_dir)
+
+    def rename(values, pairs=((300, "first"), (310, "second"))):
+        inverse = {token: text for text, token in values["model"]["vocab"].items()}
+        for token, text in pairs:
+            old = inverse[token]
+            values["model"]["vocab"][text] = values["model"]["vocab"].pop(old)
+            values["model"]["merges"] = [m for m in values["model"]["merges"] if old not in ("".join(m), *m)]
+
+    assert differing_ids(target, stories(name="same"), ()) == ()
+    drafter = stories(rename, name="renamed")
+    assert differing_ids(target, drafter, {300, 310, 400}) == (300, 310)
+    with pytest.raises(InputError, match=r"id 310.*'second'[^\n]*\Z"):
+        differing_ids(target, drafter, {300})
+
+    def widen(values):
+        added = dict(values["added_tokens"][0], id=512, content="<M>")
+        values["added_tokens"].append(added)
+
+    assert differing_ids(target, stories(widen, name="wider"), ()) == ()

@@ -1,0 +1,99 @@
+"""Drafters for tests: what they propose is read from tables, so it can be right, wrong or anything between."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from deer_jax.drafters.protocol import Context, Draft, Pick
+from deer_jax.models.target import Target
+from deer_jax.models.transformer import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Stateless:
+    """The part of a method that a drafter without memory leaves empty."""
+
+    def init_state(self, params: Params, batch: int, capacity: int) -> Any:
+        return ()
+
+    def prefill(self, params: Params, state: Any, tokens, start, rows, *, first: bool) -> Any:
+        return state
+
+    def ready(self, state: Any, length, rows) -> Any:
+        return state
+
+    def state_bytes(self, params: Params, batch: int, capacity: int) -> int:
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TableMethod(Stateless):
+    """Drafts table[prompt, position]: as a certain token, or as logits that favour it and go through `pick`."""
+
+    vocab_size: int
+    certain: bool = True
+
+    def propose(self, params: Params, state: Any, context: Context, k: int, pick: Pick) -> tuple[Draft, Any]:
+        table = params["table"]
+        at = jnp.minimum(context.length[:, None] + jnp.arange(k)[None], table.shape[1] - 1)
+        tokens = table[context.prompt_index[:, None], at]
+        if self.certain:
+            return Draft(tokens, None), state
+        favoured = tokens[..., None] == jnp.arange(self.vocab_size)[None, None]
+        return pick(jnp.where(favoured, 3.0, 0.0), 0), state
+
+
+@dataclasses.dataclass(frozen=True)
+class AnchorMethod(Stateless):
+    """Drafts from logits[anchor], whatever else the text is."""
+
+    def propose(self, params: Params, state: Any, context: Context, k: int, pick: Pick) -> tuple[Draft, Any]:
+        anchor = jnp.take_along_axis(context.tokens, context.length[:, None] - 1, axis=1)[:, 0]
+        return pick(params["logits"][anchor, :k], 0), state
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Double:
+    """A drafter as the loop wants it."""
+
+    method: Any
+    params: Params
+    draft_length: int = 64
+    name: str = "double"
+
+
+def table_drafter(table, vocab_size: int, *, certain: bool = True) -> Double:
+    """Drafts table [P, S] of token ids, by prompt and position."""
+    table = jnp.asarray(np.asarray(table), jnp.int32)
+    return Double(method=TableMethod(vocab_size, certain), params={"table": table}, name="table")
+
+
+def anchor_drafter(logits) -> Double:
+    """Drafts from logits float [V, k, V], by anchor and place in the draft."""
+    return Double(method=AnchorMethod(), params={"logits": jnp.asarray(logits, jnp.float32)}, name="anchor")
+
+
+def text_table(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> np.ndarray:
+    """int32 [P, S]: prompt and answer of every row, zeros behind."""
+    table = np.zeros((len(prompts), max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))), np.int32)
+    for row, prompt, answer in zip(table, prompts, answers, strict=True):
+        row[: len(prompt) + len(answer)] = [*prompt, *answer]
+    return table
+
+
+def table_drafters(
+    target: Target, prompts: Sequence[Sequence[int]], plain: Sequence[Sequence[int]], seed: int = 0
+) -> dict[str, Double]:
+    """Drafters around the target's plain answers: right, wrong, half right, and second-best at every position."""
+    right, V = text_table(prompts, plain), target.config.vocab_size
+    rng = np.random.default_rng(seed)
+    half = np.where(rng.random(right.shape) < 0.4, rng.integers(0, V, right.shape), right)
+    logits = np.asarray(target.logits(right))
+    second = right.copy()
+    # Column p is predicted by the logits at p - 1.
+    second[:, 1:] = np.argsort(-logits[:, :-1], axis=-1, kind="stable")[..., 1]
+    tables = {"right": right, "wrong": (right + 1) % V, "half": half, "second": second}
+    return {name: table_drafter(table, V) for name, table in tables.items()}
