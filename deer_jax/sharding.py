@@ -46,3 +46,8 @@ def spec(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) -> P:
 def placement(mesh: Mesh | None, shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding | None:
     """`spec` as a sharding; None without a mesh: the default device."""
     return None if mesh is None else NamedSharding(mesh, spec(mesh, shape, axes))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same values on every device of the mesh."""
+    return NamedSharding(mesh, P())

@@ -1,9 +1,11 @@
 """Decoding as users call it: prompts into slots, segments of the loop, finished rows out, slots refilled."""
 
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ from deer_jax.decoding.state import DecodeResult, DecodeState, DecodeStats, idle
 from deer_jax.drafters.protocol import Drafter
 from deer_jax.models.cache import cache_bytes
 from deer_jax.models.target import Target
+from deer_jax.sharding import replicated
 
 PREFILL_CHUNK = 512  # prompt tokens one pass reads per row; longer prompts take several
 PREFILL_TOKENS = 32768  # prompt tokens one pass reads over all rows; bounds its activations
@@ -67,7 +70,8 @@ class Engine:
     def _idle(self) -> DecodeState:
         drafter_state = self.plan.drafter.init_state(self.params[1], self.slots, self.capacity) if self.plan.drafter else ()
         dtype = self.target.params["embed"].dtype
-        return idle_state(self.target.config, self.slots, self.capacity, self.plan.k, dtype, drafter_state)
+        state = idle_state(self.target.config, self.slots, self.capacity, self.plan.k, dtype, drafter_state)
+        return state if self.target.mesh is None else jax.device_put(state, replicated(self.target.mesh))
 
     def _run(self, function, *args, **static):
         leaves, tree = jax.tree.flatten(args)
@@ -148,7 +152,11 @@ def free_bytes() -> int:
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:  # on CPU: what the system could hand out, its file caches included
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+    except FileNotFoundError:
+        found = None
+    return int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _prepare(target: Target, prompts: list[list[int]], drafter: Drafter | None, draft_length: int | None,
