@@ -1,6 +1,7 @@
 """Settings for every test: no accelerator, no network, strict JAX; and where the data is."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before jax is imported, and inherited by the programs that tests start.
@@ -13,6 +14,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("DEER_JAX_DATA") or ROOT.parent / "shared" / "data")
 
 # For the tests alone: the programs that tests start run as users run them.
 jax.config.update("jax_num_cpu_devices", 4)
@@ -20,8 +25,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("DEER_JAX_DATA") or ROOT.parent / "shared" / "data")
+# Most of the time of the tests is compilation: what was compiled before is read from disk. The bound on the size also
+# makes JAX lock the folder, which workers that write the same entry need.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "xla"))
+jax.config.update("jax_compilation_cache_max_size", 2**30)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def pytest_report_header() -> str:
@@ -44,3 +52,13 @@ def stories_dir(data_dir: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no {folder}")
     return folder
+
+
+@pytest.fixture
+def compile_anew() -> Iterator[None]:
+    """Nothing is read from the cache: for tests that look for scope names in compiled text, which may be old there."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX decides once whether it uses the cache
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()

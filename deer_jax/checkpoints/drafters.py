@@ -71,7 +71,7 @@ def load_drafter(
         # The layout has no separator: a mean embedding holds its place until a drafter is trained with one.
         mean = jnp.mean(params["embed"].astype(jnp.float32), axis=0)
         params["special"] = jnp.stack([params["embed"][mask], mean.astype(dtype)])
-    if tokenizer and target.tokenizer:
+    if tokenizer and isinstance(target.tokenizer, Tokenizer):
         differing_ids(target.tokenizer, tokenizer, found.differing_ids)
     method = StandaloneMethod(model, found, target.config.vocab_size)
     return StandaloneDrafter(method=method, params=params, name=Path(name).name, tokenizer=tokenizer)
@@ -79,8 +79,6 @@ def load_drafter(
 
 def save_drafter(folder: str | Path, drafter: StandaloneDrafter, **options) -> None:
     """Write a drafter as a Hugging Face folder that `load_drafter` reads; options as for `save_folder`."""
-    section = dataclasses.asdict(drafter.method.config)
-    section["differing_ids"] = list(section["differing_ids"])
     tokenizer = drafter.tokenizer
     save_folder(
         Path(folder),
@@ -88,7 +86,7 @@ def save_drafter(folder: str | Path, drafter: StandaloneDrafter, **options) -> N
         {name: value for name, value in drafter.params.items() if name != "special"},
         tokenizer_source=tokenizer.folder if isinstance(tokenizer, Tokenizer) else None,
         extra={SPECIAL: np.asarray(drafter.params["special"])},
-        extra_config={SECTION: section},
+        extra_config={SECTION: dataclasses.asdict(drafter.method.config)},
         **options,
     )
 

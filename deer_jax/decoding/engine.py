@@ -68,7 +68,9 @@ class Engine:
         self.state = self._idle()
 
     def _idle(self) -> DecodeState:
-        drafter_state = self.plan.drafter.init_state(self.params[1], self.slots, self.capacity) if self.plan.drafter else ()
+        drafter_state = (
+            self.plan.drafter.init_state(self.params[1], self.slots, self.capacity) if self.plan.drafter else ()
+        )
         dtype = self.target.params["embed"].dtype
         state = idle_state(self.target.config, self.slots, self.capacity, self.plan.k, dtype, drafter_state)
         return state if self.target.mesh is None else jax.device_put(state, replicated(self.target.mesh))
@@ -82,7 +84,9 @@ class Engine:
             self.compile_seconds += time.perf_counter() - begin
         self.state = _compiled[key](*args)
 
-    def admit(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], indices: Sequence[int], rows: Sequence[int]):
+    def admit(
+        self, prompts: Sequence[Sequence[int]], limits: Sequence[int], indices: Sequence[int], rows: Sequence[int]
+    ):
         """Prefill the prompts and put them into the given slots; indices are their numbers in the whole call."""
         width = max(len(prompt) - 1 for prompt in prompts)
         group = max(1, PREFILL_TOKENS // power_of_two(min(width, PREFILL_CHUNK), 16))
@@ -159,8 +163,17 @@ def free_bytes() -> int:
     return int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _prepare(target: Target, prompts: list[list[int]], drafter: Drafter | None, draft_length: int | None,
-             max_new_tokens: int | Sequence[int], sampling: Sampling, seed: int, slots: int, ignore_stop: bool):  # fmt: skip
+def _prepare(
+    target: Target,
+    prompts: list[list[int]],
+    drafter: Drafter | None,
+    draft_length: int | None,
+    max_new_tokens: int | Sequence[int],
+    sampling: Sampling,
+    seed: int,
+    slots: int,
+    ignore_stop: bool,
+) -> tuple["Engine", list[int]]:
     """Check everything that can be wrong before any work is done; the engine and each prompt's limit."""
     k = 0 if drafter is None else drafter.draft_length if draft_length is None else draft_length
     if k < 0:
@@ -288,6 +301,7 @@ def decode(
 
 def answer_text(target: Target, tokens: Sequence[int]) -> str:
     """The text of new tokens, without the stop token that may end them."""
+    assert target.tokenizer is not None
     stopped = bool(tokens) and tokens[-1] in target.stop_ids
     return target.tokenizer.decode(tokens[:-1] if stopped else tokens)
 

@@ -9,7 +9,9 @@ from deer_jax.config import InputError
 from deer_jax.models.target import Target
 
 
-def encode_prompts(target: Target, prompts: Any, template_arguments: Mapping[str, Any] | None = None) -> list[list[int]]:
+def encode_prompts(
+    target: Target, prompts: Any, template_arguments: Mapping[str, Any] | None = None
+) -> list[list[int]]:
     """Token ids of each prompt.
 
     prompts: a string, a chat (list of messages with role and content), or a list of strings, chats or token-id lists.

@@ -86,7 +86,7 @@ def largest_threshold(values, weights, amount):
         enough = jnp.sum(jnp.where(keys >= candidate, weights, 0), axis=-1, keepdims=True) >= amount
         return jnp.where(enough, candidate, low)
 
-    start = jnp.zeros(values.shape[:-1] + (1,), jnp.uint32)
+    start = jnp.zeros((*values.shape[:-1], 1), jnp.uint32)
     return _unordered(lax.fori_loop(0, 32, try_bit, start))
 
 

@@ -11,12 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from deer_jax.config import DrafterConfig, InputError, ModelConfig
 from deer_jax.drafters.protocol import Context, Draft, Pick
 from deer_jax.models.cache import KVCache, cache_bytes, empty_cache, write_cache
-from deer_jax.models.target import Target, check_tokens
+from deer_jax.models.target import Target, Tokenizer, check_tokens
 from deer_jax.models.transformer import Params, Transformer, bind, is_stacked
 
 MASK, SEPARATOR = 0, 1  # rows of params["special"] [2, D]
@@ -47,7 +46,8 @@ class StandaloneMethod:
         if not self.cached:
             return state
         model = bind(self.model, _backbone(params))
-        return state | {"cache": prefill_rows(model, self._embed(model, params, tokens), state["cache"], start, rows, first=first)}  # fmt: skip
+        x = self._embed(model, params, tokens)
+        return state | {"cache": prefill_rows(model, x, state["cache"], start, rows, first=first)}
 
     def ready(self, state: Any, length, rows) -> Any:
         return state | {"read": state["read"].at[rows].set(length - 1)} if self.cached else state
@@ -57,7 +57,7 @@ class StandaloneMethod:
         return pick(logits, 0), state
 
     def draft_logits(self, params: Params, state: Any, context: Context, k: int):
-        """float32 [B, k, V] of the target's vocabulary (-inf where this drafter may not propose), and the next state."""
+        """float32 [B, k, V] of the target's vocabulary (-inf where nothing may be proposed), and the next state."""
         with jax.named_scope("draft"):
             model = bind(self.model, _backbone(params))
             run = self._draft_block_causal if self.cached else self._draft_bidirectional
@@ -119,7 +119,9 @@ class StandaloneMethod:
         visible = jnp.broadcast_to((positions < end)[:, None], (B, S, S))
         hidden, _ = model(x, positions, visible=visible)
         first = context.length - (1 if self.config.head == "shifted" else 0)
-        return jnp.take_along_axis(hidden, (first[:, None] + jnp.arange(k)[None])[..., None], axis=1, mode="clip"), state
+        return jnp.take_along_axis(
+            hidden, (first[:, None] + jnp.arange(k)[None])[..., None], axis=1, mode="clip"
+        ), state
 
     def _embed(self, model: Transformer, params: Params, tokens):
         """Embeddings of the target's ids; an id this drafter does not share is read as a mask."""
@@ -192,7 +194,7 @@ class StandaloneDrafter:
     method: StandaloneMethod
     params: Params
     name: str = "drafter"
-    tokenizer: object | None = None
+    tokenizer: Tokenizer | None = None
 
     @property
     def draft_length(self) -> int:

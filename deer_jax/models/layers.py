@@ -31,9 +31,7 @@ def linear(x, weight, bias=None):
 
 def logits(x, head):
     """x [..., D] against head [V, D], accumulated and returned in float32."""
-    return jnp.einsum(
-        "...d,vd->...v", x, head, precision=precision(x.dtype), preferred_element_type=jnp.float32
-    )
+    return jnp.einsum("...d,vd->...v", x, head, precision=precision(x.dtype), preferred_element_type=jnp.float32)
 
 
 def inverse_frequencies(rope: Rope, head_width: int) -> tuple[np.ndarray, float]:
@@ -53,6 +51,7 @@ def inverse_frequencies(rope: Rope, head_width: int) -> tuple[np.ndarray, float]
         keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         keep = np.clip(keep, 0.0, 1.0)
         return (keep * base + (1 - keep) * base / rope.factor).astype(np.float32), 1.0
+
     # yarn: pairs that turn more than beta_fast times within the original context keep their frequency, pairs that turn
     # less than beta_slow times are divided by the factor, a ramp between.
     def pair_that_turns(turns: float) -> float:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +34,21 @@ def check_tokens(tokens, vocab_size: int) -> np.ndarray:
     return tokens.astype(np.int32)
 
 
+class Tokenizer(Protocol):
+    """What decoding needs of a tokenizer; `data.tokenizer.Tokenizer` is the one for Hugging Face folders."""
+
+    def encode(self, text: str) -> list[int]: ...
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template_arguments: Any) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Target:
     """An autoregressive model whose output is to be reproduced.
 
     Attributes:
       params: see `models.transformer`; their dtype is the compute dtype.
-      tokenizer: a `data.tokenizer.Tokenizer`, or None: token ids only.
+      tokenizer: None serves token ids only.
       stop_ids: generation ends with the first of these.
       name: where it came from.
       mesh: the devices its parameters lie on; None is the default device.
@@ -46,7 +56,7 @@ class Target:
 
     config: ModelConfig
     params: Params
-    tokenizer: object | None = None
+    tokenizer: Tokenizer | None = None
     stop_ids: tuple[int, ...] = ()
     name: str = "target"
     mesh: Mesh | None = None

@@ -1,0 +1,154 @@
+"""What a round costs in plain steps: a target's verification of k + 1 rows, and a drafter's pass, against one row.
+
+    python benchmarks/round_cost.py [--repeats N] [--targets 4M 30M] [--json FILE]
+
+Random weights (times do not depend on them), one row, greedy, a context of some 100 tokens. Every configuration is
+measured in turn, several times over, in one process, and the fastest repeat counts: on a shared machine that is the
+one least disturbed. `verify` drafts for nothing (constant tokens); `round` adds a standalone block-causal drafter
+started from the target, with all of its layers and with the first one alone. Beside them stand this machine's own
+limits: the time to read the weights once from memory (caches may do better), and to multiply them with one row at the
+rate of a large product.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import deer_jax
+from deer_jax.config import ModelConfig, Sampling
+from deer_jax.decoding.engine import Engine
+from deer_jax.drafters.protocol import Draft
+from deer_jax.models.transformer import init_params
+
+TARGETS = {
+    "4M": ModelConfig(family="llama", vocab_size=4096, width=256, layers=4, heads=8, kv_heads=4, head_width=32,
+                      mlp_width=688, context=1024, tied=True),
+    "30M": ModelConfig(family="llama", vocab_size=16384, width=512, layers=8, heads=8, kv_heads=4, head_width=64,
+                       mlp_width=1376, context=1024, tied=True),
+}  # fmt: skip
+LENGTHS = (0, 2, 4, 8, 16)
+ROUNDS, PROMPT, CAPACITY = 25, 64, 512
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstantMethod:
+    """Proposes token 0 for nothing, so that a round costs the target's pass only."""
+
+    def init_state(self, params, batch, capacity):
+        return ()
+
+    def state_bytes(self, params, batch, capacity):
+        return 0
+
+    def prefill(self, params, state, tokens, start, rows, *, first):
+        return state
+
+    def ready(self, state, length, rows):
+        return state
+
+    def propose(self, params, state, context, k, pick):
+        return Draft(jnp.zeros((context.length.shape[0], k), jnp.int32), None), state
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstantDrafter:
+    name: str = "constant"
+    method: ConstantMethod = ConstantMethod()
+    draft_length: int = 99
+
+    @property
+    def params(self):
+        return {}
+
+
+def seconds_per_round(target, drafter, k: int) -> float:
+    """Wall clock of one round, from ROUNDS rounds in one call of the compiled loop."""
+    engine = Engine(target, drafter if k else None, k, Sampling(), 0, (), 1, CAPACITY)
+    prompt = np.arange(PROMPT) % target.config.vocab_size
+    engine.admit([prompt.tolist()], [CAPACITY - k - 1], [0], [0])
+    engine.segment(1)
+    before = engine.fetch(engine.state.rounds)[0]
+    begin = time.perf_counter()
+    after = engine.segment(ROUNDS)  # ends with a blocking fetch
+    return (time.perf_counter() - begin) / float(after["rounds"][0] - before)
+
+
+def fastest(function, *args) -> float:
+    """Seconds of the fastest of ten calls."""
+    jax.block_until_ready(function(*args))
+    times = []
+    for _ in range(10):
+        begin = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def machine_limits() -> tuple[float, float]:
+    """Bytes per second of reading memory, and float32 operations per second of a large product."""
+    x = jnp.ones((64 << 20,), jnp.float32)
+    a = jnp.ones((1024, 1024), jnp.float32)
+    return x.nbytes / fastest(jax.jit(jnp.sum), x), 2 * 1024**3 / fastest(jax.jit(jnp.dot), a, a)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7, help="interleaved repeats; the fastest counts")
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--json", help="write the figures to this file")
+    args = parser.parse_args()
+    bandwidth, rate = machine_limits()
+    print(
+        f"{jax.default_backend()}, jax {jax.__version__}: "
+        f"reads {bandwidth / 1e9:.1f} GB/s, computes {rate / 1e9:.0f} GFLOP/s"
+    )
+    rows = []
+    for name in args.targets:
+        config = TARGETS[name]
+        scan = jax.default_backend() != "cpu"
+        target = deer_jax.Target(config=config, params=init_params(config, 0, scan=scan))
+        size = sum(x.size for x in jax.tree.leaves(target.params))
+        drafters = {
+            "verify": ConstantDrafter(),
+            "round, 1-layer drafter": deer_jax.drafter_from_target(target, layers=(0,)),
+            "round, full drafter": deer_jax.drafter_from_target(target),
+        }
+        cases = [("plain step", None, 0)]
+        cases += [(label, drafter, k) for label, drafter in drafters.items() for k in LENGTHS if k]
+        times = {(label, k): [] for label, _, k in cases}
+        for _ in range(args.repeats + 1):  # the first compiles
+            for label, drafter, k in cases:
+                times[label, k].append(seconds_per_round(target, drafter, k))
+        best = {case: min(values[1:]) * 1e3 for case, values in times.items()}
+        step = best["plain step", 0]
+        reading, computing = size * 4 / bandwidth * 1e3, 2 * size / rate * 1e3
+        print(f"\n{name} target, {size:,} parameters: plain step {step:.2f} ms")
+        print(f"  floors: reading the weights {reading:.2f} ms a pass, computing {computing:.3f} ms a row")
+        for label in drafters:
+            cells = [f"k={k}: {best[label, k]:6.2f} ms = {best[label, k] / step:4.2f} steps" for k in LENGTHS if k]
+            print(f"  {label:24s} " + "   ".join(cells))
+        rows += [
+            {
+                "target": name,
+                "parameters": size,
+                "what": label,
+                "k": k,
+                "ms": ms,
+                "steps": ms / step,
+                "read_floor_ms": reading,
+                "compute_floor_ms": computing * (k + 1),
+            }
+            for (label, k), ms in best.items()
+        ]
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump({"backend": jax.default_backend(), "jax": jax.__version__, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
