@@ -1,10 +1,12 @@
 """Diffusion-drafted speculative decoding in JAX: lossless, on device, trainable."""
 
+from deer_jax.bench.runner import bench
 from deer_jax.checkpoints.drafters import load_drafter, save_drafter
 from deer_jax.checkpoints.load import load_target
 from deer_jax.config import DrafterConfig, InputError
 from deer_jax.decoding.engine import decode, stream
 from deer_jax.decoding.state import DecodeResult, DecodeStats
+from deer_jax.demo import demo_pair
 from deer_jax.drafters.standalone import StandaloneDrafter, drafter_from_target
 from deer_jax.models.target import Target
 
@@ -15,7 +17,9 @@ __all__ = [
     "InputError",
     "StandaloneDrafter",
     "Target",
+    "bench",
     "decode",
+    "demo_pair",
     "drafter_from_target",
     "load_drafter",
     "load_target",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from deer_jax.decoding.state import DecodeResult, acceptance_length
@@ -158,23 +159,29 @@ def repeated_windows(answers: Sequence[Sequence[int]], width: int = WINDOW) -> f
 
 def table(report: BenchReport) -> Table:
     """The report for a terminal."""
-    result = Table(caption=f"{report.target}, {report.prompts} prompts x {report.repeats}", caption_justify="left")
+    title = f"{report.target}, {report.prompts} prompts x {report.repeats}"
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
+    result = Table(caption=title, caption_justify="left", **style)
     result.add_column("method")
-    for name in ("k", "τ [95 %]", "tokens/s", "decode tokens/s", "speedup", "exact match", "repeated 8-grams"):
-        result.add_column(name, justify="right")
+    heads = ("τ [95 %]", "tokens/s", "decode\ntokens/s", "speedup", "exact\nmatch", "repeated\n8-grams")
+    for head in heads:
+        result.add_column(head, justify="right", no_wrap=True)
     for name, method in report.methods.items():
         interval = "" if method.ci95 is None else f" [{method.ci95[0]:.2f}, {method.ci95[1]:.2f}]"
         result.add_row(
             name,
-            str(method.draft_length),
             f"{method.acceptance_length:.2f}{interval}",
-            f"{method.tokens_per_second:,.1f}",
-            f"{method.decode_tokens_per_second:,.1f}",
+            _rate(method.tokens_per_second),
+            _rate(method.decode_tokens_per_second),
             f"{method.speedup:.2f}x",
             _percent(method.exact_match),
             _percent(method.repeated_8grams),
         )
     return result
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def _percent(share: float | None) -> str:

@@ -100,7 +100,7 @@ def bench(
                 compile_seconds=compile_seconds[name],
             )
             for name in names
-        },  # fmt: skip
+        },
         machine=machine(target),
         date=datetime.date.today().isoformat(),
         command=command,

@@ -138,8 +138,8 @@ def _content(row: Mapping[str, Any], field: str | None, where: str):
     content = _checked(value, kind[0], where)
     if kind[1:] == ("test_list",):
         tests = row["test_list"]
-        if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
-            raise InputError(f"{where}: test_list must be a list of texts")
+        if not isinstance(content, str) or not isinstance(tests, list) or not all(isinstance(t, str) for t in tests):
+            raise InputError(f"{where}: {kind[0]} must be a text and test_list a list of texts")
         content = mbpp_prompt(content, tests)
     return content
 

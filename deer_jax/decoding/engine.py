@@ -25,6 +25,7 @@ from deer_jax.sharding import replicated
 PREFILL_CHUNK = 512  # prompt tokens one pass reads per row; longer prompts take several
 PREFILL_TOKENS = 32768  # prompt tokens one pass reads over all rows; bounds its activations
 DEFAULT_SLOTS = 16
+PROGRAMS = 128  # compiled programs that are kept: each holds memory maps, of which a process has a limited number
 ROUNDS_PER_SEGMENT = 32  # when progress is shown: the time until it moves, or until Ctrl-C is served
 ROUNDS_PER_PIECE = 2  # when streaming
 
@@ -45,13 +46,13 @@ def power_of_two(n: int, least: int = 1) -> int:
     return max(least, 1 << max(n - 1, 0).bit_length())
 
 
-_compiled: dict[Any, Any] = {}
+_compiled: dict[Any, Any] = {}  # the programs used last come last
 
 
 class Engine:
     """Slots of one shape: admits prompts, runs segments, hands back what it fetched.
 
-    Compiled programs are kept for the life of the process, keyed by plan and shapes.
+    Compiled programs are kept, keyed by plan and shapes, and shared by all engines of the process.
     """
 
     def __init__(self, target: Target, drafter: Drafter | None, k: int, sampling: Sampling, seed: int,
@@ -78,11 +79,15 @@ class Engine:
     def _run(self, function, *args, **static):
         leaves, tree = jax.tree.flatten(args)
         key = (function, self.plan, tree, tuple((x.shape, x.dtype, x.sharding) for x in leaves), *static.items())
-        if key not in _compiled:
+        program = _compiled.pop(key, None)
+        if program is None:
             begin = time.perf_counter()
-            _compiled[key] = function.lower(self.plan, *args, **static).compile()
+            program = function.lower(self.plan, *args, **static).compile()
             self.compile_seconds += time.perf_counter() - begin
-        self.state = _compiled[key](*args)
+        _compiled[key] = program
+        if len(_compiled) > PROGRAMS:
+            del _compiled[next(iter(_compiled))]
+        self.state = program(*args)
 
     def admit(
         self, prompts: Sequence[Sequence[int]], limits: Sequence[int], indices: Sequence[int], rows: Sequence[int]

@@ -93,7 +93,8 @@ def test_limit_stops_before_a_damaged_line(tmp_path):
         ('{"messages": [{"content": "a"}]}', r":2: messages must be .*"),
         ('{"turns": []}', r":2: turns must be a list of texts"),
         ('{"turns": [{"speaker": "a"}]}', r":2: turns must be .*"),
-        ('{"text": "a", "test_list": "assert f()"}', r":2: test_list must be a list of texts"),
+        ('{"text": "a", "test_list": "assert f()"}', r":2: text must be a text and test_list a list of texts"),
+        ('{"prompt": [1], "test_list": []}', r":2: prompt must be a text and test_list a list of texts"),
     ],
 )
 def test_refused_lines(tmp_path, line, message):

@@ -1,0 +1,77 @@
+"""deer-jax bench: plain decoding and drafters on the same prompts, measured in one run."""
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from typing import Annotated
+
+from deer_jax.bench.report import PLAIN, table
+from deer_jax.bench.runner import bench
+from deer_jax.cli.common import (
+    DRAFTER_HELP,
+    DecodeOptions,
+    ModelOptions,
+    OutputOptions,
+    PromptOptions,
+    check_writable,
+    show,
+    write_json,
+)
+from deer_jax.cli.options import parse
+from deer_jax.cli.progress import Reporter
+from deer_jax.config import InputError
+
+EXAMPLE = (
+    "deer-jax bench --target models/stories260k --drafter from-target --draft-lengths 1,4,8 "
+    "--prompts stories.jsonl --json report.json"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(OutputOptions, DecodeOptions, PromptOptions, ModelOptions):
+    """Measure acceptance length and speed of drafters against plain decoding, in one run on the same prompts."""
+
+    drafter: Annotated[tuple[str, ...], f"{DRAFTER_HELP}; repeatable", "[NAME=]SOURCE"]
+    draft_lengths: Annotated[
+        tuple[int, ...] | None,
+        "tokens drafted per round, as in 2,4,8; by default what each drafter was trained for",
+        "N,N",
+    ] = None
+    batch_size: Annotated[int, "prompts that run at once"] = 1
+    repeats: Annotated[int, "measured runs of each method, after one that compiles; the methods take turns"] = 3
+
+
+def run(argv: Sequence[str]) -> None:
+    options = parse(Options, "bench", argv, EXAMPLE)
+    arguments = options.arguments() | {"template_arguments": options.template_arguments()}
+    sources = named(options.drafter)
+    prompts = options.read()
+    check_writable(options.json)
+    target, drafters = options.load(list(sources.values()))
+    with Reporter("measuring, runs") as reporter:
+        report = bench(
+            target, [prompt.content for prompt in prompts], drafters=dict(zip(sources, drafters, strict=True)),
+            draft_lengths=options.draft_lengths, batch_size=options.batch_size, repeats=options.repeats,
+            progress=reporter.show, command=shlex.join(["deer-jax", "bench", *argv]), **arguments,
+        )  # fmt: skip
+    show(table(report))
+    if options.json:
+        write_json(options.json, report.as_dict())
+
+
+def named(drafters: Sequence[str]) -> dict[str, str]:
+    """Sources by name: NAME=SOURCE, or the last part of the source's path.
+
+    runs/a/final -> final;  mine=runs/a/final -> mine
+    """
+    found: dict[str, str] = {}
+    for text in drafters:
+        name, equals, source = text.partition("=")
+        if not equals or "/" in name:
+            name, source = text.rstrip("/").rpartition("/")[2], text
+        if not name or not source:
+            raise InputError(f"--drafter: expected NAME=SOURCE or SOURCE, got '{text}'")
+        if name in found or name == PLAIN:
+            raise InputError(f"--drafter: the name '{name}' is taken; give another as NAME={source}")
+        found[name] = source
+    return found

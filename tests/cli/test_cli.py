@@ -1,0 +1,271 @@
+"""The command line: what it prints and writes, and one line with status 2 for whatever is wrong with its input."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from deer_jax import decode, load_target
+from deer_jax.checkpoints.huggingface import save_folder
+from deer_jax.cli import main as cli
+from deer_jax.cli.options import parse
+from tests.tiny import random_params, tiny
+
+CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch):
+    """JAX's settings are the process's own: the other tests shall not find theirs changed."""
+    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny random target without a tokenizer."""
+    config = tiny("llama", layers=1)
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    save_folder(path, config, random_params(config))
+    return str(path)
+
+
+@pytest.fixture
+def ids(tmp_path):
+    """A prompt file of token ids."""
+    path = tmp_path / "ids.jsonl"
+    path.write_text('{"id": "a", "tokens": [1, 2, 3]}\n{"id": "b", "tokens": [4]}\n', encoding="utf-8")
+    return str(path)
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    status = cli.main(argv)
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_decode_to_files(capsys, tmp_path, folder, ids):
+    output, numbers = tmp_path / "answers.jsonl", tmp_path / "numbers.json"
+    status, out, err = run(
+        capsys, "decode", "--target", folder, "--drafter", "from-target", "--prompts", ids, "--draft-length", "3",
+        "--max-new-tokens", "9", "--output", str(output), "--json", str(numbers),
+    )  # fmt: skip
+    assert (status, out) == (0, "")
+    assert err.splitlines()[-1].startswith("deer-jax: τ ")
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert [row["id"] for row in rows] == ["a", "b"]
+    assert all(row.keys() == {"id", "text", "tokens", "new_tokens", "rounds"} for row in rows)
+    assert [row["tokens"] for row in rows] == decode(load_target(folder), [[1, 2, 3], [4]], max_new_tokens=9).tokens
+    values = json.loads(numbers.read_text(encoding="utf-8"))
+    assert (values["prompts"], values["draft_length"], values["new_tokens"]) == (2, 3, 18)
+    assert sum(values["accepted_histogram"]) == values["rounds"] == sum(row["rounds"] for row in rows)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "ids.jsonl", "numbers.json"]
+
+
+def test_decode_prints_answers(capsys, stories_dir):
+    arguments = ["decode", "--target", str(stories_dir), "--prompt", "Once upon a time", "--max-new-tokens", "12"]
+    status, out, err = run(capsys, *arguments)
+    assert status == 0
+    header, text = out.split("\n", 1)
+    assert header == "== 1 (12 tokens, 12 rounds)"
+    assert "τ 1.00" in err
+    status, streamed, _ = run(capsys, *arguments, "--stream", "--drafter", "from-target:0,1", "--draft-length", "2")
+    assert (status, streamed) == (0, text)
+
+
+def test_bench(capsys, tmp_path, folder, ids):
+    numbers = tmp_path / "report.json"
+    argv = [
+        "bench", "--target", folder, "--drafter", "mine=from-target", "--drafter", "from-target:0", "--draft-lengths",
+        "2", "--prompts", ids, "--max-new-tokens", "6", "--batch-size", "2", "--repeats", "1", "--json", str(numbers),
+    ]  # fmt: skip
+    status, out, err = run(capsys, *argv)
+    assert status == 0
+    assert all(line.startswith("deer-jax: ") for line in err.splitlines())
+    values = json.loads(numbers.read_text(encoding="utf-8"))
+    assert list(values["methods"]) == ["plain", "mine k=2", "from-target:0 k=2"]
+    assert values["command"].startswith("deer-jax bench --target ")
+    assert all(name in out for name in values["methods"])
+
+
+def test_config_file(capsys, tmp_path, folder, ids):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"target: {folder}\nprompts: {ids}\ndrafter: null\nmax-new-tokens: 7\nlimit: 1\nignore_stop: true\n",
+        encoding="utf-8",
+    )
+    status, out, _ = run(capsys, "decode", "--config", str(config))
+    assert status == 0
+    assert out.splitlines()[0] == "== a (7 tokens, 7 rounds)"
+    status, out, _ = run(capsys, "decode", "--config", str(config), "--max-new-tokens", "3", "--limit", "2")
+    assert [line for line in out.splitlines() if "==" in line] == [
+        "== a (3 tokens, 3 rounds)",
+        "== b (3 tokens, 3 rounds)",
+    ]
+
+
+def test_config_values_of_every_kind(tmp_path):
+    from deer_jax.cli.bench import Options
+
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "target: t\ndrafter: {a: from-target, b: runs/x}\ndraft_lengths: [2, 4]\nchat: true\ntemperature: 0.5\n"
+        'prompt: [--dashes, "two\\nlines"]\ntemplate: {enable_thinking: false, style: short}\ndtype: float32\n',
+        encoding="utf-8",
+    )
+    options = parse(Options, "bench", ["--config", str(config), "--no-chat", "--drafter", "c"], "")
+    assert options.drafter == ("c",)
+    assert options.draft_lengths == (2, 4)
+    assert (options.chat, options.temperature, options.dtype, options.seed) == (False, 0.5, "float32", 0)
+    assert options.prompt == ("--dashes", "two\nlines")
+    assert options.template_arguments() == {"enable_thinking": False, "style": "short"}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("bench_*.yaml")), ids=lambda path: path.name)
+def test_shipped_configs_are_read(path):
+    from deer_jax.cli.bench import Options
+
+    options = parse(Options, "bench", ["--config", str(path), "--target", "t"], "")
+    assert options.arguments()
+    assert options.read()
+    first = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert all(word in first for word in ("# Purpose:", "# Command:", "# Hardware:", "# Expected:"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("", "name a verb first: demo, decode, bench"),
+        ("--drafter x", "name a verb first"),
+        ("decod", "unknown verb 'decod', did you mean 'decode'?"),
+        ("demo --speed", "unknown option '--speed'"),
+        ("decode --target T --prompt a --tempratur 1", "unknown option '--tempratur', did you mean '--temperature'?"),
+        ("decode --target T --prompt a --temp=1", "unknown option '--temp', did you mean '--template'?"),
+        ("decode --target T hello", "unexpected argument 'hello'"),
+        ("decode --target T --prompt", "--prompt: expected one argument"),
+        ("decode --prompt a", "--target is missing"),
+        ("bench --target T --prompt a", "--drafter is missing"),
+        ("decode --target T --prompt a --temperature hot", "--temperature: invalid float value: 'hot'"),
+        ("decode --target T --prompt a --temperature -1", "temperature must be 0 (greedy) or positive, got -1.0"),
+        ("decode --target T --prompt a --top-p 0", "top_p must be in (0, 1], got 0.0"),
+        ("decode --target T --prompt a --top-k -2", "top_k must be"),
+        ("decode --target T --prompt a --max-new-tokens 0", "max_new_tokens must be at least 1, got 0"),
+        ("decode --target T --prompt a --dtype int8", "--dtype: invalid choice: 'int8'"),
+        ("decode --target T --prompts P --draft-length -1 --drafter from-target", "draft_length must be 0"),
+        ("decode --target T --prompts P --draft-length 2", "there is no drafter"),
+        ("decode --target T --prompts P --batch-size 0", "batch_size must be at least 1, got 0"),
+        ("decode --target T", "give prompts either with --prompt TEXT or with --prompts FILE"),
+        ("decode --target T --prompt a --prompts P", "give prompts either with"),
+        ("decode --target T --prompt a --limit 2", "--field and --limit are for a file"),
+        ("decode --target T --prompt a", "prompt 0 is text but tiny has no tokenizer"),
+        ("decode --target T --prompt a --chat --template think", "--template: expected NAME=VALUE, got 'think'"),
+        ("decode --target T --prompt a --chat --template think=[", "--template: expected NAME=VALUE"),
+        ("decode --target T --prompt a --template think=1", "--template has no effect on plain text: add --chat"),
+        ("decode --target T --prompts P --template think=1", "--template has no effect on plain text: add --chat"),
+        ("decode --target T --prompt=", "--prompt is empty"),
+        ("decode --target T/none --prompt a", "no such folder"),
+        ("decode --target T --prompts none.jsonl", "none.jsonl: no such file"),
+        ("decode --target T --prompts P --stream", "--stream prints the answer to one prompt"),
+        ("decode --target T --prompts P --draft-attention bidirectional", "--draft-attention is for"),
+        ("decode --target T --prompts P --json none/a.json", "none/a.json: no folder"),
+        ("decode --target T --prompts P --output .", ".: is a folder"),
+        ("decode --config none.yaml", "none.yaml: no such file"),
+        ("bench --target T --prompts P --drafter =x", "--drafter: expected NAME=SOURCE or SOURCE, got '=x'"),
+        ("bench --target T --prompts P --drafter plain=x", "the name 'plain' is taken"),
+        ("bench --target T --prompts P --drafter from-target --draft-lengths 2,x", "--draft-lengths: invalid"),
+        ("bench --target T --prompts P --drafter from-target --draft-lengths 0", "draft_lengths must be 1 or more"),
+        ("bench --target T --prompts P --drafter from-target --repeats 0", "repeats must be at least 1, got 0"),
+        ("bench --target T --prompts P --drafter from-target:7", "the target has layers 0..0"),
+    ],
+)
+def test_wrong_arguments_are_one_line(capsys, monkeypatch, tmp_path, folder, ids, argv, message):
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        ids if word == "P" else word.replace("T", folder, 1) if word[:1] == "T" else word for word in argv.split()
+    ]
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("deer-jax: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tempratur: 1", "run.yaml: unknown key 'tempratur', did you mean 'temperature'?"),
+        ("temperature: warm", "run.yaml: --temperature: invalid float value: 'warm'"),
+        ("config: run.yaml", "run.yaml: unknown key 'config'"),
+        ("- temperature", "run.yaml: expected keys and values, found list"),
+        ("a: [1", "run.yaml: not valid YAML"),
+    ],
+)
+def test_wrong_config_files_are_one_line(capsys, monkeypatch, tmp_path, text, message):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(text, encoding="utf-8")
+    status, _, err = run(capsys, "decode", "--config", "run.yaml", "--target", "t", "--prompt", "a")
+    assert status == 2
+    assert err.startswith(f"deer-jax: error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_damaged_prompt_files_are_one_line(capsys, tmp_path, folder):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": \n', encoding="utf-8")
+    status, _, err = run(capsys, "decode", "--target", folder, "--prompts", str(path))
+    assert status == 2
+    assert err.startswith(f"deer-jax: error: {path}:2: not valid JSON")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_are_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_run", lambda argv: warnings.warn("two\nlines", stacklevel=1) or 0)
+    assert run(capsys) == (0, "", "deer-jax: warning: two lines\n")
+
+
+def test_interrupted(capsys, monkeypatch):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    status, _, err = run(capsys)
+    assert status == 130
+    assert err.startswith("deer-jax: interrupted: ")
+    assert err.count("\n") == 1
+
+
+def test_failures_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "_run", lambda argv: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["decode"])
+
+
+@pytest.mark.parametrize("verb", ["demo", "decode", "bench"])
+def test_help_of_every_verb(capsys, verb):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([verb, "--help"])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert out.startswith(f"usage: deer-jax {verb} [options]")
+    assert f"example:\n  deer-jax {verb}" in out
+
+
+def test_version(capsys):
+    status, out, _ = run(capsys, "--version")
+    assert status == 0
+    assert out.strip()[0].isdigit()
+
+
+def test_as_a_program(tmp_path):
+    environment = os.environ | {"HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "deer_jax.cli.main"]
+    help = subprocess.run([*command, "--help"], capture_output=True, text=True, env=environment, check=True)
+    assert all(f"\n  {verb} " in help.stdout for verb in cli.VERBS)
+    assert help.stderr == ""
+    wrong = subprocess.run([*command, "decode"], capture_output=True, text=True, env=environment, check=False)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("deer-jax: error: --target is missing")
