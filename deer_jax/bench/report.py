@@ -9,6 +9,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from deer_jax.decoding.agreement import Agreement
 from deer_jax.decoding.state import DecodeResult, acceptance_length
 
 PLAIN = "plain"
@@ -29,6 +30,7 @@ class MethodReport:
       speedup: tokens_per_second over plain decoding's.
       exact_match: share of prompts whose tokens equal plain decoding's; None when sampling.
       rows_differing: how many prompts differ; None when sampling.
+      near_ties: how many of these depart where the target's best logits are closer than rounding; None when sampling.
       accepted_histogram: [k+1] rounds that accepted i drafts.
       acceptance_by_depth: [k] share of accepted i-th drafts among rounds that accepted all before it; None where no
         round got there. A round that a stop token ends counts as rejecting what follows it.
@@ -47,6 +49,7 @@ class MethodReport:
     speedup: float
     exact_match: float | None
     rows_differing: int | None
+    near_ties: int | None
     accepted_histogram: list[int]
     acceptance_by_depth: list[float | None]
     repeated_8grams: float | None
@@ -87,15 +90,20 @@ def measure(
     temperature: float,
     batch_size: int,
     compile_seconds: float,
+    agreements: Sequence[Agreement] | None,
 ) -> MethodReport:
-    """The numbers of one method from its repeats and plain decoding's, which ran in the same rounds."""
+    """The numbers of one method from its repeats and plain decoding's, which ran in the same rounds.
+
+    agreements: each repeat's answers compared with plain decoding's; None when sampling.
+    """
     histograms = np.sum([result.stats.accepted_histogram for result in rounds], axis=0)  # [prompts, k+1]
     total = histograms.sum(axis=0)
-    exact, differing = None, None
-    if temperature == 0:
-        pairs = [zip(ours.tokens, theirs.tokens, strict=True) for ours, theirs in zip(rounds, plain, strict=True)]
-        same = np.all([[a == b for a, b in pair] for pair in pairs], axis=0)
-        exact, differing = float(same.mean()), int((~same).sum())
+    exact, differing, near_ties = None, None, None
+    if agreements is not None:
+        departures = [departure for agreement in agreements for departure in agreement.departures]
+        rows = {departure.row for departure in departures}  # in any repeat
+        differing, exact = len(rows), 1 - len(rows) / agreements[0].rows
+        near_ties = differing - len({departure.row for departure in departures if not departure.near_tie})
     speed = _speed(rounds)
     return MethodReport(
         draft_length=rounds[0].stats.draft_length,
@@ -108,6 +116,7 @@ def measure(
         speedup=speed / _speed(plain),
         exact_match=exact,
         rows_differing=differing,
+        near_ties=near_ties,
         accepted_histogram=total.tolist(),
         acceptance_by_depth=acceptance_by_depth(total),
         repeated_8grams=repeated_windows([answer for result in rounds for answer in result.tokens]),
@@ -160,6 +169,9 @@ def repeated_windows(answers: Sequence[Sequence[int]], width: int = WINDOW) -> f
 def table(report: BenchReport) -> Table:
     """The report for a terminal."""
     title = f"{report.target}, {report.prompts} prompts x {report.repeats}"
+    for name, method in report.methods.items():
+        if method.rows_differing:
+            title += f"\n{name}: {method.near_ties} of {method.rows_differing} departures are near-ties"
     style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
     result = Table(caption=title, caption_justify="left", **style)
     result.add_column("method")

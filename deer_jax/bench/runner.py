@@ -9,6 +9,7 @@ import jax
 
 from deer_jax.bench.report import PLAIN, BenchReport, measure
 from deer_jax.config import InputError
+from deer_jax.decoding.agreement import compare_greedy
 from deer_jax.decoding.engine import decode
 from deer_jax.decoding.prompts import encode_prompts
 from deer_jax.decoding.state import DecodeResult
@@ -98,6 +99,12 @@ def bench(
                 temperature=temperature,
                 batch_size=batch_size,
                 compile_seconds=compile_seconds[name],
+                agreements=None
+                if temperature > 0
+                else [
+                    compare_greedy(target, encoded, plain.tokens, ours.tokens, k=ways[name].k, batch=batch_size)
+                    for plain, ours in zip(rounds[PLAIN], rounds[name], strict=True)
+                ],
             )
             for name in names
         },

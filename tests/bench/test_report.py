@@ -15,6 +15,7 @@ from deer_jax.bench.report import (
     repeated_windows,
     table,
 )
+from deer_jax.decoding.agreement import Agreement, Departure
 from deer_jax.decoding.state import DecodeResult, DecodeStats
 
 
@@ -34,8 +35,13 @@ DRAFTED = [
 ]
 
 
+SAME = Agreement(2, 6, ())
+# The second prompt departs in the second repeat: at a near-tie, or not.
+NEAR, FAR = (Agreement(2, 5, (Departure(1, 1, gap, 1e-5),)) for gap in (1e-5, 1e-2))
+
+
 def test_measure():
-    found = measure(DRAFTED, PLAIN, temperature=0.0, batch_size=2, compile_seconds=7.0)
+    found = measure(DRAFTED, PLAIN, temperature=0.0, batch_size=2, compile_seconds=7.0, agreements=[SAME, NEAR])
     # Committed: 2 * 2 + 2 * 1 in the first repeat, 1 + 3 + 2 in the second; rounds: 4 and 3.
     assert found.acceptance_length == pytest.approx(12 / 7)
     assert found.accepted_histogram == [3, 3, 1]
@@ -44,17 +50,19 @@ def test_measure():
     assert found.decode_tokens_per_second == pytest.approx(12 / 1.0)
     assert found.speedup == pytest.approx((12 / 1.5) / (12 / 6.0))
     assert found.exact_match == 0.5  # the second prompt departs in one repeat
-    assert found.rows_differing == 1
+    assert (found.rows_differing, found.near_ties) == (1, 1)
     assert (found.new_tokens, found.rounds, found.draft_length, found.compile_seconds) == (12, 7, 2, 7.0)
     assert found.repeated_8grams is None
 
 
 def test_plain_and_sampled():
-    plain = measure(PLAIN, PLAIN, temperature=0.0, batch_size=1, compile_seconds=0.0)
+    plain = measure(PLAIN, PLAIN, temperature=0.0, batch_size=1, compile_seconds=0.0, agreements=[SAME, SAME])
     assert (plain.acceptance_length, plain.speedup, plain.exact_match, plain.acceptance_by_depth) == (1, 1, 1, [])
-    sampled = measure(DRAFTED, PLAIN, temperature=0.7, batch_size=1, compile_seconds=0.0)
+    far = measure(DRAFTED, PLAIN, temperature=0.0, batch_size=1, compile_seconds=0.0, agreements=[NEAR, FAR])
+    assert (far.rows_differing, far.near_ties) == (1, 0)
+    sampled = measure(DRAFTED, PLAIN, temperature=0.7, batch_size=1, compile_seconds=0.0, agreements=None)
     assert sampled.exact_match is None
-    assert sampled.rows_differing is None
+    assert (sampled.rows_differing, sampled.near_ties) == (None, None)
     assert sampled.temperature == 0.7
 
 
@@ -96,8 +104,8 @@ def test_repeated_windows():
 
 def test_json_and_table():
     methods = {
-        "plain": measure(PLAIN, PLAIN, temperature=0.0, batch_size=1, compile_seconds=0.0),
-        "x k=2": measure(DRAFTED, PLAIN, temperature=0.0, batch_size=1, compile_seconds=0.0),
+        "plain": measure(PLAIN, PLAIN, temperature=0.0, batch_size=1, compile_seconds=0.0, agreements=[SAME]),
+        "x k=2": measure(DRAFTED, PLAIN, temperature=0.0, batch_size=1, compile_seconds=0.0, agreements=[NEAR]),
     }
     report = BenchReport(
         methods=methods, machine={"platform": "cpu"}, date="2026-01-02", command="deer-jax bench", target="tiny",
