@@ -48,7 +48,9 @@ class TableMethod(Stateless):
 
 @dataclasses.dataclass(frozen=True)
 class AnchorMethod(Stateless):
-    """Drafts from logits[anchor], whatever else the text is."""
+    """Drafts from logits[anchor], whatever else the text is. A label keeps programs of one method apart."""
+
+    label: str = ""
 
     def propose(self, params: Params, state: Any, context: Context, k: int, pick: Pick) -> tuple[Draft, Any]:
         anchor = jnp.take_along_axis(context.tokens, context.length[:, None] - 1, axis=1)[:, 0]
@@ -71,9 +73,9 @@ def table_drafter(table, vocab_size: int, *, certain: bool = True) -> Double:
     return Double(method=TableMethod(vocab_size, certain), params={"table": table}, name="table")
 
 
-def anchor_drafter(logits) -> Double:
+def anchor_drafter(logits, label: str = "") -> Double:
     """Drafts from logits float [V, k, V], by anchor and place in the draft."""
-    return Double(method=AnchorMethod(), params={"logits": jnp.asarray(logits, jnp.float32)}, name="anchor")
+    return Double(method=AnchorMethod(label), params={"logits": jnp.asarray(logits, jnp.float32)}, name="anchor")
 
 
 def text_table(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> np.ndarray:

@@ -45,8 +45,8 @@ class StandaloneMethod:
     def prefill(self, params: Params, state: Any, tokens, start, rows, *, first: bool) -> Any:
         if not self.cached:
             return state
-        model = bind(self.model, _backbone(params))
-        x = self._embed(model, params, tokens)
+        model = bind(self.model, backbone(params))
+        x = self.embed(model, params, tokens)
         return state | {"cache": prefill_rows(model, x, state["cache"], start, rows, first=first)}
 
     def ready(self, state: Any, length, rows) -> Any:
@@ -59,7 +59,7 @@ class StandaloneMethod:
     def draft_logits(self, params: Params, state: Any, context: Context, k: int):
         """float32 [B, k, V] of the target's vocabulary (-inf where nothing may be proposed), and the next state."""
         with jax.named_scope("draft"):
-            model = bind(self.model, _backbone(params))
+            model = bind(self.model, backbone(params))
             run = self._draft_block_causal if self.cached else self._draft_bidirectional
             hidden, state = run(model, params, state, context, k)
             return self._fit_vocabulary(model.logits(hidden)), state
@@ -80,7 +80,7 @@ class StandaloneMethod:
         tokens = _gather_rows(context.tokens, read, width)
         tail = jnp.array([MASK] * k + [SEPARATOR] * self.config.separator)
         special = jnp.broadcast_to(params["special"][tail][None], (tokens.shape[0], tail.size, self.model.width))
-        x = jnp.concatenate([self._embed(model, params, tokens), special], axis=1)
+        x = jnp.concatenate([self.embed(model, params, tokens), special], axis=1)
 
         steps = jnp.arange(width)[None]
         tail_positions = context.length[:, None] + jnp.arange(tail.size)[None]
@@ -108,7 +108,7 @@ class StandaloneMethod:
         length = context.length[:, None]
         B, S = context.tokens.shape
         positions = jnp.broadcast_to(jnp.arange(S)[None], (B, S))
-        x = self._embed(model, params, context.tokens)
+        x = self.embed(model, params, context.tokens)
         special = params["special"]
         x = jnp.where((positions >= length)[..., None], special[MASK][None, None], x)
         end = length + k
@@ -123,7 +123,7 @@ class StandaloneMethod:
             hidden, (first[:, None] + jnp.arange(k)[None])[..., None], axis=1, mode="clip"
         ), state
 
-    def _embed(self, model: Transformer, params: Params, tokens):
+    def embed(self, model: Transformer, params: Params, tokens):
         """Embeddings of the target's ids; an id this drafter does not share is read as a mask."""
         unknown = tokens >= self.model.vocab_size
         for differing in self.config.differing_ids:
@@ -144,7 +144,8 @@ class StandaloneMethod:
         return logits
 
 
-def _backbone(params: Params) -> Params:
+def backbone(params: Params) -> Params:
+    """The parameters without the drafter's own two entries."""
     return {name: value for name, value in params.items() if name != "special"}
 
 

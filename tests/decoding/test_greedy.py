@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 
 from deer_jax import DrafterConfig, Target, decode, drafter_from_target
+from deer_jax.checkpoints.load import load_target
 from deer_jax.decoding import engine
-from tests.decoding.agreement import assert_same_greedy, departure
-from tests.doubles import table_drafters
+from tests.decoding.agreement import assert_same_greedy
+from tests.doubles import table_drafter, table_drafters, text_table
 from tests.tiny import random_params, tiny
 
 SMALL = {"vocab_size": 48, "width": 16, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 24}
 # Rows past a batch's size refill its slots; those are of one token, which needs no prefill (so nothing to compile).
 LENGTHS = (70, 1, 66, 1, 33, 2, 5, 16, 17, 64, 65, 3, 8, 40, 70, 12, 1, 1)
-ROWS = {1: 3, 3: 4, 16: 18}  # prompts per batch size
+ROWS = {1: (1, 3, 16), 3: (0, 1, 2, 3), 16: range(18)}  # which prompts each batch size decodes
 LIMITS = tuple(8 + 5 * i % 17 for i in range(len(LENGTHS)))
 MODES = [(attention, head) for attention in ("block_causal", "bidirectional") for head in ("shifted", "in_place")]
 
@@ -69,26 +70,119 @@ def test_the_grid_covers_every_pair():
         assert len({(call[first], call[second]) for call in calls}) == len(values[0]) * len(values[1])
 
 
-@pytest.mark.parametrize(("k", "batch", "drafters"), GRID, ids=lambda value: str(value) if isinstance(value, int) else "")
+@pytest.mark.parametrize(
+    ("k", "batch", "drafters"), GRID, ids=lambda value: str(value) if isinstance(value, int) else ""
+)
 def test_equals_plain(case, k, batch, drafters):
     target, prompts, plain, doubles = case
-    n = ROWS[batch]
+    rows = list(ROWS[batch])
+    prompts, plain, limits = ([values[row] for row in rows] for values in (prompts, plain, LIMITS))
     attention, head = MODES[(k + batch) % 4]
     for name in drafters:
-        drafter = doubles.get(name)
-        if drafter is None:
+        if name in doubles:
+            table = doubles[name].params["table"][np.array(rows)]
+            drafter = dataclasses.replace(doubles[name], params={"table": table})
+        else:
             drafter = drafter_from_target(target, DrafterConfig(attention=attention, head=head, draft_length=k))
             if name == "random":
                 special = drafter.params["special"]
                 weights = random_params(target.config, 99, scan=False) | {"special": special}
                 drafter = dataclasses.replace(drafter, params=weights)
-        result = decode(
-            target, prompts[:n], drafter=drafter, draft_length=k, max_new_tokens=LIMITS[:n], batch_size=batch
-        )
-        agreement = assert_same_greedy(target, prompts[:n], plain[:n], result.tokens, k=k, batch=batch)
-        assert len(agreement.near_ties) <= 1
+        result = decode(target, prompts, drafter=drafter, draft_length=k, max_new_tokens=limits, batch_size=batch)
+        agreement = assert_same_greedy(target, prompts, plain, result.tokens, k=k, batch=batch)
+        assert agreement.near_ties <= 1, agreement
         rounds = result.stats.rounds
         if name == "right" and not agreement.near_ties:
             assert rounds == [-(-len(answer) // (k + 1)) for answer in result.tokens]
         if name in ("wrong", "second"):
             assert rounds == [len(answer) for answer in result.tokens]
+
+
+@pytest.mark.parametrize("certain", [True, False])
+def test_right_and_half_right_tables_accept_what_they_should(case, certain):
+    """Through `pick`, logits that favour the right token draft it: the other way for a drafter to say the same."""
+    target, prompts, plain, _ = case
+    n, k = 4, 3
+    drafter = table_drafter(text_table(prompts, plain), target.config.vocab_size, certain=certain)
+    result = decode(target, prompts[:n], drafter=drafter, draft_length=k, max_new_tokens=LIMITS[:n], batch_size=3)
+    agreement = assert_same_greedy(target, prompts[:n], plain[:n], result.tokens, k=k, batch=3)
+    assert result.stats.rounds == [-(-len(answer) // (k + 1)) for answer in plain[:n]] or agreement.near_ties
+
+
+@pytest.mark.parametrize(("family", "scan"), [("qwen2", True), ("qwen3_moe", False)])
+def test_scanned_layers_and_experts(family, scan):
+    changes = {"expert_width": 8, "experts": 4} if family == "qwen3_moe" else {}
+    target = make_target(family, scan=scan, **changes)
+    prompts = make_prompts((5, 1, 14), target.config.vocab_size)
+    plain = decode(target, prompts, max_new_tokens=16).tokens
+    drafter = drafter_from_target(target, layers=(1,))
+    result = decode(target, prompts, drafter=drafter, draft_length=3, max_new_tokens=16)
+    assert_same_greedy(target, prompts, plain, result.tokens, k=3, batch=3)
+    assert [len(answer) for answer in result.tokens] == [16] * 3
+
+
+def test_prompts_longer_than_a_prefill_pass_enter_running_batches(case, monkeypatch):
+    """Slots are refilled while their neighbours run, by prompts that take several passes to read."""
+    target, prompts, plain, _ = case
+    monkeypatch.setattr(engine, "PREFILL_CHUNK", 16)
+    assert engine.prefill_chunks(69) == [(0, 16), (16, 16), (32, 16), (48, 16), (64, 16)]
+    n = 9
+    result = decode(
+        target,
+        prompts[:n],
+        drafter=drafter_from_target(target),
+        draft_length=3,
+        max_new_tokens=LIMITS[:n],
+        batch_size=2,
+    )
+    assert_same_greedy(target, prompts[:n], plain[:n], result.tokens, k=3, batch=2)
+
+
+def test_a_real_target(stories_dir):
+    target = load_target(stories_dir)
+    prompts = [
+        "Once upon a time, there was a little girl named Lily.",
+        "Tom had a big red ball.",
+        "The cat saw a bird in the tree and",
+        "One day",
+        "Mom said: do not go into the dark forest. But Tim wanted to see the old house, so he walked and walked.",
+    ]
+    plain = decode(target, prompts, max_new_tokens=48)
+    result = decode(target, prompts, drafter=drafter_from_target(target), draft_length=5, max_new_tokens=48)
+    ids = [target.tokenizer.encode(prompt) for prompt in prompts]
+    agreement = assert_same_greedy(target, ids, plain.tokens, result.tokens, k=5, batch=5)
+    assert agreement.near_ties or result.texts == plain.texts
+    assert result.stats.acceptance_length > 1.5
+
+
+@pytest.fixture(scope="module")
+def twins(case):
+    """A target to which two ids are the same, prompts, an answer, and where in it the lower of the two stands."""
+    target, prompts, plain, _ = case
+    V = target.config.vocab_size
+    at = next(i for i, token in enumerate(plain[0]) if token < V - 1 and token not in plain[0][:i])
+    head = target.params["head"]
+    params = target.params | {"head": head.at[V - 1].set(head[plain[0][at]])}
+    target = dataclasses.replace(target, params=params, stop_ids=())
+    answer = decode(target, prompts[:1], max_new_tokens=at + 4).tokens
+    return target, prompts[:1], answer, at
+
+
+def test_agreement_counts_a_near_tie_and_looks_no_further(twins):
+    target, prompts, plain, at = twins
+    other = [[*plain[0][:at], target.config.vocab_size - 1, 1, 2]]
+    agreement = assert_same_greedy(target, prompts, plain, other, k=3)
+    assert [(tie.row, tie.at) for tie in agreement.departures] == [(0, at)]
+    assert agreement.same_tokens == at
+    _, _, gap, difference = agreement.departures[0]
+    assert gap <= 1e-6
+    assert difference < 1e-4
+
+
+def test_agreement_refuses_other_departures(twins):
+    target, prompts, plain, at = twins
+    wrong = [[*plain[0][:at], (plain[0][at] + 1) % (target.config.vocab_size - 1), *plain[0][at + 1 :]]]
+    with pytest.raises(AssertionError, match=f"row 0 departs at token {at}"):
+        assert_same_greedy(target, prompts, plain, wrong)
+    with pytest.raises(AssertionError, match=r"\[\] instead of"):
+        assert_same_greedy(target, prompts, plain, [plain[0][:-1]])

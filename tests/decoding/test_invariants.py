@@ -1,0 +1,451 @@
+"""What must not matter does not, what is counted is counted right, and wrong input is refused before any work."""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.array import ArrayImpl  # there is no public way to see a copy to the host on CPU
+
+import deer_jax
+from deer_jax import DrafterConfig, InputError, Target, decode, drafter_from_target, stream
+from deer_jax.config import Sampling
+from deer_jax.decoding import engine, loop
+from deer_jax.decoding.engine import Engine, bucket
+from tests.doubles import table_drafter, table_drafters, text_table
+from tests.tiny import random_params, tiny
+
+V, K, SLOTS, CAPACITY = 48, 3, 4, 64
+SMALL = {"vocab_size": V, "width": 16, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 24}
+SAMPLED = {"temperature": 0.9}
+GARBAGE = 1e4
+
+
+def make_target(scan: bool) -> Target:
+    config = tiny("qwen3", **SMALL)
+    return Target(config=config, params=random_params(config, 5, scan=scan))
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return make_target(scan=False)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, V, n).tolist() for n in (9, 1, 14, 3, 5, 1, 12, 2)]
+
+
+@pytest.fixture(scope="module")
+def limits(prompts) -> list[int]:
+    return [len(prompt) + 12 + i % 5 for i, prompt in enumerate(prompts)]
+
+
+@pytest.fixture(scope="module")
+def plain(target, prompts):
+    return decode(target, prompts, max_new_tokens=20, batch_size=SLOTS).tokens
+
+
+def drafter_for(target: Target, name: str):
+    return None if name == "none" else drafter_from_target(target, DrafterConfig(attention=name))
+
+
+def make_engine(target: Target, name: str, settings: dict, slots: int = SLOTS) -> Engine:
+    drafter = drafter_for(target, name)
+    return Engine(target, drafter, K if drafter else 0, Sampling(**settings), 7, (), slots, CAPACITY)
+
+
+def poison(state):
+    """Large garbage in every slot of caches and tokens that holds nothing yet, idle rows' among them."""
+    length = state.length
+
+    def spoil(cache, exists):
+        free = jnp.arange(CAPACITY, dtype=jnp.int32)[None] >= exists[:, None]
+        signs = jnp.where(jnp.arange(CAPACITY) % 2 == 0, GARBAGE, -GARBAGE).astype(jnp.float32)
+        where = free[None, :, None, :, None]
+        return jax.tree.map(lambda x: jnp.where(where, signs[None, None, None, :, None], x), cache)
+
+    drafter = state.drafter
+    if drafter:
+        drafter = drafter | {"cache": spoil(drafter["cache"], drafter["read"])}
+    scratch = jnp.arange(CAPACITY, dtype=jnp.int32)[None] >= length[:, None]
+    tokens = jnp.where(scratch, jnp.int32(GARBAGE), state.tokens)
+    return dataclasses.replace(state, cache=spoil(state.cache, length - 1), drafter=drafter, tokens=tokens)
+
+
+def run(engine: Engine, *, spoil: bool) -> list[tuple]:
+    """Answers, rounds and histogram of every row, one round at a time, spoiled before each of them or not."""
+    while True:
+        if spoil:
+            engine.state = jax.jit(poison)(engine.state)
+        after = engine.segment(1)
+        if after["done"].all():
+            return rows_of(after)
+
+
+def rows_of(after) -> list[tuple]:
+    rows = zip(after["tokens"], after["length"], after["rounds"], after["histogram"], strict=True)
+    return [(tokens[:length].tolist(), int(rounds), counts.tolist()) for tokens, length, rounds, counts in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("none", {}), ("none", SAMPLED), ("block_causal", {}), ("block_causal", SAMPLED), ("bidirectional", {})],
+    ids=["plain-greedy", "plain-sampled", "causal-greedy", "causal-sampled", "bidirectional-greedy"],
+)
+def test_garbage_beyond_what_exists_changes_nothing(target, prompts, limits, name, settings):
+    results = []
+    for spoil in (False, True):
+        engine = make_engine(target, name, settings)
+        engine.admit(prompts[:3], limits[:3], [0, 1, 2], [2, 0, 3])
+        results.append(run(engine, spoil=spoil))
+    assert results[0] == results[1]
+    assert [len(results[0][slot][0]) for slot in (2, 0, 3)] == limits[:3]
+
+
+@pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_a_row_is_the_same_alone_in_a_batch_in_another_slot_and_after_refill(target, prompts, limits, settings):
+    name = "block_causal"
+    new = [limit - len(prompt) for prompt, limit in zip(prompts, limits, strict=True)]
+    refilled = decode(
+        target, prompts, drafter=drafter_for(target, name), draft_length=K, max_new_tokens=new, batch_size=SLOTS,
+        seed=7, **settings,
+    )  # fmt: skip
+    expected = [
+        (prompt + answer, rounds, histogram)
+        for prompt, answer, rounds, histogram in zip(
+            prompts, refilled.tokens, refilled.stats.rounds, refilled.stats.accepted_histogram, strict=True
+        )
+    ]
+    together = make_engine(target, name, settings)
+    slots = [3, 1, 0, 2]
+    together.admit(prompts[:4], limits[:4], [0, 1, 2, 3], slots)
+    rows = rows_of(together.segment())
+    assert [rows[slot] for slot in slots] == expected[:4]
+
+    for index, slot, count in ((2, 3, SLOTS), (6, 0, 1)):
+        alone = make_engine(target, name, settings, count)
+        alone.admit([prompts[index]], [limits[index]], [index], [slot])
+        assert rows_of(alone.segment())[slot] == expected[index]
+
+
+def test_the_prompt_number_and_the_seed_are_what_sampling_depends_on(target, prompts):
+    same = [prompts[3]] * 3
+    options = {"max_new_tokens": 20, "batch_size": SLOTS, "temperature": 0.9}
+    first, again, other = (decode(target, same, seed=seed, **options).tokens for seed in (0, 0, 1))
+    assert first == again
+    assert len({tuple(answer) for answer in (*first, *other)}) == 6
+
+
+@contextlib.contextmanager
+def copies_to_host(monkeypatch) -> Iterator[list[str]]:
+    """Names of the copies to the host made outside `Engine.fetch`."""
+    seen, inside = [], []
+    value, fetch = ArrayImpl._value, Engine.fetch
+
+    def counted(self):
+        if not inside:
+            seen.append(str(self.shape))
+        return value.fget(self)
+
+    def allowed(self, tree):
+        inside.append(True)
+        try:
+            return fetch(self, tree)
+        finally:
+            inside.pop()
+
+    with monkeypatch.context() as patch, jax.transfer_guard_device_to_host("disallow"):
+        patch.setattr(ArrayImpl, "_value", property(counted))
+        patch.setattr(ArrayImpl, "__array__", lambda self, *args, **kw: np.array(counted(self), *args, **kw))
+        patch.setattr(Engine, "fetch", allowed)
+        yield seen
+
+
+@pytest.mark.parametrize("name", ["none", "block_causal"])
+def test_one_fetch_per_segment_and_no_other_copy_to_the_host(target, prompts, name, monkeypatch):
+    drafter = drafter_for(target, name)
+    options = {"drafter": drafter, "draft_length": K if drafter else None, "max_new_tokens": 16, "batch_size": SLOTS}
+    with copies_to_host(monkeypatch) as seen:
+        once = decode(target, prompts[:4], **options)
+        monkeypatch.setattr(engine, "ROUNDS_PER_SEGMENT", 3)
+        calls = []
+        shown = decode(target, prompts[:4], **options, progress=lambda *state: calls.append(state))
+        refilled = decode(target, prompts, **options)
+    assert seen == []
+    assert once.stats.fetches == 1
+    assert shown.stats.fetches == len(calls) == -(-max(shown.stats.rounds) // 3)
+    assert shown.tokens == once.tokens
+    assert [finished for finished, *_ in calls] == sorted(finished for finished, *_ in calls)
+    assert calls[-1] == (4, 4, 64)
+    assert 1 < refilled.stats.fetches <= len(prompts) - SLOTS + 1
+    assert refilled.tokens[:4] == once.tokens
+
+
+def test_a_copy_to_the_host_would_be_seen(monkeypatch):
+    x = jnp.arange(3) + 1
+    # Not np.asarray: on CPU it reads the array's memory in place, which neither this nor a transfer guard notices.
+    for copy in (jax.device_get, lambda x: x.tolist(), lambda x: bool(x[0]), lambda x: int(x[1])):
+        with copies_to_host(monkeypatch) as seen:
+            copy(x)
+        assert seen
+
+
+def cache_copies(text: str, shapes: set[tuple[int, ...]]) -> list[str]:
+    """Lines of optimised HLO that copy an array of one of the shapes."""
+    lines = re.finditer(r"^.*= \(?\w+\[([\d,]+)\].* copy(-start)?\(.*$", text, re.MULTILINE)
+    return [line[0].strip() for line in lines if tuple(map(int, line[1].split(","))) in shapes]
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("name", ["none", "block_causal"])
+def test_the_loop_works_in_the_memory_it_was_given(prompts, limits, scan, name):
+    """Every cache is aliased with the donated one, and nothing as large as a cache is copied anywhere."""
+    target = make_target(scan)
+    test_engine = make_engine(target, name, {})
+    test_engine.admit(prompts[:1], limits[:1], [0], [0])
+    test_engine.segment()
+    caches = [test_engine.state.cache] + ([test_engine.state.drafter["cache"]] if name != "none" else [])
+    arrays = jax.tree.leaves(caches)
+    programs = [
+        (key[0].__name__, program)
+        for key, program in engine._compiled.items()
+        if key[1] == test_engine.plan and f"{CAPACITY}" in str(key) and _is_for(key, target.params, SLOTS)
+    ]
+    assert {"prefill", "admit", "run_segment"} <= {function for function, _ in programs}
+    for function, program in programs:
+        aliased = program.memory_analysis().alias_size_in_bytes
+        assert aliased >= sum(x.nbytes for x in arrays) + test_engine.state.tokens.nbytes, function
+        copies = cache_copies(program.as_text(), {x.shape for x in arrays})
+        assert not copies, (function, copies)
+
+
+def _is_for(key, params, slots: int) -> bool:
+    """Whether a compiled program's key has these parameters' shapes and a token buffer of so many slots."""
+    shapes = [shape for shape, *_ in key[3]]
+    wanted = [x.shape for x in jax.tree.leaves(params)]
+    return shapes[: len(wanted)] == wanted and (slots, CAPACITY) in shapes
+
+
+def test_a_copied_cache_would_be_found():
+    @jax.jit
+    def keep_both(cache):
+        return cache.at[0].set(1.0), cache
+
+    cache = jnp.zeros((2, 3, 5, 7))
+    text = keep_both.lower(cache).compile().as_text()
+    assert cache_copies(text, {(2, 3, 5, 7)})
+    assert not cache_copies(text, {(2, 3, 5, 8)})
+
+
+def test_acceptance_length_counts_the_stop_token_and_what_the_limit_cuts(target, prompts, plain):
+    """Right drafts of k = 3 commit 4 tokens a round; each answer ends where its limit or its stop token is."""
+    right = table_drafters(target, prompts, plain)["right"]
+    cut = decode(target, prompts[:1], drafter=right, draft_length=K, max_new_tokens=6)
+    assert cut.tokens[0] == plain[0][:6]
+    assert cut.stats.new_tokens == [6]
+    assert cut.stats.rounds == [2]
+    assert cut.stats.accepted_histogram == [[0, 0, 0, 2]]  # the second would have committed 4, the limit left 2
+    assert cut.stats.acceptance_length == 4
+
+    at = next(i for i in range(4, 20) if plain[0][i] not in plain[0][:i] and i % 4 != 3)
+    stopping = dataclasses.replace(target, stop_ids=(plain[0][at],))
+    stopped = decode(stopping, prompts[:1], drafter=right, draft_length=K, max_new_tokens=20)
+    assert stopped.tokens[0] == plain[0][: at + 1]
+    rounds, rest = divmod(at + 1, 4)
+    assert stopped.stats.rounds == [rounds + 1]
+    expected = [0, 0, 0, rounds]
+    expected[rest - 1] += 1
+    assert stopped.stats.accepted_histogram == [expected]
+    assert stopped.stats.acceptance_length == pytest.approx((at + 1) / (rounds + 1))
+    assert stopped.stats.draft_length == K
+    assert stopped.texts is None
+
+    ignoring = decode(stopping, prompts[:1], drafter=right, draft_length=K, max_new_tokens=20, ignore_stop=True)
+    assert ignoring.tokens[0] == plain[0]
+    without = decode(stopping, prompts[:1], max_new_tokens=20)
+    assert without.tokens[0] == plain[0][: at + 1]
+    assert without.stats.accepted_histogram == [[at + 1]]
+    assert without.stats.acceptance_length == 1
+    assert without.stats.draft_length == 0
+
+
+def test_acceptance_length_is_summed_before_dividing(target, prompts, plain):
+    table = text_table(prompts[:2], plain[:2])
+    table[1] = (table[1] + 1) % V
+    mixed = decode(target, prompts[:2], drafter=table_drafter(table, V), draft_length=K, max_new_tokens=8)
+    assert mixed.stats.accepted_histogram == [[0, 0, 0, 2], [8, 0, 0, 0]]
+    assert mixed.stats.acceptance_length == 16 / 10
+    assert mixed.stats.tokens_per_second == pytest.approx(16 / mixed.stats.seconds)
+
+
+def test_timing_separates_prefill_and_compilation(target, prompts):
+    untimed, timed = (decode(target, prompts[:4], max_new_tokens=20, batch_size=SLOTS, time_prefill=t) for t in (0, 1))
+    assert untimed.stats.prefill_seconds == 0
+    assert 0 < timed.stats.prefill_seconds < timed.stats.seconds
+    assert timed.stats.compile_seconds == 0
+    assert timed.stats.decode_tokens_per_second > timed.stats.tokens_per_second
+
+
+class Pieces:
+    """A tokenizer whose tokens are pieces of UTF-8, not always whole characters; `special` ids have no text."""
+
+    def __init__(self, pieces: dict[int, bytes], special: tuple[int, ...] = ()):
+        self.pieces, self.special = pieces, special
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) % V for letter in text]
+
+    def encode_chat(self, messages, **template_arguments) -> list[int]:
+        return self.encode("".join(message["content"] for message in messages))
+
+    def decode(self, ids) -> str:
+        joined = b"".join(self.pieces.get(token, b"?") for token in ids if token not in self.special)
+        return joined.decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize("name", ["none", "block_causal"])
+@pytest.mark.parametrize("stops", [False, True])
+def test_streamed_pieces_make_the_text_of_decode(target, name, stops):
+    """Pieces end inside characters, whose first bytes wait for the rest."""
+    options = {"max_new_tokens": 24, "temperature": 1.5, "seed": 3}
+    if drafter := drafter_for(target, name):
+        options |= {"drafter": drafter, "draft_length": K}
+    (answer,) = decode(target, [[8, 9]], **options).tokens
+    spelled = "€😀".encode()
+    assert len(set(answer[:7])) == 7
+    pieces = {token: spelled[i : i + 1] for i, token in enumerate(answer[:7])}
+    stop_ids = next((token,) for token in answer[8:] if token not in pieces) if stops else ()
+    spoken = dataclasses.replace(target, tokenizer=Pieces(pieces, stop_ids), stop_ids=stop_ids)
+    whole = decode(spoken, [[8, 9]], **options)
+    assert whole.texts[0].startswith("€😀")
+    assert len(whole.tokens[0]) == (answer.index(stop_ids[0]) + 1 if stops else 24)
+    streamed = list(stream(spoken, [[8, 9]], **options))
+    assert "".join(streamed) == whole.texts[0]
+    assert all(streamed)
+    assert len(streamed) > (1 if stops else 2)
+    assert not streamed[0].startswith("\ufffd")
+
+
+def test_text_and_chats_go_through_the_tokenizer(target):
+    spoken = dataclasses.replace(target, tokenizer=Pieces({}))
+    ids = [ord(letter) % V for letter in "hi"]
+    expected = decode(target, [ids], max_new_tokens=4).tokens[0]
+    chat = [{"role": "user", "content": "hi"}]
+    for prompt in ("hi", ["hi"], chat, [chat], [ids], [np.array(ids)]):
+        result = decode(spoken, prompt, max_new_tokens=4)
+        assert result.tokens == [expected]
+        assert result.texts == [spoken.tokenizer.decode(expected)]
+
+
+GOOD = {"prompts": [[1, 2, 3], [4]], "max_new_tokens": 4}
+BAD = {
+    "no prompts": ({"prompts": []}, "prompts is empty: give at least one"),
+    "an empty prompt": ({"prompts": [[1], []]}, "prompt 1 is empty: give at least one token"),
+    "an empty text": ({"prompts": [""], "tokenizer": Pieces({})}, "prompt 0 is empty: give at least one token"),
+    "an id too large": ({"prompts": [[1], [V]]}, r"prompt 1: token id 48 is outside the vocabulary of 48 \(0\.\.47\)"),
+    "an id below zero": ({"prompts": [[-1]]}, "prompt 0: token id -1 is outside the vocabulary"),
+    "a flat list": ({"prompts": [1, 2, 3]}, r"one list of token ids: wrap it in a list"),
+    "a number": ({"prompts": 5}, "prompts must be a string, a chat or a list of these, got int"),
+    "ids that are no integers": ({"prompts": [[1.5]]}, r"prompt 0 must be a string, .* got \[1\.5\]"),
+    "text without tokenizer": ({"prompts": ["hi"]}, "prompt 0 is text but target has no tokenizer: give token ids"),
+    "a temperature below zero": ({"temperature": -0.1}, r"temperature must be 0 \(greedy\) or positive, got -0.1"),
+    "a temperature of nan": ({"temperature": float("nan")}, "temperature must be .*, got nan"),
+    "an infinite temperature": ({"temperature": float("inf")}, "temperature must be .*, got inf"),
+    "a draft temperature": ({"draft_temperature": -1.0}, "draft_temperature must be .*, got -1.0"),
+    "no mass": ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+    "too much mass": ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+    "top_k below zero": ({"top_k": -1}, r"top_k must be 0 \(all tokens\) or positive, got -1"),
+    "a draft length below zero": ({"drafter": True, "draft_length": -1}, "draft_length must be 0 .* got -1"),
+    "no drafter": ({"draft_length": 4}, "draft_length is 4 but there is no drafter: give one, or draft_length=0"),
+    "no new tokens": ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+    "no new tokens for one": ({"max_new_tokens": [3, 0]}, "max_new_tokens must be at least 1, got 0"),
+    "too few limits": ({"max_new_tokens": [3]}, "max_new_tokens has 1 entries for 2 prompts"),
+    "beyond the context": (
+        {"max_new_tokens": [254, 252]},
+        "prompt 0: 3 prompt tokens and 254 new ones exceed the context of 256; .* max_new_tokens <= 253",
+    ),
+    "no slots": ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("work was begun")
+
+    for name in ("_run", "admit", "segment"):
+        monkeypatch.setattr(Engine, name, refuse)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_wrong_input_is_one_line_before_any_work(target, name, no_work):
+    wrong, message = BAD[name]
+    arguments = GOOD | wrong
+    spoken = dataclasses.replace(target, tokenizer=arguments.pop("tokenizer", None))
+    if arguments.pop("drafter", None):
+        arguments["drafter"] = drafter_from_target(target)
+    with pytest.raises(InputError, match=message) as caught:
+        decode(spoken, arguments.pop("prompts"), **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cache_that_does_not_fit_names_the_slots_that_would(target, no_work, monkeypatch):
+    drafter = drafter_from_target(target)
+    # 2 layers, keys and values, one head of 8 floats; target and drafter; the capacity of 4 + 20 tokens is 64.
+    per_slot = 2 * 2 * 8 * 4 * 64 * 2
+    monkeypatch.setattr(engine, "free_bytes", lambda: 3 * per_slot + 5)
+    with pytest.raises(InputError, match=rf"need {8 * per_slot:,} bytes, {3 * per_slot + 5:,} are free: 3 slots would"):
+        decode(target, [[1, 2, 3, 4]] * 8, drafter=drafter, draft_length=3, max_new_tokens=20, batch_size=100)
+    with pytest.raises(AssertionError, match="work was begun"):
+        decode(target, [[1, 2, 3, 4]] * 8, drafter=drafter, draft_length=3, max_new_tokens=20, batch_size=3)
+
+
+def test_stream_refuses_what_it_cannot_do(target, no_work):
+    with pytest.raises(InputError, match="no tokenizer, so there is no text to stream"):
+        stream(target, [[1]])
+    spoken = dataclasses.replace(target, tokenizer=Pieces({}))
+    with pytest.raises(InputError, match="stream takes one prompt, got 2"):
+        stream(spoken, ["a", "b"])
+    with pytest.raises(InputError, match="top_p"):
+        stream(spoken, "a", top_p=2.0)
+
+
+def test_a_draft_longer_than_trained_warns(target, prompts):
+    drafter = drafter_from_target(target, DrafterConfig(draft_length=2))
+    with pytest.warns(UserWarning, match="draft_length 3 is beyond the 2 that from-target was trained for"):
+        decode(target, prompts[:1], drafter=drafter, draft_length=K, max_new_tokens=4)
+
+
+def test_the_context_may_be_filled_to_the_last_token(target):
+    """The last block reads beyond the context; its scratch must not reach what is committed."""
+    prompt = [1] * 100
+    new = target.config.context - len(prompt)
+    plain = decode(target, [prompt], max_new_tokens=new)
+    assert plain.stats.new_tokens == [new]
+    right = table_drafters(target, [prompt], plain.tokens)["right"]
+    full = decode(target, [prompt], drafter=right, draft_length=K, max_new_tokens=new)
+    assert full.tokens == plain.tokens
+    assert full.stats.rounds == [-(-new // (K + 1))]
+
+
+@pytest.mark.parametrize(("n", "expected"), [(1, 64), (64, 64), (65, 80), (80, 80), (100, 112), (128, 128), (129, 160)])
+def test_bucket(n, expected):
+    assert bucket(n, 64) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(0, []), (1, [(0, 16)]), (512, [(0, 512)]), (600, [(0, 512), (512, 128)])]
+)
+def test_prefill_chunks(count, expected):
+    assert engine.prefill_chunks(count) == expected
+
+
+def test_public_names_are_there():
+    assert {"decode", "stream", "Target", "drafter_from_target", "DecodeResult"} <= set(deer_jax.__all__)
+    assert loop.Plan.__hash__ is not None
