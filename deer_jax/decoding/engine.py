@@ -1,5 +1,6 @@
 """Decoding as users call it: prompts into slots, segments of the loop, finished rows out, slots refilled."""
 
+import dataclasses
 import os
 import re
 import time
@@ -52,7 +53,7 @@ _compiled: dict[Any, Any] = {}  # the programs used last come last
 class Engine:
     """Slots of one shape: admits prompts, runs segments, hands back what it fetched.
 
-    Compiled programs are kept, keyed by plan and shapes, and shared by all engines of the process.
+    Compiled programs are kept, keyed by what is static and by shapes, and shared by all engines of the process.
     """
 
     def __init__(self, target: Target, drafter: Drafter | None, k: int, sampling: Sampling, seed: int,
@@ -76,18 +77,19 @@ class Engine:
         state = idle_state(self.target.config, self.slots, self.capacity, self.plan.k, dtype, drafter_state)
         return state if self.target.mesh is None else jax.device_put(state, replicated(self.target.mesh))
 
-    def _run(self, function, *args, **static):
+    def _run(self, function, static: tuple, *args, **options):
+        """Call a function of `loop` with static arguments first; a program is compiled when its shapes are new."""
         leaves, tree = jax.tree.flatten(args)
-        key = (function, self.plan, tree, tuple((x.shape, x.dtype, x.sharding) for x in leaves), *static.items())
+        key = (function, static, tree, tuple((x.shape, x.dtype, x.sharding) for x in leaves), *options.items())
         program = _compiled.pop(key, None)
         if program is None:
             begin = time.perf_counter()
-            program = function.lower(self.plan, *args, **static).compile()
+            program = function.lower(*static, *args, **options).compile()
             self.compile_seconds += time.perf_counter() - begin
         _compiled[key] = program
         if len(_compiled) > PROGRAMS:
             del _compiled[next(iter(_compiled))]
-        self.state = program(*args)
+        return program(*args)
 
     def admit(
         self, prompts: Sequence[Sequence[int]], limits: Sequence[int], indices: Sequence[int], rows: Sequence[int]
@@ -109,13 +111,22 @@ class Engine:
         lengths = jnp.asarray([len(prompts[i]) for i in repeat], jnp.int32)
         for start, width in prefill_chunks(max(len(prompt) for prompt in prompts) - 1):
             chunk = jnp.asarray(tokens[:, start : start + width])
-            self._run(loop.prefill, *self.params, self.state, chunk, jnp.int32(start), rows, first=start == 0)
-        self._run(loop.admit, *self.params, self.state, jnp.asarray(tokens), lengths, limits, indices, rows)
+            models, caches = (self.plan.target, self.plan.drafter), (self.state.cache, self.state.drafter)
+            caches = self._run(
+                loop.prefill, models, *self.params, caches, chunk, jnp.int32(start), rows, first=start == 0
+            )
+            self.state = dataclasses.replace(self.state, cache=caches[0], drafter=caches[1])
+        self.state = self._run(
+            loop.admit, (self.plan,), *self.params, self.state, jnp.asarray(tokens), lengths, limits, indices, rows
+        )
 
     def segment(self, max_rounds: int | None = None, max_done: int | None = None) -> dict[str, np.ndarray]:
         """Run rounds until all rows (or max_done) are done, or max_rounds have run; then the one fetch."""
         bounds = (2**31 - 1 if bound is None else bound for bound in (max_rounds, max_done))
-        self._run(loop.run_segment, *self.params, self.state, self.knobs, self.stop_ids, *map(jnp.int32, bounds))
+        numbers = map(jnp.int32, bounds)
+        self.state = self._run(
+            loop.run_segment, (self.plan,), *self.params, self.state, self.knobs, self.stop_ids, *numbers
+        )
         state = self.state
         return self.fetch(
             {"tokens": state.tokens, "length": state.length, "done": state.done, "rounds": state.rounds,
@@ -189,20 +200,20 @@ def _prepare(
         warnings.warn(
             f"draft_length {k} is beyond the {drafter.draft_length} that {drafter.name} was trained for", stacklevel=3
         )
-    new = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    new = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * len(prompts)
     if len(new) != len(prompts):
         raise InputError(f"max_new_tokens has {len(new)} entries for {len(prompts)} prompts")
     limits = []
     for i, (prompt, count) in enumerate(zip(prompts, new, strict=True)):
-        if count < 1:
-            raise InputError(f"max_new_tokens must be at least 1, got {count}")
+        if not isinstance(count, int | np.integer) or count < 1:
+            raise InputError(f"max_new_tokens must be a whole number of at least 1, got {count!r}")
         if len(prompt) + count > target.config.context:
             raise InputError(
                 f"prompt {i}: {len(prompt)} prompt tokens and {count} new ones exceed the context of "
                 f"{target.config.context}; shorten the prompt or give max_new_tokens <= "
                 f"{target.config.context - len(prompt)}"
             )
-        limits.append(len(prompt) + count)
+        limits.append(len(prompt) + int(count))
     needed = [limit + k + 1 for limit in limits]
     needed += [start + width for start, width in prefill_chunks(max(map(len, prompts)) - 1)]
     engine = Engine(

@@ -112,18 +112,30 @@ def run_segment(
     return lax.while_loop(running, body, (jnp.zeros((), jnp.int32), state))[1]
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "first"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("target", "drafter", "first"), donate_argnames="caches")
 def prefill(
-    plan: Plan, params: Params, drafter_params: Params, state: DecodeState, tokens, start, rows, *, first: bool
-) -> DecodeState:
-    """Both models read a chunk int32 [R, P] of the prompts in slots `rows`, at positions start.. (int32 [])."""
+    target: ModelConfig,
+    drafter: Method | None,
+    params: Params,
+    drafter_params: Params,
+    caches,
+    tokens,
+    start,
+    rows,
+    *,
+    first: bool,
+):
+    """Both models read a chunk int32 [R, P] of the prompts in slots `rows`, at positions start.. (int32 []).
+
+    caches: the target's cache and the drafter's state, not the whole state, so that every k shares this program.
+    """
     with jax.named_scope("prefill"):
-        model = bind(plan.target, params)
-        cache = prefill_rows(model, model.lookup(tokens), state.cache, start, rows, first=first)
-        drafter = state.drafter
-        if plan.drafter is not None:
-            drafter = plan.drafter.prefill(drafter_params, drafter, tokens, start, rows, first=first)
-        return dataclasses.replace(state, cache=cache, drafter=drafter)
+        cache, drafter_state = caches
+        model = bind(target, params)
+        cache = prefill_rows(model, model.lookup(tokens), cache, start, rows, first=first)
+        if drafter is not None:
+            drafter_state = drafter.prefill(drafter_params, drafter_state, tokens, start, rows, first=first)
+        return cache, drafter_state
 
 
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")

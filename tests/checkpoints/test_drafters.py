@@ -1,0 +1,121 @@
+"""Drafters in and out of folders: our own layout, open-dCoder's, and the target's weights."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as Fast
+from tokenizers import models
+
+import deer_jax
+from deer_jax.checkpoints.huggingface import save_folder
+from deer_jax.config import DrafterConfig, InputError
+from deer_jax.data.tokenizer import Tokenizer
+from tests.tiny import random_params, tiny
+
+V, MASK = 40, 30
+
+
+def write_tokenizer(folder, words):
+    folder.mkdir(exist_ok=True)
+    vocabulary = {word: i for i, word in enumerate(words)}
+    Fast(models.WordLevel(vocabulary, unk_token=words[0])).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return folder
+
+
+def words(**named):
+    """One word per id; keywords rename some, as in w3="<M>"."""
+    return [named.get(f"w{i}", f"w{i}") for i in range(V)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A target, a public-layout drafter whose mask id is a word of the target, and folders that are no drafter."""
+    root = tmp_path_factory.mktemp("folders")
+    plain = write_tokenizer(root / "plain_words", words())
+    masked = write_tokenizer(root / "masked_words", words(w30="<M>"))
+    config = tiny("qwen3", vocab_size=V)
+    save_folder(root / "target", config, random_params(config), tokenizer_source=plain, stop_ids=[1])
+    config = tiny("qwen2", vocab_size=V + 8)  # padding rows, as public folders have
+    save_folder(root / "public", config, random_params(config, 1), tokenizer_source=masked)
+    save_folder(root / "no_drafter", config, random_params(config, 1), tokenizer_source=plain)
+    other = write_tokenizer(root / "other_words", words(w7="different", w9="too"))
+    save_folder(root / "stranger", config, random_params(config, 1), tokenizer_source=other)
+    return root
+
+
+@pytest.fixture(scope="module")
+def target(folders):
+    return deer_jax.load_target(folders / "target")
+
+
+def test_the_public_layout_drafts_losslessly_and_never_its_mask(folders, target):
+    drafter = deer_jax.load_drafter(folders / "public", target=target)
+    config = drafter.method.config
+    assert (config.attention, config.head, config.separator) == ("bidirectional", "shifted", False)
+    assert config.differing_ids == (MASK,)
+    np.testing.assert_array_equal(drafter.params["special"][0], drafter.params["embed"][MASK])
+    logits = np.asarray(drafter.draft_logits(target, [[3, MASK, 5]], [7], 4))
+    assert logits.shape == (1, 4, V)
+    assert np.isneginf(logits[..., MASK]).all()
+    assert np.isfinite(np.delete(logits, MASK, axis=-1)).all()
+    prompts = [[3, MASK, 5, 7], [2]]
+    plain = deer_jax.decode(target, prompts, max_new_tokens=12)
+    assert deer_jax.decode(target, prompts, drafter=drafter, draft_length=4, max_new_tokens=12).tokens == plain.tokens
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_saving_and_loading_a_drafter_is_exact(folders, target, tmp_path, dtype):
+    config = DrafterConfig(attention="bidirectional", head="in_place", draft_length=3, differing_ids=(4, 9))
+    drafter = deer_jax.drafter_from_target(deer_jax.load_target(folders / "target", dtype=dtype), config, layers=(1,))
+    deer_jax.save_drafter(tmp_path / "drafter", drafter)
+    again = deer_jax.load_drafter(tmp_path / "drafter", target=target, dtype=dtype)
+    assert again.method == drafter.method
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and (a == b).all(), again.params, drafter.params))
+    assert isinstance(again.tokenizer, Tokenizer)
+
+
+def test_transformers_reads_a_saved_drafter(folders, target, tmp_path):
+    """The backbone is that of a stock model; mask and separator are one tensor more."""
+    transformers = pytest.importorskip("transformers")
+    drafter = deer_jax.load_drafter("from-target:0", target=target)
+    deer_jax.save_drafter(tmp_path / "drafter", drafter)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "drafter")
+    np.testing.assert_array_equal(model.model.embed_tokens.weight.detach().numpy(), drafter.params["embed"])
+
+
+def test_layers_are_taken_as_listed(target):
+    drafter = deer_jax.load_drafter("from-target:1,0", target=target)
+    assert drafter.method.model.layers == 2
+    np.testing.assert_array_equal(drafter.params["layers"][0]["q"], target.params["layers"][1]["q"])
+    for wrong, message in (
+        ("from-target:2", "layers 0..1"),
+        ("from-target:a", "from-target:a: expected layer numbers"),
+    ):
+        with pytest.raises(InputError, match=message):
+            deer_jax.load_drafter(wrong, target=target)
+
+
+def test_no_drafter_and_another_tokenizer_are_refused(folders, target):
+    with pytest.raises(InputError, match=r"no drafter: config\.json has no 'deer_jax' section"):
+        deer_jax.load_drafter(folders / "no_drafter", target=target)
+    # The same folder with a section: now its tokenizer is what is wrong.
+    path = folders / "stranger" / "config.json"
+    values = json.loads(path.read_text())
+    section = {"attention": "block_causal", "head": "shifted", "separator": True, "draft_length": 4}
+    path.write_text(json.dumps(values | {"deer_jax": section | {"atention": 1}}))
+    with pytest.raises(InputError, match="unknown key 'atention', did you mean 'attention'"):
+        deer_jax.load_drafter(folders / "stranger", target=target)
+    path.write_text(json.dumps(values | {"deer_jax": section}))
+    with pytest.raises(InputError, match=r"missing: deer_jax\.mask_and_separator"):
+        deer_jax.load_drafter(folders / "stranger", target=target)
+
+
+def test_the_first_differing_token_is_named(folders, target, tmp_path):
+    drafter = deer_jax.drafter_from_target(target)
+    deer_jax.save_drafter(tmp_path / "drafter", drafter)
+    (tmp_path / "drafter" / "tokenizer.json").write_bytes((folders / "other_words" / "tokenizer.json").read_bytes())
+    with pytest.raises(InputError, match="differ at id 7: 'w7' for the target, 'different' for the drafter"):
+        deer_jax.load_drafter(tmp_path / "drafter", target=target)
