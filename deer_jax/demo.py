@@ -25,9 +25,13 @@ class ByteTokenizer:
         """The text; bytes that are no UTF-8 become U+FFFD."""
         return bytes(ids).decode("utf-8", errors="replace")
 
+    def settled(self, ids: Sequence[int]) -> int:
+        """All: a later byte completes the last character or starts another."""
+        return len(ids)
+
 
 def demo_pair() -> tuple[Target, StandaloneDrafter]:
-    """A random target of bytes and an untrained drafter made of its lower layers: the same on every call."""
+    """A random target of bytes and an untrained drafter with its weights: the same on every call."""
     config = ModelConfig(
         family="llama", vocab_size=256, width=64, layers=4, heads=4, kv_heads=2, head_width=16, mlp_width=128,
         context=512, tied=True,

@@ -8,7 +8,7 @@ from deer_jax.bench.runner import bench
 from deer_jax.cli.common import show
 from deer_jax.cli.options import parse
 from deer_jax.cli.progress import Reporter
-from deer_jax.decoding.engine import answer_text, decode
+from deer_jax.decoding.engine import decode
 from deer_jax.demo import PROMPTS, demo_pair
 
 NEW_TOKENS = 48
@@ -26,7 +26,8 @@ def run(argv: Sequence[str]) -> None:
     drafted = decode(target, PROMPTS, drafter=drafter, max_new_tokens=NEW_TOKENS)
     plain = decode(target, PROMPTS, max_new_tokens=NEW_TOKENS)
     for i, prompt in enumerate(PROMPTS):
-        answers = [answer_text(target, result.tokens[i]) for result in (plain, drafted)]
+        assert plain.texts and drafted.texts
+        answers = [plain.texts[i], drafted.texts[i]]
         same = drafted.tokens[i] == plain.tokens[i]
         print(f"\nprompt   {prompt!r}\nplain    {answers[0]!r}\ndrafted  {answers[1]!r}")
         print(f"         {plain.stats.rounds[i]} rounds plain, {drafted.stats.rounds[i]} drafted, ", end="")

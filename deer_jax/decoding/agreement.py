@@ -49,6 +49,7 @@ class Agreement(NamedTuple):
 def compare_greedy(target: Target, prompts: Tokens, plain: Tokens, other: Tokens, *, k: int, batch: int) -> Agreement:
     """Row by row, the answers of plain decoding and of the program with k drafted tokens and `batch` slots.
 
+    A departure costs a few passes over its text; without departures nothing runs.
     What follows a row's first departure is another text and is not compared.
     """
     same, departures = 0, []
@@ -67,15 +68,14 @@ def compare_greedy(target: Target, prompts: Tokens, plain: Tokens, other: Tokens
 def _at(target: Target, text: Sequence[int], ours: int, other: int, k: int, batch: int) -> tuple[float, float]:
     """Gap and difference after `text`.
 
-    The programs: full forward, plain over the cache, and the block over the cache with the text's end at its first,
-    middle and last place.
+    The programs: one row after the cache, and the block after the cache with the text's end at its first, middle and
+    last place.
     """
-    full = np.asarray(target.logits([text]))[0, -1]
     offsets = sorted({min(offset, len(text) - 1) for offset in (0, k // 2, k)})
-    seen = [full, cached_logits(target, text, 0, 0, batch)]
-    seen += [cached_logits(target, text, k, offset, batch) for offset in offsets] if k else []
-    difference = max(float(np.abs(a - b).max()) for a in seen for b in seen)
-    return float(full.max() - min(full[ours], full[other])), difference
+    plain = cached_logits(target, text, 0, 0, batch)
+    blocks = [cached_logits(target, text, k, offset, batch) for offset in offsets] if k else []
+    difference = max((float(np.abs(plain - block).max()) for block in blocks), default=0.0)
+    return float(plain.max() - min(plain[ours], plain[other])), difference
 
 
 def cached_logits(target: Target, text: Sequence[int], k: int, offset: int, batch: int) -> np.ndarray:

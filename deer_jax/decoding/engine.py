@@ -5,7 +5,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,8 @@ class Engine:
     ):
         """Prefill the prompts and put them into the given slots; indices are their numbers in the whole call."""
         width = max(len(prompt) - 1 for prompt in prompts)
-        group = max(1, PREFILL_TOKENS // power_of_two(min(width, PREFILL_CHUNK), 16))
+        # A second pass over a row needs a copy of that row's cache, so long prompts go one at a time.
+        group = 1 if width > PREFILL_CHUNK else PREFILL_TOKENS // power_of_two(width, 16)
         for first in range(0, len(prompts), group):
             part = slice(first, first + group)
             self._admit(prompts[part], limits[part], indices[part], rows[part])
@@ -152,31 +153,34 @@ def prefill_chunks(count: int) -> list[tuple[int, int]]:
 
 
 def check_memory(target: Target, drafter: Drafter | None, slots: int, capacity: int):
-    """Refuse caches that do not fit beside what the device already holds."""
+    """Refuse caches that do not fit beside what a device already holds. On a mesh every device holds all of them."""
 
     def needed(slots: int) -> int:
         total = cache_bytes(target.config, slots, capacity, target.params["embed"].dtype)
         return total + (drafter.method.state_bytes(drafter.params, slots, capacity) if drafter else 0)
 
-    available = free_bytes() * (target.mesh.size if target.mesh else 1)
+    available = free_bytes([jax.devices()[0]] if target.mesh is None else target.mesh.devices.flat)
     if needed(slots) > available:
         fitting = int(available // needed(1))
+        fits = f"{fitting} slots would fit; lower batch_size or max_new_tokens"
         raise InputError(
             f"the caches of {slots} slots x {capacity} tokens need {needed(slots):,} bytes, {available:,} are free: "
-            f"{fitting} slots would fit; lower batch_size or max_new_tokens"
+            + (fits if fitting else "not even one slot fits; lower max_new_tokens or shorten the prompts")
         )
 
 
-def free_bytes() -> int:
-    """Bytes the default device can still allocate."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
+def free_bytes(devices: Iterable[jax.Device]) -> int:
+    """Bytes that each of the devices can still allocate."""
+    devices = list(devices)
+    stats = [device.memory_stats() for device in devices]
+    if all(found and "bytes_limit" in found for found in stats):
+        return min(found["bytes_limit"] - found["bytes_in_use"] for found in stats)
     try:  # on CPU: what the system could hand out, its file caches included
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
     except FileNotFoundError:
         found = None
-    return int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free // len(devices)
 
 
 def _prepare(
@@ -192,26 +196,30 @@ def _prepare(
 ) -> tuple["Engine", list[int]]:
     """Check everything that can be wrong before any work is done; the engine and each prompt's limit."""
     k = 0 if drafter is None else drafter.draft_length if draft_length is None else draft_length
-    if k < 0:
-        raise InputError(f"draft_length must be 0 (plain decoding) or positive, got {k}")
+    if not isinstance(k, int | np.integer) or k < 0:
+        raise InputError(f"draft_length must be 0 (plain decoding) or a positive whole number, got {k!r}")
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise InputError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed!r}")
     if drafter is None and draft_length:
         raise InputError(f"draft_length is {draft_length} but there is no drafter: give one, or draft_length=0")
     if drafter is not None and k > drafter.draft_length:
         warnings.warn(
             f"draft_length {k} is beyond the {drafter.draft_length} that {drafter.name} was trained for", stacklevel=3
         )
-    new = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * len(prompts)
+    several = isinstance(max_new_tokens, Sequence | np.ndarray)
+    new = list(max_new_tokens) if several else [max_new_tokens] * len(prompts)
     if len(new) != len(prompts):
         raise InputError(f"max_new_tokens has {len(new)} entries for {len(prompts)} prompts")
     limits = []
     for i, (prompt, count) in enumerate(zip(prompts, new, strict=True)):
         if not isinstance(count, int | np.integer) or count < 1:
             raise InputError(f"max_new_tokens must be a whole number of at least 1, got {count!r}")
-        if len(prompt) + count > target.config.context:
+        room = target.config.context - len(prompt)
+        if count > room:
             raise InputError(
                 f"prompt {i}: {len(prompt)} prompt tokens and {count} new ones exceed the context of "
-                f"{target.config.context}; shorten the prompt or give max_new_tokens <= "
-                f"{target.config.context - len(prompt)}"
+                f"{target.config.context}; shorten the prompt"
+                + (f" or give max_new_tokens <= {room}" if room > 0 else "")
             )
         limits.append(len(prompt) + int(count))
     needed = [limit + k + 1 for limit in limits]
@@ -259,15 +267,15 @@ def decode(
       template_arguments: passed on to the chat template, as in {"enable_thinking": False}.
       progress: called with (finished prompts, all prompts, new tokens of finished ones); the loop then runs in short
         segments, so that Ctrl-C is served.
-      time_prefill: wait after each prefill, to fill in `stats.prefill_seconds`.
+      time_prefill: wait after each prefill (one wait more per refill), to fill in `stats.prefill_seconds`.
 
     Raises:
       InputError: anything wrong with the arguments, before any work is done.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, draft_temperature=draft_temperature)
     slots = DEFAULT_SLOTS if batch_size is None else batch_size
-    if slots < 1:
-        raise InputError(f"batch_size must be at least 1, got {slots}")
+    if not isinstance(slots, int | np.integer) or slots < 1:
+        raise InputError(f"batch_size must be a whole number of at least 1, got {slots!r}")
     encoded = encode_prompts(target, prompts, template_arguments)
     engine, limits = _prepare(
         target, encoded, drafter, draft_length, max_new_tokens, sampling, seed, slots, ignore_stop
@@ -311,14 +319,15 @@ def decode(
         compile_seconds=engine.compile_seconds,
         fetches=engine.fetches,
     )
-    texts = None if target.tokenizer is None else [answer_text(target, answer) for answer in tokens]
+    stops = () if ignore_stop else target.stop_ids
+    texts = None if target.tokenizer is None else [answer_text(target, answer, stops) for answer in tokens]
     return DecodeResult(texts=texts, tokens=tokens, stats=stats)
 
 
-def answer_text(target: Target, tokens: Sequence[int]) -> str:
+def answer_text(target: Target, tokens: Sequence[int], stop_ids: Sequence[int]) -> str:
     """The text of new tokens, without the stop token that may end them."""
     assert target.tokenizer is not None
-    stopped = bool(tokens) and tokens[-1] in target.stop_ids
+    stopped = bool(tokens) and tokens[-1] in stop_ids
     return target.tokenizer.decode(tokens[:-1] if stopped else tokens)
 
 
@@ -345,16 +354,20 @@ def stream(
     if len(encoded) != 1:
         raise InputError(f"stream takes one prompt, got {len(encoded)}: use decode")
     engine, limits = _prepare(target, encoded, drafter, draft_length, max_new_tokens, sampling, seed, 1, ignore_stop)
-    return _pieces(engine, encoded, limits)
+    return _pieces(engine, encoded, limits, () if ignore_stop else target.stop_ids)
 
 
-def _pieces(engine: Engine, encoded: list[list[int]], limits: list[int]) -> Iterator[str]:
+def _pieces(engine: Engine, encoded: list[list[int]], limits: list[int], stop_ids: Sequence[int]) -> Iterator[str]:
     engine.admit(encoded, limits, [0], [0])
-    shown, done = "", False
+    shown, done, tokenizer = "", False, engine.target.tokenizer
+    assert tokenizer is not None
     while not done:
         after = engine.segment(ROUNDS_PER_PIECE)
         done = bool(after["done"][0])
-        text = answer_text(engine.target, after["tokens"][0, len(encoded[0]) : after["length"][0]].tolist())
+        tokens = after["tokens"][0, len(encoded[0]) : after["length"][0]].tolist()
+        if not done:  # bytes may still become part of a character, or be found to be none
+            tokens = tokens[: tokenizer.settled(tokens)]
+        text = answer_text(engine.target, tokens, stop_ids)
         if not done:
             text = text.rstrip("\ufffd")  # the start of a character whose other bytes are still to come
         if len(text) > len(shown):

@@ -210,7 +210,10 @@ class StandaloneDrafter:
         prefix = np.asarray(tokens).reshape(anchor.shape[0], -1)
         text = np.concatenate([prefix, anchor], axis=1)
         text = check_tokens(text.astype(np.int64), self.method.target_vocab)
-        return _draft_logits_from_text(self.method, self.params, text, draft_length or self.draft_length)
+        k = self.draft_length if draft_length is None else draft_length
+        if k < 1:
+            raise InputError(f"draft_length must be at least 1, got {k}")
+        return _draft_logits_from_text(self.method, self.params, text, k)
 
 
 def drafter_from_target(

@@ -79,8 +79,10 @@ def test_an_always_right_drafter(greedy):
 def test_methods_take_turns(greedy):
     _, runs = greedy
     names = ["plain", "x k=1", "x k=4"]
-    assert [run[2] for run in runs] == [*names, *names, *names[1:], names[0], ""]
-    assert [run[:2] for run in runs] == [(i, 9) for i in range(10)]
+    assert [run[2] for run in runs] == [
+        *names, *names, *names[1:], names[0], "comparing x k=1", "comparing x k=4", "",
+    ]  # fmt: skip
+    assert [run[:2] for run in runs] == [*((i, 9) for i in range(9)), *[(9, 9)] * 3]
 
 
 def test_sampling(target, drafter, monkeypatch):

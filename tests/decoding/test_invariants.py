@@ -310,6 +310,9 @@ class Pieces:
         joined = b"".join(self.pieces.get(token, b"?") for token in ids if token not in self.special)
         return joined.decode("utf-8", errors="replace")
 
+    def settled(self, ids) -> int:
+        return len(ids)
+
 
 @pytest.mark.parametrize("name", ["none", "block_causal"])
 @pytest.mark.parametrize("stops", [False, True])
@@ -373,7 +376,7 @@ BAD = {
         {"max_new_tokens": [254, 252]},
         "prompt 0: 3 prompt tokens and 254 new ones exceed the context of 256; .* max_new_tokens <= 253",
     ),
-    "no slots": ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    "no slots": ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
 }  # fmt: skip
 
 
@@ -402,7 +405,7 @@ def test_a_cache_that_does_not_fit_names_the_slots_that_would(target, no_work, m
     drafter = drafter_from_target(target)
     # 2 layers, keys and values, one head of 8 floats; target and drafter; the capacity of 4 + 20 tokens is 64.
     per_slot = 2 * 2 * 8 * 4 * 64 * 2
-    monkeypatch.setattr(engine, "free_bytes", lambda: 3 * per_slot + 5)
+    monkeypatch.setattr(engine, "free_bytes", lambda devices: 3 * per_slot + 5)
     with pytest.raises(InputError, match=rf"need {8 * per_slot:,} bytes, {3 * per_slot + 5:,} are free: 3 slots would"):
         decode(target, [[1, 2, 3, 4]] * 8, drafter=drafter, draft_length=3, max_new_tokens=20, batch_size=100)
     with pytest.raises(AssertionError, match="work was begun"):
