@@ -1,0 +1,330 @@
+"""The losses against plain NumPy, one block at a time; what leaks nowhere; and training against drafting."""
+
+import dataclasses
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deer_jax import DrafterConfig
+from deer_jax.diffusion.corruption import Corruption, corrupt_blocks, corrupt_cut
+from deer_jax.drafters.standalone import MASK, SEPARATOR, StandaloneDrafter, StandaloneMethod
+from deer_jax.models.layers import logits
+from deer_jax.models.transformer import unstack_layers
+from deer_jax.training import objectives
+from deer_jax.training.objectives import block_loss, cut_loss, weighted_cross_entropy
+from tests import reference
+from tests.tiny import random_params, tiny
+from tests.training.naive import naive_cross_entropy
+
+V, T, W, M = 48, 16, 4, 3
+SMALL = {"vocab_size": V, "width": 16, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 24}
+TEXTS = ((3, 14), (5, 16), (6, 8))  # prompt and length; the last has two places for three blocks
+# Head, separator and tied head: every pair of values occurs.
+READINGS = [("shifted", True, False), ("shifted", False, True), ("in_place", True, True), ("in_place", False, False)]
+DRAFTED = [(*reading, (3, 9) if reading == READINGS[1] else ()) for reading in READINGS]
+STAGES = {name: Corruption(stage=name, width=W, blocks=M, alpha=1.2) for name in ("continuation", "refinement")}
+
+
+@functools.cache
+def make_drafter(attention="block_causal", head="shifted", separator=True, tied=False, differing=()):
+    """A random drafter with stacked layers."""
+    model = tiny("qwen3", **SMALL, tied=tied)
+    config = DrafterConfig(attention=attention, head=head, separator=separator, draft_length=W, differing_ids=differing)
+    special = np.random.default_rng(8).normal(size=(2, 16)).astype(np.float32) * 0.3
+    params = random_params(model, 7) | {"special": jnp.asarray(special)}
+    return StandaloneDrafter(method=StandaloneMethod(model, config, V), params=params)
+
+
+def make_batch(stage, seed=0, *, bidirectional=False):
+    """Corrupted texts of random tokens, TEXTS long, whose padding is not 0."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for prompt, length in TEXTS:
+        tokens = rng.integers(0, V, T + bidirectional).astype(np.int32)
+        if bidirectional:
+            cut = corrupt_cut(prompt, length, STAGES[stage], 0.6, rng)._asdict()
+            pad = (0, T + 1 - length)
+            rows.append({"tokens": tokens} | cut | {k: np.pad(cut[k], pad) for k in ("masked", "weight")})
+        else:
+            rows.append({"tokens": tokens} | corrupt_blocks(prompt, length, STAGES[stage], rng)._asdict())
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def traced(method, params, batch):
+    """The loss, the number of masks, and the logits at the rows that are read."""
+    seen = []
+
+    def record(hidden, head, labels, weights):
+        seen.append((logits(hidden, head), labels))
+        return weighted_cross_entropy(hidden, head, labels, weights)
+
+    with mock.patch.object(objectives, "weighted_cross_entropy", record):
+        loss, count = (block_loss if method.cached else cut_loss)(method, params, batch)
+    return loss, count, *seen[0]
+
+
+def run(drafter, batch):
+    """Loss, masks, logits [B, M, W, V] or [B, T+1, V] at the place of the token they are for, and those tokens."""
+    batch = {name: value for name, value in batch.items() if name != "total"}
+    loss, count, rows, labels = (np.asarray(x) for x in traced(drafter.method, drafter.params, batch))
+    B = len(batch["tokens"])
+    if drafter.method.cached:
+        return float(loss), int(count), rows.reshape(B, M, W, V), labels.reshape(B, M, W)
+    rows, labels = rows.reshape(B, -1, V), labels.reshape(B, -1)
+    if drafter.method.config.head == "shifted":
+        rows, labels = np.pad(rows, ((0, 0), (1, 0), (0, 0))), np.pad(labels, ((0, 0), (1, 0)))
+    return float(loss), int(count), rows, labels
+
+
+def plain_logits(drafter, tokens, visible):
+    """float64 [T, V] of one sequence in which V is the mask and V+1 the separator."""
+    model = drafter.method.model
+    params = unstack_layers({k: v for k, v in drafter.params.items() if k != "special"}, model.layers)
+    params["embed"] = np.concatenate([params["embed"], drafter.params["special"]])
+    extended = dataclasses.replace(model, vocab_size=V + 2)
+    return reference.forward(extended, params, [tokens], visible=visible[None])[0][:, :V]
+
+
+def cross_entropy(row, label):
+    return -np.log(reference.softmax(row)[label])
+
+
+def plain_block(drafter, tokens, anchor, size, masked):
+    """float64 [size, V] for the tokens of one block: nothing but its prefix, itself and its separator is there."""
+    config = drafter.method.config
+    block = [V + MASK if masked[j] else int(tokens[anchor + 1 + j]) for j in range(size)]
+    sequence = tokens[: anchor + 1].tolist() + block + [V + SEPARATOR] * config.separator
+    visible = np.tril(np.ones((len(sequence),) * 2, bool))
+    visible[anchor + 1 :] = True
+    first = anchor if config.head == "shifted" else anchor + 1
+    return plain_logits(drafter, sequence, visible)[first : first + size]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("head", "separator", "tied"), READINGS)
+def test_block_loss_is_that_of_every_block_alone(stage, head, separator, tied):
+    drafter, batch = make_drafter("block_causal", head, separator, tied), make_batch(stage)
+    loss, count, rows, labels = run(drafter, batch)
+    expected, masks = 0.0, 0
+    for b, tokens in enumerate(batch["tokens"]):
+        for m in range(M):
+            anchor, size, masked = (batch[name][b, m] for name in ("anchor", "size", "masked"))
+            plain = plain_block(drafter, tokens, anchor, size, masked) if size else []
+            np.testing.assert_allclose(rows[b, m, :size], np.reshape(plain, (size, V)), rtol=0, atol=1e-4)
+            for j in range(size):
+                label = tokens[anchor + 1 + j]
+                assert labels[b, m, j] == label
+                masks += int(masked[j])
+                expected += batch["weight"][b, m, j] * cross_entropy(plain[j], label)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert count == masks
+    assert batch["size"][2, 2] == 0  # a block that is not used
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("head", "separator", "tied"), READINGS)
+def test_cut_loss_is_that_of_every_text_alone(stage, head, separator, tied):
+    drafter, batch = make_drafter("bidirectional", head, separator, tied), make_batch(stage, bidirectional=True)
+    loss, count, rows, labels = run(drafter, batch)
+    expected = 0.0
+    for b, tokens in enumerate(batch["tokens"]):
+        length, masked = batch["length"][b], batch["masked"][b]
+        sequence = [V + MASK if masked[p] else int(tokens[p]) for p in range(length)] + [V + SEPARATOR] * separator
+        plain = plain_logits(drafter, sequence, np.ones((len(sequence),) * 2, bool))
+        for p in np.flatnonzero(masked):
+            row = plain[p - 1 if head == "shifted" else p]
+            np.testing.assert_allclose(rows[b, p], row, rtol=0, atol=1e-4)
+            assert labels[b, p] == tokens[p]
+            expected += batch["weight"][b, p] * cross_entropy(row, tokens[p])
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert count == batch["masked"].sum()
+
+
+def full_blocks(tokens, anchors, length):
+    """Every block masked from end to end, as at inference."""
+    B = len(tokens)
+    anchor = np.broadcast_to(np.array(anchors, np.int32), (B, M))
+    size = np.minimum(W, length - 1 - anchor)
+    masked = np.arange(W) < size[..., None]
+    return {"tokens": tokens, "anchor": anchor, "size": size, "masked": masked, "weight": masked.astype(np.float32)}
+
+
+def assert_drafts(drafter, rows, text, k):
+    """Training's logits [B, k, V] are those of a draft of k tokens after text, at the ids that may be proposed."""
+    drafts = np.asarray(drafter.draft_logits(None, text[:, :-1], text[:, -1], k))
+    may = np.isfinite(drafts).all(axis=(0, 1))
+    assert np.flatnonzero(~may).tolist() == list(drafter.method.config.differing_ids)
+    np.testing.assert_allclose(rows[..., may], drafts[..., may], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("head", "separator", "tied", "differing"), DRAFTED)
+def test_masked_blocks_are_trained_as_they_are_drafted(head, separator, tied, differing):
+    drafter = make_drafter("block_causal", head, separator, tied, differing)
+    tokens = np.random.default_rng(1).integers(0, V, (3, T)).astype(np.int32)
+    tokens[:, 1] = 9  # read as a mask where it differs
+    length, anchors = 14, (0, 5, 11)
+    _, _, rows, labels = run(drafter, full_blocks(tokens, anchors, length))
+    for m, anchor in enumerate(anchors):
+        if m != 1 and (head, separator) != ("shifted", True):
+            continue  # every k and every length of the prefix is one more compilation
+        k = min(W, length - 1 - anchor)  # the last block is cut by the end of its text
+        assert_drafts(drafter, rows[:, m, :k], tokens[:, : anchor + 1], k)
+        np.testing.assert_array_equal(labels[:, m, :k], tokens[:, anchor + 1 : anchor + 1 + k])
+
+
+@pytest.mark.parametrize(("head", "separator", "tied", "differing"), DRAFTED)
+def test_masked_cuts_are_trained_as_they_are_drafted(head, separator, tied, differing):
+    drafter = make_drafter("bidirectional", head, separator, tied, differing)
+    tokens = np.random.default_rng(1).integers(0, V, (3, T + 1)).astype(np.int32)
+    tokens[:, 1] = 9
+    # Every length of the prefix is one more compilation.
+    for end in (6, T) if (head, separator) == ("shifted", True) else (T,):
+        masked = np.zeros((3, T + 1), bool)
+        masked[:, end - W : end] = True
+        batch = {"tokens": tokens, "length": np.full(3, end, np.int32), "masked": masked}
+        _, _, rows, labels = run(drafter, batch | {"weight": masked.astype(np.float32)})
+        assert_drafts(drafter, rows[:, end - W : end], tokens[:, : end - W], W)
+        np.testing.assert_array_equal(labels[:, end - W : end], tokens[:, end - W : end])
+
+
+@pytest.mark.parametrize("head", ["shifted", "in_place"])
+def test_a_block_sees_the_text_up_to_its_anchor_and_itself(head):
+    drafter, batch = make_drafter(head=head, tied=head == "in_place"), make_batch("continuation", seed=3)
+    _, _, before, _ = run(drafter, batch)
+    same = changed = 0
+    for place in range(T):
+        tokens = batch["tokens"].copy()
+        tokens[:, place] = (tokens[:, place] + 1) % V
+        _, _, after, labels = run(drafter, batch | {"tokens": tokens})
+        for b, m in np.ndindex(len(tokens), M):
+            anchor, size, masked = (batch[name][b, m] for name in ("anchor", "size", "masked"))
+            if not size:
+                continue
+            rows = slice(0, size)
+            j = place - anchor - 1
+            if j < 0 or (j < size and not masked[j]):  # the prefix, or shown in the block
+                # With the shifted head the first row is the anchor's own, which does not see the block.
+                seen = slice(1 if head == "shifted" and j >= 0 else 0, size)
+                moved = np.abs(after[b, m, seen] - before[b, m, seen]).max(axis=-1)
+                assert np.all(moved > 1e-6)
+                if seen.start:
+                    np.testing.assert_array_equal(after[b, m, 0], before[b, m, 0])
+                changed += 1
+            else:
+                np.testing.assert_array_equal(after[b, m, rows], before[b, m, rows])
+                if j < size:
+                    assert labels[b, m, j] == tokens[b, place]
+                same += 1
+    assert min(same, changed) > 20
+
+
+@pytest.mark.parametrize("head", ["shifted", "in_place"])
+def test_blocks_do_not_see_each_other(head):
+    drafter, batch = make_drafter(head=head, tied=head == "in_place"), make_batch("continuation", seed=4)
+    other = make_batch("refinement", seed=5)
+    _, _, before, _ = run(drafter, batch)
+    for m in range(M):
+        mixed = batch | {name: other[name].copy() for name in ("anchor", "size", "masked", "weight")}
+        for name in ("anchor", "size", "masked", "weight"):
+            mixed[name][:, m] = batch[name][:, m]
+        _, _, after, _ = run(drafter, mixed)
+        for b in range(len(TEXTS)):
+            size = batch["size"][b, m]
+            np.testing.assert_array_equal(after[b, m, :size], before[b, m, :size])
+
+
+def test_the_first_token_of_a_block_is_the_causal_models():
+    drafter, batch = make_drafter(), make_batch("refinement")
+    _, _, rows, _ = run(drafter, batch)
+    causal = np.tril(np.ones((T, T), bool))
+    for b, tokens in enumerate(batch["tokens"]):
+        plain = plain_logits(drafter, tokens.tolist(), causal)
+        for m in np.flatnonzero(batch["size"][b]):
+            np.testing.assert_allclose(rows[b, m, 0], plain[batch["anchor"][b, m]], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["block_causal", "bidirectional"])
+def test_ids_the_drafter_does_not_share_teach_nothing(attention):
+    drafter = make_drafter(attention, "shifted", False, True, (3, 9))
+    batch = make_batch("refinement", seed=6, bidirectional=attention == "bidirectional")
+    rng = np.random.default_rng(0)
+    strange = rng.random(batch["tokens"].shape) < 0.5
+    batch["tokens"] = np.where(strange, rng.choice([3, 9, V, V + 5], strange.shape), batch["tokens"]).astype(np.int32)
+    loss, count, rows, labels = run(drafter, batch)
+    shared = (labels < V) & (labels != 3) & (labels != 9)
+    expected = 0.0
+    for where in np.argwhere(batch["masked"] & shared):
+        where = tuple(where)
+        expected += batch["weight"][where] * cross_entropy(rows[where].astype(np.float64), labels[where])
+    assert 0 < (batch["masked"] & shared).sum() < count == batch["masked"].sum()
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def rows_of(count, used, dtype=np.float32, seed=0):
+    """hidden, head, labels, weights with `used` weights that are not zero, at random places."""
+    rng = np.random.default_rng(seed)
+    hidden, head = rng.normal(size=(count, 8)), rng.normal(size=(20, 8))
+    weights = np.zeros(count, np.float32)
+    weights[rng.choice(count, used, replace=False)] = rng.uniform(0.1, 3, used)
+    labels = rng.integers(0, 20, count).astype(np.int32)
+    return jnp.asarray(hidden, dtype), jnp.asarray(head, dtype), jnp.asarray(labels), jnp.asarray(weights)
+
+
+CASES = [(13, 13, 4), (13, 8, 4), (13, 5, 1), (13, 6, 512), (13, 0, 4), (1, 1, 4)]
+
+
+def gradients(rows):
+    # A function of its own, so that nothing compiled for another chunk is found.
+    return jax.jit(jax.value_and_grad(lambda *rows: 2.5 * weighted_cross_entropy(*rows), (0, 1)))(*rows)
+
+
+naive_gradients = jax.jit(jax.grad(lambda *rows: 2.5 * naive_cross_entropy(*rows), (0, 1)))
+
+
+@pytest.mark.parametrize(("count", "used", "chunk"), CASES)
+def test_weighted_cross_entropy(monkeypatch, count, used, chunk):
+    monkeypatch.setattr(objectives, "CHUNK_ROWS", chunk)
+    rows = rows_of(count, used)
+    hidden, head, labels, weights = (np.asarray(x, np.float64) for x in rows)
+    value, to_hidden, to_head = 0.0, np.zeros_like(hidden), np.zeros_like(head)
+    for x, label, weight, into in zip(hidden, labels.astype(int), weights, to_hidden, strict=True):
+        p = reference.softmax(head @ x)
+        value -= weight * np.log(p[label])
+        error = weight * (p - np.eye(20)[label])
+        into += head.T @ error
+        to_head += np.outer(error, x)
+    found, ours = gradients(rows)
+    np.testing.assert_allclose(found, 2.5 * value, rtol=1e-5)
+    for a, plain, b in zip(ours, (to_hidden, to_head), naive_gradients(*rows), strict=True):
+        np.testing.assert_allclose(a, 2.5 * plain, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(ours[0][weights == 0], 0)
+    if count == 1:  # without a gradient
+        np.testing.assert_allclose(weighted_cross_entropy(*rows), value, rtol=1e-5)
+
+
+def test_labels_of_weightless_rows_may_be_anything(monkeypatch):
+    monkeypatch.setattr(objectives, "CHUNK_ROWS", 4)
+    hidden, head, labels, weights = rows_of(9, 5)
+    wild = jnp.where(weights == 0, 1000, labels)
+    expected, found = gradients((hidden, head, labels, weights)), gradients((hidden, head, wild, weights))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_weighted_cross_entropy_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(objectives, "CHUNK_ROWS", 16)
+    rows = rows_of(40, 30, jnp.bfloat16)
+    exact = tuple(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in rows)
+    value, ours = gradients(rows)
+    expected, theirs = gradients(exact)
+    assert value.dtype == np.float32
+    np.testing.assert_allclose(value, expected, rtol=1e-4)  # logits are accumulated in float32
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(np.float32), b, rtol=0.02, atol=0.01 * float(np.abs(b).max()))

@@ -1,0 +1,150 @@
+"""Recipes: YAML in and out, and errors of one line that name the place and the remedy."""
+
+import re
+
+import pytest
+import yaml
+
+from deer_jax import DrafterConfig, InputError
+from deer_jax.diffusion.corruption import Corruption
+from deer_jax.training.recipe import Evaluation, Recipe, Stage, read_recipe, to_yaml
+from deer_jax.training.step import OptimizerConfig
+
+FULL = """
+target: models/target
+answers: out/answers.jsonl
+output: runs/one
+drafter: from-target:0,2
+reading: {attention: bidirectional, head: in_place, draft_length: 6, differing_ids: [5, 7]}
+dtype: float32
+length: 128
+batch: 12
+accumulate: 3
+seed: 4
+evaluation: {prompts: held_out.jsonl, every: 50, limit: 8, draft_lengths: [4, 6], temperatures: [0, 1e-1]}
+stages:
+  - {steps: 10, stage: continuation, learning_rate: 3e-4, ema: 0.99}
+  - {steps: 5, stage: refinement, width: 4, max_masked: 4, alpha: 1.05, weight_decay: 0.1}
+"""
+SHORT = {"target": "t", "answers": "a", "output": "o", "stages": [{"steps": 1, "stage": "refinement"}]}
+
+
+def read(tmp_path, values):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return read_recipe(path)
+
+
+def test_read(tmp_path):
+    expected = Recipe(
+        target="models/target",
+        answers="out/answers.jsonl",
+        output="runs/one",
+        drafter="from-target:0,2",
+        reading=DrafterConfig(attention="bidirectional", head="in_place", draft_length=6, differing_ids=(5, 7)),
+        dtype="float32",
+        length=128,
+        batch=12,
+        accumulate=3,
+        seed=4,
+        evaluation=Evaluation(
+            prompts="held_out.jsonl", every=50, limit=8, draft_lengths=(4, 6), temperatures=(0.0, 0.1)
+        ),
+        stages=(
+            Stage(
+                steps=10,
+                corruption=Corruption(stage="continuation", width=6),
+                optimizer=OptimizerConfig(learning_rate=3e-4, ema=0.99),
+            ),
+            Stage(
+                steps=5,
+                corruption=Corruption(stage="refinement", width=4, max_masked=4, alpha=1.05),
+                optimizer=OptimizerConfig(weight_decay=0.1),
+            ),
+        ),
+    )
+    found = read(tmp_path, FULL)
+    assert found == expected
+    assert hash(found) == hash(expected)
+
+
+@pytest.mark.parametrize("values", [FULL, SHORT])
+def test_what_is_written_is_read_back(tmp_path, values):
+    recipe = read(tmp_path, values)
+    assert read(tmp_path, to_yaml(recipe)) == recipe
+
+
+def test_width_follows_the_draft_length_unless_given(tmp_path):
+    assert read(tmp_path, SHORT).stages[0].corruption.width == DrafterConfig().draft_length
+    assert read(tmp_path, SHORT | {"reading": {"draft_length": 3}}).stages[0].corruption.width == 3
+    assert read(tmp_path, FULL).stages[1].corruption.width == 4
+
+
+def stage(**changes):
+    return {"stages": [SHORT["stages"][0], SHORT["stages"][0] | changes]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lenght": 8}, "recipe: unknown key 'lenght', did you mean 'length'?"),
+        ({"reading": {"heads": "shifted"}}, "reading: unknown key 'heads', did you mean 'head'?"),
+        ({"evaluation": {"prompts": "p", "evry": 1}}, "evaluation: unknown key 'evry', did you mean 'every'?"),
+        (stage(learning_rat=1), "stages[1]: unknown key 'learning_rat', did you mean 'learning_rate'?"),
+        (stage(blok=1), "stages[1]: unknown key 'blok', did you mean 'blocks'?"),
+        (stage(corruption={}), "stages[1]: unknown key 'corruption', valid: alpha, b1, b2, blocks, clip, ema, "),
+        (stage(step=1), "stages[1]: unknown key 'step', did you mean 'steps'?"),
+        ({1: 2}, "recipe: unknown key '1', valid: accumulate, answers, "),
+        ({"stages": []}, "recipe: stages is empty: give at least one"),
+        ({"stages": {"steps": 1}}, "stages must be a list, got {'steps': 1}"),
+        ({"stages": [3]}, "stages[0] must be keys and values, got 3"),
+        ({"stages": [{"steps": 1}]}, "stages[0]: missing stage"),
+        ({"stages": [{"stage": "refinement"}]}, "stages[0]: missing steps"),
+        ({"reading": None}, "reading must be keys and values, got None"),
+        ({"evaluation": {}}, "evaluation: missing prompts"),
+        ({"batch": 0}, "recipe: batch must be at least 1, got 0"),
+        ({"batch": 4, "accumulate": 3}, "recipe: batch (4) must be a multiple of accumulate (3)"),
+        ({"batch": "many"}, "recipe: batch must be a whole number, got 'many'"),
+        ({"batch": 2.5}, "recipe: batch must be a whole number, got 2.5"),
+        ({"length": True}, "recipe: length must be a whole number, got True"),
+        ({"seed": -1}, "recipe: seed must be in 0..4294967295, got -1"),
+        ({"target": 3}, "recipe: target must be text, got 3"),
+        ({"dtype": "float16"}, "recipe: dtype must be one of bfloat16, float32, got 'float16'"),
+        ({"reading": {"head": "raised"}}, "reading: head must be one of shifted, in_place, got 'raised'"),
+        ({"reading": {"separator": 1}}, "reading: separator must be true or false, got 1"),
+        ({"reading": {"differing_ids": 5}}, "reading: differing_ids must be a list, got 5"),
+        ({"reading": {"draft_length": 0}}, "reading: draft_length must be at least 1, got 0"),
+        ({"evaluation": {"prompts": "p", "every": 0}}, "evaluation: every must be at least 1, got 0"),
+        (
+            {"evaluation": {"prompts": "p", "draft_lengths": 8}},
+            "evaluation: draft_lengths must be a list, got 8",
+        ),
+        (
+            {"evaluation": {"prompts": "p", "draft_lengths": [0]}},
+            "evaluation: draft_lengths must be one or more numbers from 1 on, got [0]",
+        ),
+        (
+            {"evaluation": {"prompts": "p", "temperatures": [-1]}},
+            "evaluation: temperatures must be one or more numbers from 0 on, got [-1.0]",
+        ),
+        (stage(steps=0), "stages[1]: steps must be at least 1, got 0"),
+        (stage(stage="third"), "stages[1]: stage must be one of continuation, refinement, got 'third'"),
+        (stage(width=0), "stages[1]: width must be at least 1, got 0"),
+        (stage(learning_rate="fast"), "stages[1]: learning_rate must be a number, got 'fast'"),
+        (stage(learning_rate=0), "stages[1]: learning_rate must be positive, got 0.0"),
+        (stage(clip=-1), "stages[1]: clip must be positive, got -1.0"),
+        (stage(ema=1), "stages[1]: ema must be in [0, 1), got 1.0"),
+        (stage(warmup=-1), "stages[1]: warmup must not be negative, got -1"),
+    ],
+)
+def test_errors_are_one_line_with_place_and_remedy(tmp_path, changes, message):
+    with pytest.raises(InputError, match="^" + re.escape(f"{tmp_path / 'recipe.yaml'}: {message}")) as error:
+        read(tmp_path, SHORT | changes)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_keys_and_files(tmp_path):
+    with pytest.raises(InputError, match=r"recipe\.yaml: recipe: missing target, answers, output, stages$"):
+        read(tmp_path, "")
+    with pytest.raises(InputError, match=r"none\.yaml: no such file$"):
+        read_recipe(tmp_path / "none.yaml")
