@@ -7,11 +7,14 @@ smallest of these that it reads.
 import dataclasses
 import difflib
 import math
+import numbers
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+LEAST_TEMPERATURE = 1e-6
 
 
 class InputError(ValueError):
@@ -120,8 +123,13 @@ class DrafterConfig:
         for name, valid in (("attention", ("block_causal", "bidirectional")), ("head", ("shifted", "in_place"))):
             if getattr(self, name) not in valid:
                 raise InputError(f"{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}")
-        if self.draft_length < 1:
-            raise InputError(f"draft_length must be at least 1, got {self.draft_length}")
+        if type(self.draft_length) is not int or self.draft_length < 1:
+            raise InputError(f"draft_length must be a whole number of at least 1, got {self.draft_length!r}")
+        if type(self.separator) is not bool:
+            raise InputError(f"separator must be true or false, got {self.separator!r}")
+        ids = self.differing_ids
+        if not isinstance(ids, tuple) or not all(type(token) is int and token >= 0 for token in ids):
+            raise InputError(f"differing_ids must be token ids, got {ids!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,12 +151,20 @@ class Sampling:
     def __post_init__(self):
         for name in ("temperature", "draft_temperature"):
             value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise InputError(f"{name} must be 0 (greedy) or positive, got {value}")
-        if self.top_k < 0:
-            raise InputError(f"top_k must be 0 (all tokens) or positive, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be in (0, 1], got {self.top_p}")
+            if value is None and name == "draft_temperature":
+                continue
+            if not _is_number(value) or not (value >= 0 and math.isfinite(value)):
+                raise InputError(f"{name} must be 0 (greedy) or positive, got {value!r}")
+            if 0 < value < LEAST_TEMPERATURE:
+                raise InputError(f"{name} {value} is too small to divide by in float32: 0 is greedy")
+        if not isinstance(self.top_k, numbers.Integral) or not 0 <= self.top_k < 2**31:
+            raise InputError(f"top_k must be 0 (all tokens) or a positive whole number, got {self.top_k!r}")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be in (0, 1], got {self.top_p!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def from_mapping(cls, values: Mapping[str, Any], where: str):

@@ -7,6 +7,7 @@ tensor, mask and separator. The public open-dCoder layout has neither: its mask 
 import dataclasses
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -45,7 +46,11 @@ def load_drafter(
     """
     name = str(source)
     if name.partition(":")[0] == FROM_TARGET:
-        return drafter_from_target(target, config, layers=_listed_layers(name), name=name)
+        drafter = drafter_from_target(target, config, layers=_listed_layers(name), name=name)
+        if dtype is None:
+            return drafter
+        dtype = compute_dtype(dtype)
+        return dataclasses.replace(drafter, params=jax.tree.map(lambda x: x.astype(dtype), drafter.params))
     folder = resolve_folder(source)
     dtype = compute_dtype(target.params["embed"].dtype if dtype is None else dtype)
     model, tokenizer = read_config(folder), Tokenizer.load(folder)
@@ -104,4 +109,5 @@ def _listed_layers(name: str) -> tuple[int, ...] | None:
 def _with_tuple(section, folder: Path) -> dict:
     if not isinstance(section, dict):
         raise InputError(f"{folder}: {SECTION} in config.json must be keys and values, got {section!r}")
-    return section | {"differing_ids": tuple(section.get("differing_ids", ()))}
+    ids = section.get("differing_ids", [])
+    return section | {"differing_ids": tuple(ids) if isinstance(ids, list) else ids}

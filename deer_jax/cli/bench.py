@@ -13,6 +13,7 @@ from deer_jax.cli.common import (
     ModelOptions,
     OutputOptions,
     PromptOptions,
+    check_distinct,
     check_writable,
     show,
     write_json,
@@ -46,6 +47,7 @@ def run(argv: Sequence[str]) -> None:
     arguments = options.arguments() | {"template_arguments": options.template_arguments()}
     sources = named(options.drafter)
     prompts = options.read()
+    check_distinct([options.json], [options.prompts, options.config])
     check_writable(options.json)
     target, drafters = options.load(list(sources.values()))
     with Reporter("measuring, runs") as reporter:

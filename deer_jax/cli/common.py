@@ -151,6 +151,17 @@ def check_writable(path: Path | None) -> None:
         raise InputError(f"{path}: is a folder; name a file")
 
 
+def check_distinct(outputs: Sequence[Path | None], inputs: Sequence[Path | None]) -> None:
+    """Refuse to write a file over another output or over what was read."""
+    seen = {path.resolve() for path in inputs if path is not None}
+    for path in outputs:
+        if path is None:
+            continue
+        if path.resolve() in seen:
+            raise InputError(f"{path}: is read or written under another option too; name another file")
+        seen.add(path.resolve())
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file: all of it, or nothing."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")

@@ -15,6 +15,7 @@ from deer_jax.cli.common import (
     ModelOptions,
     OutputOptions,
     PromptOptions,
+    check_distinct,
     check_writable,
     write_json,
     write_text,
@@ -44,6 +45,7 @@ def run(argv: Sequence[str]) -> None:
     options = parse(Options, "decode", argv, EXAMPLE)
     arguments = options.arguments() | {"template_arguments": options.template_arguments()}
     prompts = options.read()
+    check_distinct([options.output, options.json], [options.prompts, options.config])
     check_writable(options.output)
     check_writable(options.json)
     if options.stream and (len(prompts) != 1 or options.output or options.json or options.batch_size):

@@ -26,8 +26,7 @@ def run(argv: Sequence[str]) -> None:
     drafted = decode(target, PROMPTS, drafter=drafter, max_new_tokens=NEW_TOKENS)
     plain = decode(target, PROMPTS, max_new_tokens=NEW_TOKENS)
     for i, prompt in enumerate(PROMPTS):
-        assert plain.texts and drafted.texts
-        answers = [plain.texts[i], drafted.texts[i]]
+        answers = [result.texts[i] if result.texts else "" for result in (plain, drafted)]
         same = drafted.tokens[i] == plain.tokens[i]
         print(f"\nprompt   {prompt!r}\nplain    {answers[0]!r}\ndrafted  {answers[1]!r}")
         print(f"         {plain.stats.rounds[i]} rounds plain, {drafted.stats.rounds[i]} drafted, ", end="")

@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         _say("error", str(error))
         return 2
+    except BrokenPipeError:  # `... | head` has seen enough; nothing more can be flushed to it at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         _say("interrupted", "files are written at the end, so none was")
         if argv is None:

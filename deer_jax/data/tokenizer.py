@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -44,10 +47,14 @@ class Tokenizer:
         for name in (*VOCABULARIES, *COMPANIONS):
             if name.endswith(".json") and (folder / name).is_file():
                 _check_json(folder / name)
+        from huggingface_hub.errors import StrictDataclassError  # what transformers raises over config.json
         from transformers import AutoTokenizer  # slow to import
 
         try:
             inner = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        except StrictDataclassError as error:
+            line = " ".join(str(error).split())[:200]
+            raise InputError(f"{folder / 'config.json'}: transformers refuses it ({line})") from None
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
             line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise InputError(f"{folder}: the tokenizer files cannot be used ({line}); download them again") from None
@@ -96,9 +103,22 @@ class Tokenizer:
         """Every token with its id, the added ones included."""
         return dict(self._inner.get_vocab())
 
-    def save(self, folder: str | Path) -> None:
-        """Copy the tokenizer's files, byte for byte."""
-        copy_tokenizer(self.folder, folder)
+    @functools.cached_property
+    def _byte_ids(self) -> frozenset[int]:
+        return frozenset(token for text, token in self.vocabulary().items() if BYTE.fullmatch(text))
+
+    def settled(self, ids: Sequence[int]) -> int:
+        """How many leading ids have a text that later ids cannot change, but for an incomplete last character.
+
+        Tokens that stand for one byte (<0xC3> and the like, as in Llama 2) are decoded as a run: a wrong byte behind
+        turns the whole run into replacement characters. So a run at the end is not settled.
+
+          [..., "said", <0xC3>, <0xB1>] -> all but the last two
+        """
+        count = len(ids)
+        while count and ids[count - 1] in self._byte_ids:
+            count -= 1
+        return count
 
 
 def _check_json(path: Path) -> None:

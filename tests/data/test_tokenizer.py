@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from deer_jax.config import InputError
-from deer_jax.data.tokenizer import Tokenizer, differing_ids
+from deer_jax.data.tokenizer import Tokenizer, copy_tokenizer, differing_ids
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -118,7 +118,7 @@ def test_damaged_files_are_refused(content, tmp_path, stories_dir):
 
 
 def test_saving_copies_the_files(qwen, qwen_dir, tmp_path):
-    qwen.save(tmp_path)
+    copy_tokenizer(qwen.folder, tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["tokenizer.json", "tokenizer_config.json"]
     for name in names:
@@ -146,3 +146,25 @@ def test_differing_ids(stories_dir, stories):
         values["added_tokens"].append(added)
 
     assert differing_ids(target, stories(widen, name="wider"), ()) == ()
+
+
+def test_byte_tokens_at_the_end_are_not_settled(stories_dir):
+    """A wrong byte behind them would turn the whole run into replacement characters."""
+    tokenizer = Tokenizer.load(stories_dir)
+    ids = tokenizer.vocabulary()
+    said, first, second = tokenizer.encode("said")[1:], ids["<0xC3>"], ids["<0xB1>"]
+    assert tokenizer.decode([first, second]) == "ñ"
+    assert "ñ" not in tokenizer.decode([first, second, ids["<0xFF>"]])
+    assert tokenizer.settled([*said, first, second]) == len(said)
+    assert tokenizer.settled([first, second, *said]) == 2 + len(said)
+    assert tokenizer.settled([]) == 0
+
+
+@pytest.mark.parametrize("wrong", [{"rms_norm_eps": None}, {"tie_word_embeddings": "false"}, {"eos_token_id": "x"}])
+def test_a_config_that_transformers_refuses_is_one_line(stories_dir, tmp_path, wrong):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((stories_dir / name).read_bytes())
+    values = json.loads((stories_dir / "config.json").read_text()) | wrong
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"config\.json: transformers refuses it"):
+        Tokenizer.load(tmp_path)

@@ -113,7 +113,7 @@ def stage(**changes):
         ({"reading": {"head": "raised"}}, "reading: head must be one of shifted, in_place, got 'raised'"),
         ({"reading": {"separator": 1}}, "reading: separator must be true or false, got 1"),
         ({"reading": {"differing_ids": 5}}, "reading: differing_ids must be a list, got 5"),
-        ({"reading": {"draft_length": 0}}, "reading: draft_length must be at least 1, got 0"),
+        ({"reading": {"draft_length": 0}}, "reading: draft_length must be a whole number of at least 1, got 0"),
         ({"evaluation": {"prompts": "p", "every": 0}}, "evaluation: every must be at least 1, got 0"),
         (
             {"evaluation": {"prompts": "p", "draft_lengths": 8}},
