@@ -153,12 +153,13 @@ class Sampling:
             value = getattr(self, name)
             if value is None and name == "draft_temperature":
                 continue
-            if not _is_number(value) or not (value >= 0 and math.isfinite(value)):
+            if not _is_number(value) or not 0 <= value < math.inf:
                 raise InputError(f"{name} must be 0 (greedy) or positive, got {value!r}")
             if 0 < value < LEAST_TEMPERATURE:
                 raise InputError(f"{name} {value} is too small to divide by in float32: 0 is greedy")
-        if not isinstance(self.top_k, numbers.Integral) or not 0 <= self.top_k < 2**31:
-            raise InputError(f"top_k must be 0 (all tokens) or a positive whole number, got {self.top_k!r}")
+        whole = isinstance(self.top_k, numbers.Integral) and not isinstance(self.top_k, bool)
+        if not whole or not 0 <= self.top_k < 2**31:  # int32 on the device
+            raise InputError(f"top_k must be 0 (all tokens) or a positive whole number below 2**31, got {self.top_k!r}")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be in (0, 1], got {self.top_p!r}")
 
@@ -168,7 +169,7 @@ def _is_number(value: Any) -> bool:
 
 
 def from_mapping(cls, values: Mapping[str, Any], where: str):
-    """A dataclass from a mapping; an unknown key is an error that names the nearest valid one."""
+    """A dataclass from a mapping; an unknown key is an error that names the nearest valid one. Errors name `where`."""
     fields = {field.name for field in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
@@ -182,7 +183,10 @@ def from_mapping(cls, values: Mapping[str, Any], where: str):
     ]
     if missing:
         raise InputError(f"{where}: missing {', '.join(missing)}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

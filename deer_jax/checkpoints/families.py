@@ -147,9 +147,10 @@ def _refuse_unsupported(values: Mapping[str, Any], family: str, layers: int, whe
 def _read_rope(values: Mapping[str, Any], context: int, where: str) -> Rope:
     # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling; where both are there,
     # transformers 5 itself follows rope_scaling.
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(values.get(key), dict | None):
+            raise InputError(f"{where}: {key} must be keys and values, got {values[key]!r}")
     given = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if not isinstance(given, dict):
-        raise InputError(f"{where}: rope_parameters must be keys and values, got {given!r}")
     if any(isinstance(value, dict) for value in given.values()):
         raise InputError(f"{where}: rope_parameters that differ between layers are not supported")
 
@@ -197,6 +198,9 @@ def config_from(values: Mapping[str, Any], where: str) -> ModelConfig:
     width, heads, context = number("hidden_size"), number("num_attention_heads"), number("max_position_embeddings")
     layers = number("num_hidden_layers")
     _refuse_unsupported(values, family, layers, where)
+    tied = values.get("tie_word_embeddings")
+    if not isinstance(tied, bool | None):  # "false" would count as true
+        raise InputError(f"{where}: tie_word_embeddings must be true or false, got {tied!r}")
     experts = {}
     if family == "qwen3_moe":
         experts = {
@@ -219,7 +223,7 @@ def config_from(values: Mapping[str, Any], where: str) -> ModelConfig:
             context=context,
             norm_eps=number("rms_norm_eps", 1e-6, float),
             rope=_read_rope(values, context, where),
-            tied=bool(values.get("tie_word_embeddings", False)),
+            tied=bool(tied),
             qkv_bias=family == "qwen2",
             qk_norm=family in ("qwen3", "qwen3_moe"),
             **experts,

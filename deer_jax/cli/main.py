@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; the exit status: 0, 2 for bad arguments or input, 130 when interrupted. Failures propagate."""
     try:
         with one_line_warnings():
-            return _run(sys.argv[1:] if argv is None else argv)
+            status = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # what is still buffered may not reach a closed pipe either, and at exit nobody catches it
+        return status
     except InputError as error:
         _say("error", str(error))
         return 2

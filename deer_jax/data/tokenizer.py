@@ -54,7 +54,9 @@ class Tokenizer:
             inner = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         except StrictDataclassError as error:
             line = " ".join(str(error).split())[:200]
-            raise InputError(f"{folder / 'config.json'}: transformers refuses it ({line})") from None
+            raise InputError(
+                f"{folder / 'config.json'}: transformers refuses it ({line}); correct it or download it again"
+            ) from None
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
             line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise InputError(f"{folder}: the tokenizer files cannot be used ({line}); download them again") from None
@@ -104,8 +106,11 @@ class Tokenizer:
         return dict(self._inner.get_vocab())
 
     @functools.cached_property
-    def _byte_ids(self) -> frozenset[int]:
-        return frozenset(token for text, token in self.vocabulary().items() if BYTE.fullmatch(text))
+    def _unsettled_ids(self) -> frozenset[int]:
+        found = {token for text, token in self.vocabulary().items() if BYTE.fullmatch(text)}
+        # Special tokens are left out of the text, so the bytes on both sides of one are a single run.
+        special = {token for token, added in self._inner.added_tokens_decoder.items() if added.special}
+        return frozenset(found | special if found else ())
 
     def settled(self, ids: Sequence[int]) -> int:
         """How many leading ids have a text that later ids cannot change, but for an incomplete last character.
@@ -116,7 +121,7 @@ class Tokenizer:
           [..., "said", <0xC3>, <0xB1>] -> all but the last two
         """
         count = len(ids)
-        while count and ids[count - 1] in self._byte_ids:
+        while count and ids[count - 1] in self._unsettled_ids:
             count -= 1
         return count
 

@@ -98,6 +98,26 @@ def test_layers_are_taken_as_listed(target):
             deer_jax.load_drafter(wrong, target=target)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_targets_weights_are_cast_on_request(target, dtype):
+    drafter = deer_jax.load_drafter("from-target:0", target=target, dtype=dtype)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(drafter.params)} == {dtype}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(target.params)} == {"float32"}
+    with pytest.raises(InputError, match="dtype must be bfloat16 or float32, got 'int8'"):
+        deer_jax.load_drafter("from-target:0", target=target, dtype="int8")
+
+
+@pytest.mark.parametrize("ids", [None, 4, "4", [4.0], [-1]])
+def test_differing_ids_of_a_folder_are_checked(target, tmp_path, ids):
+    deer_jax.save_drafter(tmp_path / "drafter", deer_jax.load_drafter("from-target:0", target=target))
+    path = tmp_path / "drafter" / "config.json"
+    values = json.loads(path.read_text())
+    values["deer_jax"]["differing_ids"] = ids
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"\A[^\n]*deer_jax: differing_ids must be token ids[^\n]*\Z"):
+        deer_jax.load_drafter(tmp_path / "drafter", target=target)
+
+
 def test_no_drafter_and_another_tokenizer_are_refused(folders, target):
     with pytest.raises(InputError, match=r"no drafter: config\.json has no 'deer_jax' section"):
         deer_jax.load_drafter(folders / "no_drafter", target=target)

@@ -231,6 +231,22 @@ def test_warnings_are_one_line(capsys, monkeypatch):
     assert run(capsys) == (0, "", "deer-jax: warning: two lines\n")
 
 
+@pytest.mark.parametrize("option", ["--output", "--json"])
+def test_sources_are_never_written_over(capsys, tmp_path, folder, ids, option):
+    link, config = tmp_path / "link", tmp_path / "run.yaml"
+    link.symlink_to(ids)
+    config.write_text("limit: 1\n", encoding="utf-8")
+    before = Path(ids).read_text(encoding="utf-8")
+    for path in (link, config):
+        arguments = ["--target", folder, "--prompts", ids, "--config", str(config), option, str(path)]
+        status, _, err = run(capsys, "decode", *arguments)
+        assert status == 2
+        assert err.startswith(f"deer-jax: error: {path}: is read or written under another option too")
+    assert (link.is_symlink(), Path(ids).read_text(encoding="utf-8")) == (True, before)
+    arguments = ["--target", folder, "--drafter", "from-target", "--prompts", ids, "--json", str(link)]
+    assert run(capsys, "bench", *arguments)[0] == 2
+
+
 def test_interrupted(capsys, monkeypatch):
     def interrupted(argv):
         raise KeyboardInterrupt
@@ -273,3 +289,14 @@ def test_as_a_program(tmp_path):
     wrong = subprocess.run([*command, "decode"], capture_output=True, text=True, env=environment, check=False)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("deer-jax: error: --target is missing")
+
+
+def test_a_closed_pipe_is_no_failure(tmp_path):
+    """What `deer-jax ... | head` does to a program, here before it writes anything."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "deer_jax.cli.main", "--version"]
+    environment = os.environ | {"HOME": str(tmp_path)}
+    found = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    os.close(writing)
+    assert (found.returncode, found.stderr) == (0, "")

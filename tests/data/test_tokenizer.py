@@ -158,9 +158,15 @@ def test_byte_tokens_at_the_end_are_not_settled(stories_dir):
     assert tokenizer.settled([*said, first, second]) == len(said)
     assert tokenizer.settled([first, second, *said]) == 2 + len(said)
     assert tokenizer.settled([]) == 0
+    assert tokenizer.decode([first, ids["</s>"], second]) == "ñ"  # what is left out of the text does not end a run
+    assert tokenizer.settled([*said, first, ids["</s>"]]) == len(said)
 
 
-@pytest.mark.parametrize("wrong", [{"rms_norm_eps": None}, {"tie_word_embeddings": "false"}, {"eos_token_id": "x"}])
+def test_without_byte_tokens_all_is_settled(qwen):
+    assert qwen.settled([12522, 5193, 151645]) == 3
+
+
+@pytest.mark.parametrize("wrong", [{"rms_norm_eps": None}, {"rope_parameters": []}, {"eos_token_id": "x"}])
 def test_a_config_that_transformers_refuses_is_one_line(stories_dir, tmp_path, wrong):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((stories_dir / name).read_bytes())

@@ -365,7 +365,7 @@ BAD = {
     "a draft temperature": ({"draft_temperature": -1.0}, "draft_temperature must be .*, got -1.0"),
     "no mass": ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
     "too much mass": ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
-    "top_k below zero": ({"top_k": -1}, r"top_k must be 0 \(all tokens\) or a positive whole number, got -1"),
+    "top_k below zero": ({"top_k": -1}, r"top_k must be 0 \(all tokens\) or a positive whole number below .*, got -1"),
     "a draft length below zero": ({"drafter": True, "draft_length": -1}, "draft_length must be 0 .* got -1"),
     "no drafter": ({"draft_length": 4}, "draft_length is 4 but there is no drafter: give one, or draft_length=0"),
     "no new tokens": ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
