@@ -16,7 +16,7 @@ from deer_jax.config import DrafterConfig, InputError, ModelConfig
 from deer_jax.drafters.protocol import Context, Draft, Pick
 from deer_jax.models.cache import KVCache, cache_bytes, empty_cache, write_cache
 from deer_jax.models.target import Target, Tokenizer, check_tokens
-from deer_jax.models.transformer import Params, Transformer, bind, is_stacked
+from deer_jax.models.transformer import Params, Transformer, bind, is_stacked, prefill_rows
 
 MASK, SEPARATOR = 0, 1  # rows of params["special"] [2, D]
 
@@ -153,22 +153,6 @@ def _gather_rows(tokens, start, width: int):
     """tokens [B, S] -> [B, width] from start [B] on."""
     columns = start[:, None] + jnp.arange(width)[None]
     return jnp.take_along_axis(tokens, columns, axis=1, mode="clip")
-
-
-def prefill_rows(model: Transformer, x, cache: KVCache, start, rows, *, first: bool) -> KVCache:
-    """Read a prompt chunk's embeddings x [R, P, D], at positions start.. of the given rows, into the cache.
-
-    `first`: nothing lies before, so the cache is not attended to at all.
-    """
-    R, P = x.shape[:2]
-    positions = jnp.broadcast_to(start + jnp.arange(P)[None], (R, P))
-    starts = jnp.broadcast_to(start, (R,))
-    if first:
-        _, fresh = model(x, positions)
-    else:
-        before = KVCache(cache.keys[:, rows], cache.values[:, rows])
-        _, fresh = model(x, positions, cache=before, start=starts)
-    return write_cache(cache, fresh, starts, rows)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "k"))

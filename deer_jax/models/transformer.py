@@ -22,7 +22,7 @@ from jax import lax
 from deer_jax.config import ModelConfig
 from deer_jax.models import experts as moe
 from deer_jax.models.attention import attend
-from deer_jax.models.cache import KVCache
+from deer_jax.models.cache import KVCache, write_cache
 from deer_jax.models.layers import gated_mlp, linear, logits, rms_norm, rotary, rotate
 
 Params = dict[str, Any]
@@ -262,3 +262,19 @@ def stack_layers(params: Params) -> Params:
     """Unrolled parameters as scanned ones."""
     layers = [params["layers"][i] for i in range(len(params["layers"]))]
     return params | {"layers": {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}}
+
+
+def prefill_rows(model: Transformer, x, cache: KVCache, start, rows, *, first: bool) -> KVCache:
+    """Read a prompt chunk's embeddings x [R, P, D], at positions start.. of the given rows, into the cache.
+
+    `first`: nothing lies before, so the cache is not attended to at all.
+    """
+    R, P = x.shape[:2]
+    positions = jnp.broadcast_to(start + jnp.arange(P)[None], (R, P))
+    starts = jnp.broadcast_to(start, (R,))
+    if first:
+        _, fresh = model(x, positions)
+    else:
+        before = KVCache(cache.keys[:, rows], cache.values[:, rows])
+        _, fresh = model(x, positions, cache=before, start=starts)
+    return write_cache(cache, fresh, starts, rows)
