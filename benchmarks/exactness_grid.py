@@ -1,6 +1,6 @@
 """Greedy speculative decoding against plain decoding over draft lengths, batch sizes, drafters and limits.
 
-    python benchmarks/exactness_grid.py            the full grid, about ten minutes on two cores
+    python benchmarks/exactness_grid.py            the full grid, half an hour on two busy cores
     python benchmarks/exactness_grid.py --quick    a part of it, about a minute
 
 A departure from plain decoding is a failure unless the target's two best logits are closer there than the rounding of
