@@ -1,6 +1,7 @@
 """Text to token ids and back, over the tokenizers of Hugging Face folders."""
 
 import functools
+import hashlib
 import json
 import re
 import shutil
@@ -104,6 +105,12 @@ class Tokenizer:
     def vocabulary(self) -> dict[str, int]:
         """Every token with its id, the added ones included."""
         return dict(self._inner.get_vocab())
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Short hexadecimal digest of the vocabulary: equal for tokenizers whose ids mean the same."""
+        entries = json.dumps(sorted(self.vocabulary().items()), ensure_ascii=False)
+        return hashlib.sha256(entries.encode()).hexdigest()[:12]
 
     @functools.cached_property
     def _unsettled_ids(self) -> frozenset[int]:

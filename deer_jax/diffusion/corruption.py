@@ -34,6 +34,8 @@ class Corruption:
       max_masked: R_max of stage II.
       alpha: base of stage II's weights.
       least_rate: t is clamped from below to this, which bounds 1/t.
+      next_token: weight of the text's own next-token loss beside the blocks' loss; block-causal only. A block's first
+        token is read at a text row, which this keeps as good as an autoregressive model's.
     """
 
     stage: Literal["continuation", "refinement"]
@@ -42,6 +44,7 @@ class Corruption:
     max_masked: int = 96
     alpha: float = 1.01
     least_rate: float = 0.02
+    next_token: float = 1.0
 
     def __post_init__(self):
         if self.stage not in ("continuation", "refinement"):
@@ -53,6 +56,8 @@ class Corruption:
             raise InputError(f"alpha must be positive, got {self.alpha}")
         if not 0 < self.least_rate <= 1:
             raise InputError(f"least_rate must be in (0, 1], got {self.least_rate}")
+        if not 0 <= self.next_token < np.inf:
+            raise InputError(f"next_token must not be negative, got {self.next_token}")
 
 
 class Blocks(NamedTuple):
@@ -62,6 +67,7 @@ class Blocks(NamedTuple):
     size: np.ndarray  # int32 [M] tokens in the block, at most W
     masked: np.ndarray  # bool [M, W]
     weight: np.ndarray  # float32 [M, W] loss weight, 0 where not masked
+    text_weight: np.ndarray  # float32 [n] of predicting the token after each text position; sums to next_token * total
     total: np.float32  # what the summed loss is divided by: candidates (I) or sum of weights (II)
 
 
@@ -90,7 +96,9 @@ def corrupt_blocks(prompt: int, length: int, settings: Corruption, rng: np.rando
     for m in range(count):
         masked[m, : size[m]], weight[m, : size[m]] = _mask(size[m], rates[m], settings, rng)
     total = size.sum() if settings.stage == "continuation" else weight.sum()
-    return Blocks(anchor, size, masked, weight, np.float32(total))
+    text_weight = np.zeros(length, np.float32)
+    text_weight[prompt - 1 : length - 1] = settings.next_token * total / places
+    return Blocks(anchor, size, masked, weight, text_weight, np.float32(total))
 
 
 def corrupt_cut(prompt: int, length: int, settings: Corruption, rate: float, rng: np.random.Generator) -> Cut:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deer_jax.drafters.standalone import MASK, SEPARATOR, StandaloneMethod, backbone
+from deer_jax.models.attention import Blocks
 from deer_jax.models.layers import logits, precision
 from deer_jax.models.transformer import Params, bind
 
@@ -18,7 +19,7 @@ def block_loss(method: StandaloneMethod, params: Params, batch: dict[str, jax.Ar
     """Summed weighted cross-entropy of block-causal examples, and the number of masked positions.
 
     batch: tokens int32 [B, T] (clean texts, padded), anchor and size int32 [B, M], masked bool [B, M, W], weight
-    float32 [B, M, W]; see `diffusion.corruption.Blocks`. Block rows stand behind the text's rows at their true
+    float32 [B, M, W], text_weight float32 [B, T]; see `diffusion.corruption.Blocks`. Block rows stand behind the text's rows at their true
     positions: they see the text up to their anchor and their own block with its separator, nothing else. The first
     token of a block is read at the anchor's own text row (shifted head).
     """
@@ -42,7 +43,7 @@ def block_loss(method: StandaloneMethod, params: Params, batch: dict[str, jax.Ar
     x = jnp.concatenate([method.embed(model, params, tokens), block.reshape(B, rows, -1)], axis=1)
     text = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     positions = jnp.concatenate([text, place.reshape(B, rows)], axis=1)
-    hidden, _ = model(x, positions, visible=block_visibility(T, anchor, real))
+    hidden, _ = model(x, positions, visible=Blocks(anchor, real))
 
     if method.config.head == "shifted":
         in_block = T + (jnp.arange(M) * (W + 1))[None, :, None] + steps[None, None, : W - 1]
@@ -50,29 +51,14 @@ def block_loss(method: StandaloneMethod, params: Params, batch: dict[str, jax.Ar
     else:
         in_block = T + (jnp.arange(M) * (W + 1))[None, :, None] + steps[None, None, :W]
         at = jnp.broadcast_to(in_block, (B, M, W))
+    # Text rows predict the token after them, blocks their own.
     read = jnp.take_along_axis(hidden, at.reshape(B, -1, 1), axis=1, mode="clip")
-    head = params["embed"] if method.model.tied else params["head"]
-    labels, weights = following[..., :W].reshape(-1), batch["weight"].reshape(-1)
+    read = jnp.concatenate([hidden[:, :T], read], axis=1)
+    labels = jnp.concatenate([jnp.roll(tokens, -1, axis=1), following[..., :W].reshape(B, -1)], axis=1).reshape(-1)
+    weights = jnp.concatenate([batch["text_weight"], batch["weight"].reshape(B, -1)], axis=1).reshape(-1)
     weights = _without_unknown(method, labels, weights)
+    head = params["embed"] if method.model.tied else params["head"]
     return weighted_cross_entropy(read.reshape(labels.shape[0], -1), head, labels, weights), jnp.sum(masked)
-
-
-def block_visibility(T: int, anchor, real):
-    """bool [B, T + M(W+1), T + M(W+1)]: who sees whom among text rows and block rows; real bool [B, M, W+1]."""
-    B, M, width = real.shape
-    rows = M * width
-    text_to_text = jnp.broadcast_to(jnp.tril(jnp.ones((1, T, T), bool)), (B, T, T))
-    before_anchor = jnp.arange(T)[None, None] <= anchor[..., None]  # [B, M, T]
-    block_to_text = jnp.repeat(before_anchor, width, axis=1)
-    owner = jnp.repeat(jnp.arange(M), width)
-    block_to_block = (owner[:, None] == owner[None])[None] & real.reshape(B, 1, rows)
-    return jnp.concatenate(
-        [
-            jnp.pad(text_to_text, ((0, 0), (0, 0), (0, rows))),
-            jnp.concatenate([block_to_text, block_to_block], axis=2),
-        ],
-        axis=1,
-    )
 
 
 def cut_loss(method: StandaloneMethod, params: Params, batch: dict[str, jax.Array]):

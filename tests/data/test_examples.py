@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from deer_jax import InputError
-from deer_jax.data.examples import AnswerFile, example_batches
+from deer_jax.data.answers import AnswerFiles
+from deer_jax.data.examples import example_batches
 from deer_jax.diffusion.corruption import Corruption
 
 CONTINUATION, REFINEMENT = Corruption(stage="continuation", width=4, blocks=2), Corruption(stage="refinement")
@@ -21,14 +22,14 @@ def write(path, records):
 
 
 @pytest.fixture
-def answers(tmp_path) -> AnswerFile:
+def answers(tmp_path) -> AnswerFiles:
     """Eleven records; the first token of each is its number."""
     rng = np.random.default_rng(0)
     records = [
         {"prompt": [i, *rng.integers(50, 90, 3).tolist()], "answer": rng.integers(50, 90, 6 + i).tolist(), "n": i}
         for i in range(11)
     ]
-    return AnswerFile(write(tmp_path / "answers.jsonl", records))
+    return AnswerFiles([write(tmp_path / "answers.jsonl", records)], vocab_size=100)
 
 
 def stream(records, corruption=CONTINUATION, *, bidirectional=False, length=LENGTH, batch=4, seed=0):
@@ -52,7 +53,7 @@ def test_records_in_any_order(tmp_path, tail):
     lines = [json.dumps({"prompt": [i] * (i + 1), "answer": [9 - i], "text": "é\u2028" * i}) for i in range(5)]
     path = tmp_path / "a.jsonl"
     path.write_bytes(("\n".join(lines) + tail).encode())
-    records = AnswerFile(str(path))
+    records = AnswerFiles([str(path)], vocab_size=100)
     assert len(records) == 5
     for i in (4, 0, np.int64(3), 1, 2, 4):
         assert records[i]["prompt"] == [i] * (i + 1)
@@ -79,14 +80,14 @@ def test_a_wrong_file_is_noticed_when_it_is_opened(tmp_path, content, message):
     if content is not None:
         path.write_text(content)
     with pytest.raises(InputError, match="^" + re.escape(message.format(path=path))) as error:
-        AnswerFile(path)
+        AnswerFiles([path], vocab_size=100)
     assert "\n" not in str(error.value)
 
 
 def test_a_wrong_line_is_named_when_it_is_met(tmp_path):
     good = {"prompt": [1], "answer": [2, 3]}
     path = write(tmp_path / "answers.jsonl", [good, good, '{"prompt": [1],\n', good])
-    records = AnswerFile(path)
+    records = AnswerFiles([path], vocab_size=100)
     with pytest.raises(InputError, match=f"^{re.escape(str(path))}:3: not valid JSON: "):
         records[2]
     with pytest.raises(InputError, match=f"^{re.escape(str(path))}:3: not valid JSON: "):
@@ -94,7 +95,7 @@ def test_a_wrong_line_is_named_when_it_is_met(tmp_path):
 
 
 def test_fewer_records_than_a_batch(answers):
-    with pytest.raises(InputError, match=f"^{re.escape(str(answers.path))}: 11 records are fewer than a batch of 12$"):
+    with pytest.raises(InputError, match=f"^{re.escape(str(answers))}: 11 records are fewer than a batch of 12$"):
         stream(answers, batch=12)
 
 
@@ -102,7 +103,7 @@ def test_fewer_records_than_a_batch(answers):
 def test_a_prompt_that_fills_the_length_is_an_error_with_its_line(tmp_path, bidirectional, least):
     long = {"prompt": [1, 2, 3, 4, 5], "answer": [6, 7]}
     path = write(tmp_path / "answers.jsonl", [{"prompt": [1], "answer": [2]}, long])
-    records = AnswerFile(path)
+    records = AnswerFiles([path], vocab_size=100)
     message = f"{path}:2: a prompt of 5 tokens leaves no room for its answer in length {least - 1}; raise length to "
     with pytest.raises(InputError, match="^" + re.escape(f"{message}at least {least} ")):
         take(stream(records, bidirectional=bidirectional, length=least - 1, batch=2), 1)
@@ -169,7 +170,7 @@ def test_a_resumed_stream_goes_on(answers, bidirectional, done):
     first = stream(answers, bidirectional=bidirectional)
     take(first, done)
     state = first.get_state()
-    resumed = stream(AnswerFile(answers.path), bidirectional=bidirectional)
+    resumed = stream(AnswerFiles(answers.paths, vocab_size=100), bidirectional=bidirectional)
     resumed.set_state(state)
     assert_same(take(resumed, 9 - done), whole[done:])
 
@@ -177,7 +178,7 @@ def test_a_resumed_stream_goes_on(answers, bidirectional, done):
 def test_the_rates_of_a_batch_are_spread_evenly(tmp_path):
     # One masked token of a long answer shows t as 1 / weight.
     records = [{"prompt": [i], "answer": [1] * 2000} for i in range(16)]
-    answers = AnswerFile(write(tmp_path / "answers.jsonl", records))
+    answers = AnswerFiles([write(tmp_path / "answers.jsonl", records)], vocab_size=100)
     settings = Corruption(stage="continuation", least_rate=1e-3)
     seen = []
     for seed in (0, 1):
