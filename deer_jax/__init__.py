@@ -4,19 +4,26 @@ from deer_jax.bench.runner import bench
 from deer_jax.checkpoints.drafters import load_drafter, save_drafter
 from deer_jax.checkpoints.load import load_target
 from deer_jax.config import DrafterConfig, InputError
-from deer_jax.decoding.engine import decode, stream
+from deer_jax.decoding.answers import AnswersReport, answers
+from deer_jax.decoding.engine import decode
 from deer_jax.decoding.state import DecodeResult, DecodeStats
+from deer_jax.decoding.stream import stream
 from deer_jax.demo import demo_pair
 from deer_jax.drafters.standalone import StandaloneDrafter, drafter_from_target
 from deer_jax.models.target import Target
+from deer_jax.training.loop import AlignReport, align
 
 __all__ = [
+    "AlignReport",
+    "AnswersReport",
     "DecodeResult",
     "DecodeStats",
     "DrafterConfig",
     "InputError",
     "StandaloneDrafter",
     "Target",
+    "align",
+    "answers",
     "bench",
     "decode",
     "demo_pair",

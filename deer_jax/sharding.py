@@ -1,5 +1,6 @@
 """The device mesh and the one table from logical axes to mesh axes. Nothing else names a mesh axis."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -33,6 +34,25 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence |
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshShape:
+    """How many devices each mesh axis has: copies of everything, slices of the parameters, slices of each product."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        for name in AXES:
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def batch_ways(self) -> int:
+        """Into how many parts a batch is split."""
+        return self.data * self.fsdp
+
+
 def spec(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) -> P:
     """Partition of an array with these logical axes; an axis that does not divide evenly is replicated."""
     parts = []
@@ -51,3 +71,8 @@ def placement(mesh: Mesh | None, shape: Sequence[int], axes: Sequence[str | None
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same values on every device of the mesh."""
     return NamedSharding(mesh, P())
+
+
+def batch_placement(mesh: Mesh) -> NamedSharding:
+    """Micro-batches [parts, batch, ...]: the second axis split, the first a loop."""
+    return NamedSharding(mesh, P(None, RULES["batch"]))

@@ -1,7 +1,6 @@
 """What a bench measured: the numbers by their definitions, as JSON and as a table."""
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +8,11 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from deer_jax.decoding.acceptance import acceptance_by_depth, acceptance_interval, repeated_windows
 from deer_jax.decoding.agreement import Agreement
 from deer_jax.decoding.state import DecodeResult, acceptance_length
 
 PLAIN = "plain"
-RESAMPLES = 2000
-WINDOW = 8  # tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +119,7 @@ def measure(
         acceptance_by_depth=acceptance_by_depth(total),
         repeated_8grams=repeated_windows([answer for result in rounds for answer in result.tokens]),
         seconds=sum(result.stats.seconds for result in rounds),
-        prefill_seconds=sum(result.stats.prefill_seconds for result in rounds),
+        prefill_seconds=sum(result.stats.prefill_seconds or 0.0 for result in rounds),
         compile_seconds=compile_seconds,
         new_tokens=sum(sum(result.stats.new_tokens) for result in rounds),
         rounds=sum(sum(result.stats.rounds) for result in rounds),
@@ -130,40 +128,7 @@ def measure(
 
 def _speed(rounds: Sequence[DecodeResult], prefill: bool = True) -> float:
     tokens = sum(sum(result.stats.new_tokens) for result in rounds)
-    return tokens / sum(r.stats.seconds - (0 if prefill else r.stats.prefill_seconds) for r in rounds)
-
-
-def acceptance_interval(histograms: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
-    """95 % interval of the acceptance length, prompts drawn with replacement; histograms int [prompts, k+1].
-
-    Every resample divides sums, as the acceptance length itself does. One prompt has no interval.
-    """
-    count, width = histograms.shape
-    if count < 2:
-        return None
-    rounds, committed = histograms.sum(axis=1), histograms @ np.arange(1, width + 1)
-    drawn = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
-    low, high = np.percentile(committed[drawn].sum(axis=1) / rounds[drawn].sum(axis=1), (2.5, 97.5))
-    return float(low), float(high)
-
-
-def acceptance_by_depth(histogram: np.ndarray) -> list[float | None]:
-    """P(draft i accepted | the drafts before it accepted), i = 0..k-1, from [k+1] rounds that accepted i drafts.
-
-    [2, 3, 0, 0] -> [3/5, 0, None]
-    """
-    reached = np.cumsum(histogram[::-1])[::-1]  # rounds that accepted at least i
-    return [float(after / before) if before else None for before, after in itertools.pairwise(reached)]
-
-
-def repeated_windows(answers: Sequence[Sequence[int]], width: int = WINDOW) -> float | None:
-    """Share of `width`-token windows that occurred before in the same answer; None without any window.
-
-    width 2:  a b a b a -> windows ab ba ab ba, two of four
-    """
-    windows = [[tuple(answer[i : i + width]) for i in range(len(answer) - width + 1)] for answer in answers]
-    total = sum(map(len, windows))
-    return 1 - sum(len(set(row)) for row in windows) / total if total else None
+    return tokens / sum(r.stats.seconds - (0.0 if prefill else r.stats.prefill_seconds or 0.0) for r in rounds)
 
 
 def table(report: BenchReport) -> Table:

@@ -1,4 +1,4 @@
-"""Drafters from and to Hugging Face folders.
+"""Drafters from and to Hugging Face folders, and from the folders of alignment runs.
 
 A drafter's folder is that of its backbone, plus a `deer_jax` section in config.json (see `DrafterConfig`) and one more
 tensor, mask and separator. The public open-dCoder layout has neither: its mask is a row of the embedding.
@@ -6,17 +6,30 @@ tensor, mask and separator. The public open-dCoder layout has neither: its mask 
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from deer_jax.checkpoints.huggingface import Progress, load_params, read_config, read_json, resolve_folder, save_folder
+from deer_jax.checkpoints.huggingface import (
+    Progress,
+    load_params,
+    read_config,
+    read_json,
+    resolve_folder,
+    save_folder,
+    write_description,
+)
 from deer_jax.checkpoints.load import check_vocabulary, compute_dtype, scan_layers
+from deer_jax.checkpoints.runs import DRAFTER, is_run, read_best
 from deer_jax.config import DrafterConfig, InputError, from_mapping
 from deer_jax.data.tokenizer import Tokenizer, differing_ids
-from deer_jax.drafters.standalone import StandaloneDrafter, StandaloneMethod, drafter_from_target
+from deer_jax.drafters.standalone import MASK, StandaloneDrafter, StandaloneMethod, drafter_from_target, new_entries
 from deer_jax.models.target import Target
+from deer_jax.models.transformer import Params, abstract_params, is_stacked, logical_axes, stack_layers, unstack_layers
+from deer_jax.sharding import placement
 
 SECTION, SPECIAL = "deer_jax", "deer_jax.mask_and_separator"
 FROM_TARGET = "from-target"
@@ -36,10 +49,11 @@ def load_drafter(
     """The drafter in a folder, local or on the hub, for a target.
 
     Args:
-      source: a folder this library saved, one in the open-dCoder layout, or `from-target` (`from-target:0,2,4`): an
-        untrained drafter with the target's own weights, of all layers or of those listed.
+      source: a folder this library saved, that of an alignment run (its best checkpoint), one in the open-dCoder
+        layout, or `from-target` (`from-target:0,2,4`): an untrained drafter with the target's own weights, of all
+        layers or of those listed.
       dtype: "bfloat16" or "float32"; None is the target's.
-      config: reading conventions of a `from-target` drafter; a folder brings its own.
+      config: how the drafter reads, instead of what its folder says; a folder of a plain model needs it.
       progress: called with the bytes read so far and their total.
 
     Raises InputError, one line, for a folder that is no drafter or whose tokenizer differs from the target's.
@@ -53,33 +67,52 @@ def load_drafter(
         return dataclasses.replace(drafter, params=jax.tree.map(lambda x: x.astype(dtype), drafter.params))
     folder = resolve_folder(source)
     dtype = compute_dtype(target.params["embed"].dtype if dtype is None else dtype)
+    run, folder = (folder, folder / DRAFTER) if is_run(folder) else (None, folder)
     model, tokenizer = read_config(folder), Tokenizer.load(folder)
     check_vocabulary(tokenizer, model.vocab_size, folder)
-    section = read_json(folder / "config.json").get(SECTION)
-    options = {"scan": scan_layers(), "mesh": target.mesh, "progress": progress}
-    if section is not None:
-        found = from_mapping(DrafterConfig, _with_tuple(section, folder), f"{folder}: {SECTION}")
-        params, extra = load_params(folder, model, dtype, extra={SPECIAL: (2, model.width)}, **options)
-        params["special"] = extra[SPECIAL]
-    else:
-        mask = tokenizer.vocabulary().get(OPEN_DCODER_MASK) if tokenizer else None
-        if mask is None:
-            raise InputError(
-                f"{folder}: no drafter: config.json has no '{SECTION}' section and the tokenizer no "
-                f"{OPEN_DCODER_MASK}; start an untrained one with '{FROM_TARGET}'"
-            )
-        differing = OPEN_DCODER_DIFFERING if mask in OPEN_DCODER_DIFFERING else (mask,)
-        found = DrafterConfig(
-            attention="bidirectional", separator=False, draft_length=PAPER_DRAFT_LENGTH, differing_ids=differing
-        )
-        params, _ = load_params(folder, model, dtype, **options)
-        # The layout has no separator: a mean embedding holds its place until a drafter is trained with one.
-        mean = jnp.mean(params["embed"].astype(jnp.float32), axis=0)
-        params["special"] = jnp.stack([params["embed"][mask], mean.astype(dtype)])
+    found, mask = _reading(folder, tokenizer, config)
     if tokenizer and isinstance(target.tokenizer, Tokenizer):
         differing_ids(target.tokenizer, tokenizer, found.differing_ids)
     method = StandaloneMethod(model, found, target.config.vocab_size)
-    return StandaloneDrafter(method=method, params=params, name=Path(name).name, tokenizer=tokenizer)
+    drafter = StandaloneDrafter(method=method, params={}, name=Path(name).name, tokenizer=tokenizer)
+    if run is not None:
+        shapes = abstract_params(model) | {"special": jax.ShapeDtypeStruct((2, model.width), jnp.float32)}
+        return usable_drafter(drafter, read_best(run, shapes), target, dtype)
+    options: dict[str, Any] = {"scan": scan_layers(), "mesh": target.mesh, "progress": progress}
+    if SECTION in read_json(folder / "config.json"):
+        params, extra = load_params(folder, model, dtype, extra={SPECIAL: (2, model.width)}, **options)
+        special = extra[SPECIAL]
+    else:
+        params, _ = load_params(folder, model, dtype, **options)
+        special = new_entries(params["embed"])
+        if mask is not None:
+            special = special.at[MASK].set(params["embed"][mask])
+    return dataclasses.replace(drafter, params=params | {"special": special})
+
+
+def _reading(
+    folder: Path, tokenizer: Tokenizer | None, given: DrafterConfig | None
+) -> tuple[DrafterConfig, int | None]:
+    """How the drafter in a folder reads, and the row of the embedding that is its mask, if one is."""
+    section = read_json(folder / "config.json").get(SECTION)
+    if section is not None:
+        found = from_mapping(DrafterConfig, _with_tuple(section, folder), f"{folder}: {SECTION}")
+        return given or found, None
+    mask = tokenizer.vocabulary().get(OPEN_DCODER_MASK) if tokenizer else None
+    if mask is None:
+        if given is None:
+            raise InputError(
+                f"{folder}: no drafter: config.json has no '{SECTION}' section and the tokenizer no "
+                f"{OPEN_DCODER_MASK}; to train one from it, say how it is to read (`reading` in a recipe)"
+            )
+        return given, None
+    differing = OPEN_DCODER_DIFFERING if mask in OPEN_DCODER_DIFFERING else (mask,)
+    if given is not None:
+        return dataclasses.replace(given, differing_ids=tuple(sorted({*given.differing_ids, *differing}))), mask
+    # The layout has no separator; a mean embedding holds its place until a drafter is trained with one.
+    return DrafterConfig(
+        attention="bidirectional", separator=False, draft_length=PAPER_DRAFT_LENGTH, differing_ids=differing
+    ), mask
 
 
 def save_drafter(folder: str | Path, drafter: StandaloneDrafter, **options) -> None:
@@ -94,6 +127,38 @@ def save_drafter(folder: str | Path, drafter: StandaloneDrafter, **options) -> N
         extra_config={SECTION: dataclasses.asdict(drafter.method.config)},
         **options,
     )
+
+
+def describe_drafter(folder: Path, drafter: StandaloneDrafter) -> None:
+    """Write everything of `save_drafter` but the weights."""
+    tokenizer = drafter.tokenizer
+    write_description(
+        folder, drafter.method.model, jnp.dtype("float32"),
+        tokenizer_source=tokenizer.folder if isinstance(tokenizer, Tokenizer) else None,
+        extra_config={SECTION: dataclasses.asdict(drafter.method.config)},
+    )  # fmt: skip
+
+
+def place_drafter(drafter: StandaloneDrafter, mesh: Mesh) -> Params:
+    """The parameters as training holds them: float32, stacked, sharded over the mesh."""
+    params = drafter.params if is_stacked(drafter.params) else stack_layers(drafter.params)
+    axes = logical_axes(drafter.method.model) | {"special": (None, "width")}
+    return jax.tree.map(
+        lambda x, names: jax.device_put(x.astype(jnp.float32), placement(mesh, x.shape, names)), params, axes
+    )
+
+
+def usable_drafter(drafter: StandaloneDrafter, params: Params, target: Target, dtype=None) -> StandaloneDrafter:
+    """The drafter with parameters that training holds, as decoding beside the target wants them."""
+    dtype = target.params["embed"].dtype if dtype is None else dtype
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    if target.mesh is not None:
+        params = place_drafter(dataclasses.replace(drafter, params=params), target.mesh)
+    else:
+        params = jax.device_put(params, jax.devices()[0])
+    if not scan_layers():
+        params = unstack_layers(params, drafter.method.model.layers)
+    return dataclasses.replace(drafter, params=params)
 
 
 def _listed_layers(name: str) -> tuple[int, ...] | None:

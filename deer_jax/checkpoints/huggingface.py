@@ -317,8 +317,6 @@ def save_folder(
         raise InputError(f"{folder}: exists and is not an empty folder; remove it or choose another")
     slots, extra = tensor_slots(config), dict(extra or {})
     dtype = params["embed"].dtype
-    values = write_config(config, dtype, bos_id=bos_id, stop_ids=stop_ids) | dict(extra_config or {})
-    generation = {"bos_token_id": bos_id, "eos_token_id": stop_field(stop_ids)}
     sizes = {key: int(np.prod(slot.shape)) * dtype.itemsize for key, slot in slots.items()}
     sizes |= {key: int(value.size) * value.dtype.itemsize for key, value in extra.items()}
     shards: list[list[str]] = [[]]
@@ -345,13 +343,32 @@ def save_folder(
             where |= dict.fromkeys(keys, name)
         if len(shards) > 1:
             _write_json(partial / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
-        _write_json(partial / "config.json", values)
-        _write_json(partial / "generation_config.json", {key: v for key, v in generation.items() if v is not None})
-        if tokenizer_source is not None:
-            copy_tokenizer(tokenizer_source, partial)
+        write_description(
+            partial, config, dtype, tokenizer_source=tokenizer_source, stop_ids=stop_ids, bos_id=bos_id,
+            extra_config=extra_config,
+        )  # fmt: skip
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_description(
+    folder: Path,
+    config: ModelConfig,
+    dtype,
+    *,
+    tokenizer_source: Path | None = None,
+    stop_ids: Sequence[int] = (),
+    bos_id: int | None = None,
+    extra_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Everything of a model's folder but its weights; the arguments are those of `save_folder`."""
+    values = write_config(config, dtype, bos_id=bos_id, stop_ids=stop_ids) | dict(extra_config or {})
+    generation = {"bos_token_id": bos_id, "eos_token_id": stop_field(stop_ids)}
+    _write_json(folder / "config.json", values)
+    _write_json(folder / "generation_config.json", {key: v for key, v in generation.items() if v is not None})
+    if tokenizer_source is not None:
+        copy_tokenizer(tokenizer_source, folder)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

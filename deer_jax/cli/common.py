@@ -27,13 +27,23 @@ DRAFTER_HELP = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """models"""
+class TargetOptions:
+    """target"""
 
     target: Annotated[str, "the model to decode: a Hugging Face folder or hub id", "FOLDER"]
     dtype: Annotated[
         Literal["bfloat16", "float32"] | None, "of the weights; by default float32 on CPU, else bfloat16"
     ] = None
+
+    def load_target(self) -> Target:
+        with Reporter("loading, bytes") as reporter:
+            return load_target(self.target, dtype=self.dtype, progress=reporter.show)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(TargetOptions):
+    """drafters"""
+
     draft_attention: Annotated[
         Literal["block_causal", "bidirectional"] | None,
         f"what a '{FROM_TARGET}' drafter sees: the text causally (default), or everything in both directions",
@@ -46,10 +56,16 @@ class ModelOptions:
             if not any(source.partition(":")[0] == FROM_TARGET for source in sources):
                 raise InputError(f"--draft-attention is for '{FROM_TARGET}' drafters; a folder brings its own")
             config = DrafterConfig(attention=self.draft_attention)
+        target = self.load_target()
         with Reporter("loading, bytes") as reporter:
-            target = load_target(self.target, dtype=self.dtype, progress=reporter.show)
             drafters: list[Drafter] = [
-                load_drafter(source, target=target, dtype=self.dtype, config=config, progress=reporter.show)
+                load_drafter(
+                    source,
+                    target=target,
+                    dtype=self.dtype,
+                    progress=reporter.show,
+                    config=config if source.partition(":")[0] == FROM_TARGET else None,
+                )
                 for source in sources
             ]
         return target, drafters
@@ -74,19 +90,21 @@ class PromptOptions:
         tuple[str, ...], "an argument of the chat template, as in enable_thinking=false; repeatable", "NAME=VALUE"
     ] = ()
 
-    def read(self) -> list[Prompt]:
-        """The prompts, of the file or the command line."""
+    def read(self, *, whole: bool = False, allow_empty: bool = False) -> list[Prompt]:
+        """The prompts, of the file or the command line; for the arguments see `read_prompts`."""
         if bool(self.prompt) == (self.prompts is not None):
             raise InputError("give prompts either with --prompt TEXT or with --prompts FILE")
         if self.prompts is not None:
-            found = read_prompts(self.prompts, field=self.field, limit=self.limit, chat=self.chat)
+            found = read_prompts(
+                self.prompts, field=self.field, limit=self.limit, chat=self.chat, whole=whole, allow_empty=allow_empty
+            )
         elif self.field is not None or self.limit is not None:
             raise InputError("--field and --limit are for a file given with --prompts")
         else:
             if not all(self.prompt):
                 raise InputError("--prompt is empty: give some text")
             found = [Prompt(str(i), as_chat(text) if self.chat else text) for i, text in enumerate(self.prompt, 1)]
-        if self.template and not any(isinstance(prompt.content[0], dict) for prompt in found):
+        if self.template and not any(isinstance(part, dict) for prompt in found for part in prompt.content[:1]):
             raise InputError("--template has no effect on plain text: add --chat")
         return found
 
@@ -129,13 +147,19 @@ class DecodeOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OutputOptions:
-    """output and settings"""
+class ConfigOptions:
+    """settings"""
 
-    json: Annotated[Path | None, "write the numbers to this file"] = None
     config: Annotated[
         Path | None, "a YAML file whose keys are these options (draft_length: 8); what stands on the command line wins"
     ] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutputOptions(ConfigOptions):
+    """output"""
+
+    json: Annotated[Path | None, "write the numbers to this file"] = None
 
 
 def show(table: Table) -> None:

@@ -16,6 +16,8 @@ from deer_jax.config import InputError, nearest
 VERBS = {
     "demo": "decode with a small pair, beside plain decoding",
     "decode": "decode prompts with any target and drafter",
+    "answers": "let a target answer prompts: the training set of its drafter",
+    "align": "train a drafter for a target from its answers",
     "bench": "measure acceptance length and speed of drafters against plain decoding",
 }
 HELP = """\
@@ -45,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `... | head` has seen enough; nothing more can be flushed to it at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        _say("interrupted", "files are written at the end, so none was")
+    except KeyboardInterrupt as error:  # with a message from verbs that keep what they did
+        _say("interrupted", str(error) or "files are written at the end, so none was")
         if argv is None:
             # XLA may still be at work on what was interrupted, and taking the interpreter down under it can crash.
             sys.stdout.flush()

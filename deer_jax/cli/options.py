@@ -1,7 +1,7 @@
 """A verb's options: a frozen dataclass in, the command line and a YAML file parsed into it.
 
 Every field is an option of the same name, hyphens for underscores, with its type and default, required without one and
-repeatable if it is a tuple:
+repeatable if it is a tuple (of numbers: also separated by commas):
 
     limit: Annotated[int | None, "read only the first N prompts", "N"] = None     type, help text, name of the value
 
@@ -64,7 +64,7 @@ def _parse(cls: type, parser: argparse.ArgumentParser, argv: Sequence[str]) -> d
 def _parser(cls: type, verb: str, example: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=f"deer-jax {verb}",
-        description=cls.__doc__,
+        description=inspect.getdoc(cls),
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -85,7 +85,7 @@ def _argument(hint: Any, default: Any) -> dict[str, Any]:
     if default is dataclasses.MISSING:
         help += " (required)"
     elif default is not None and default is not False and default != ():
-        help += f" (default: {default})"
+        help += f" (default: {','.join(map(str, default)) if isinstance(default, tuple) else default})"
     argument: dict[str, Any] = {"help": help.replace("%", "%%")}
     if kind is bool:
         return argument | {"action": argparse.BooleanOptionalAction}
@@ -95,9 +95,9 @@ def _argument(hint: Any, default: Any) -> dict[str, Any]:
         return argument | {"choices": typing.get_args(kind)}
     if typing.get_origin(kind) is tuple:
         kind = typing.get_args(kind)[0]
-        argument["action"] = "extend" if kind is int else "append"
+        argument["action"] = "extend" if kind in (int, float) else "append"
     argument["metavar"] = metavar[0] if metavar else {str: "TEXT", int: "N", float: "X", Path: "FILE"}[kind]
-    argument["type"] = _integers if argument.get("action") == "extend" else kind
+    argument["type"] = {int: _integers, float: _floats}[kind] if argument.get("action") == "extend" else kind
     return argument
 
 
@@ -109,7 +109,11 @@ def _integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-_integers.__name__ = "comma-separated numbers"  # argparse names the type in its errors
+def _floats(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+_integers.__name__ = _floats.__name__ = "comma-separated numbers"  # argparse names the type in its errors
 
 
 def _flag(name: str) -> str:

@@ -1,6 +1,7 @@
 """Training examples from files of answers: corrupted, batched, resumable. Never imports jax.
 
-The randomness of an example is a function of (seed, epoch, record), so a resumed run sees what an uninterrupted one would.
+The randomness of an example is a function of (seed, epoch, record), so a resumed run sees what an uninterrupted one
+would.
 """
 
 import dataclasses
@@ -42,7 +43,8 @@ class _Prepare(grain.transforms.RandomMap):
         if not self.bidirectional:
             blocks = corrupt_blocks(len(prompt), len(text), self.corruption, rng)
             text_weight = np.pad(blocks.text_weight, (0, self.length - len(text)))
-            return {"tokens": tokens} | blocks._replace(text_weight=text_weight)._asdict()
+            example = {"tokens": tokens, "length": np.int32(len(text))}
+            return example | blocks._replace(text_weight=text_weight)._asdict()
         # Evenly spread over any run of examples, which is what a batch is: the variance of 1/t stays small. The seed
         # moves them by another irrational; any power of GOLDEN is a multiple of it modulo 1 and would only renumber.
         rate = 1 - (number * GOLDEN + self.seed * 2**0.5) % 1

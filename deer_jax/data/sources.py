@@ -6,6 +6,7 @@
     turns                      MT-Bench, Spec-Bench              the first turn
     text, test_list            MBPP (full)                       task and tests, see `mbpp_prompt`
     prompt, test_list          MBPP (sanitized)                  the same
+    prompt, answer (ids)       answer files of `answers`         the prompt's ids; read `whole`, those of both
     prompt                     HumanEval, LiveCodeBench, plain   the text as it stands
     question                   GSM8K                             the text as it stands
     problem                    MATH                              the text as it stands
@@ -37,6 +38,10 @@ KINDS = (
 IDS = ("id", "task_id", "question_id", "unique_id")
 
 
+class _EmptyPrompt(InputError):
+    """A prompt of no text, messages or ids."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """One prompt of a file.
@@ -51,14 +56,17 @@ class Prompt:
 
 
 def read_prompts(
-    path: str | Path, *, field: str | None = None, limit: int | None = None, chat: bool = False
-) -> list[Prompt]:
+    path: str | Path, *, field: str | None = None, limit: int | None = None, chat: bool = False, whole: bool = False,
+    allow_empty: bool = False,
+) -> list[Prompt]:  # fmt: skip
     """The prompts of a `.jsonl` or `.jsonl.gz` file, in its order.
 
     Args:
       field: the field that holds the prompt; None recognises the published formats.
       limit: how many to read from the top; None reads all.
       chat: wrap each text as one user message, for the tokenizer's chat template; chats and ids stay what they are.
+      whole: a line of an answer file is its prompt and its answer together.
+      allow_empty: an empty prompt is an empty text, instead of an error.
 
     Raises InputError, naming file and line, for anything that cannot be read as prompts.
     """
@@ -67,8 +75,13 @@ def read_prompts(
     found = []
     for number, row in _rows(Path(path)):
         where = f"{path}:{number}"
-        content = _content(row, field, where)
-        if chat and isinstance(content, str):
+        try:
+            content = _content(row, field, where, whole)
+        except _EmptyPrompt:
+            if not allow_empty:
+                raise
+            content = ""
+        if chat and content and isinstance(content, str):
             content = as_chat(content)
         name = next((row[key] for key in IDS if row.get(key) is not None), number)
         found.append(Prompt(str(name), content))
@@ -122,11 +135,13 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(f"{path}: cannot be read: {error}") from None
 
 
-def _content(row: Mapping[str, Any], field: str | None, where: str):
+def _content(row: Mapping[str, Any], field: str | None, where: str, whole: bool):
     if field is not None:
         if field not in row:
             raise InputError(f"{where}: no field '{field}'; its fields: {', '.join(row) or 'none'}")
         return _checked(row[field], field, where)
+    if whole and _is_ids(row.get("prompt")) and _is_ids(row.get("answer")):
+        return _checked(row["prompt"] + row["answer"], "prompt", where)
     kind = next((kind for kind in KINDS if all(name in row for name in kind)), None)
     if kind is None:
         raise InputError(f"{where}: no field that holds a prompt; its fields: {', '.join(row) or 'none'}; name one")
@@ -147,12 +162,14 @@ def _content(row: Mapping[str, Any], field: str | None, where: str):
 def _checked(value: Any, field: str, where: str):
     """A text, a chat or token ids; anything else is refused."""
     if isinstance(value, str | list) and not value:
-        raise InputError(f"{where}: {field} is empty")
-    if isinstance(value, str):
+        raise _EmptyPrompt(f"{where}: {field} is empty")
+    if isinstance(value, str) or _is_ids(value):
         return value
-    if isinstance(value, list):
-        if all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value):
-            return value
-        if all(isinstance(token, int) and not isinstance(token, bool) for token in value):
-            return value
+    messages = value if isinstance(value, list) else [None]
+    if all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages):
+        return value
     raise InputError(f"{where}: {field} must be a text, a list of messages (role, content) or of token ids")
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in value)

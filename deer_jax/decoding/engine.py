@@ -28,9 +28,9 @@ PREFILL_TOKENS = 32768  # prompt tokens one pass reads over all rows; bounds its
 DEFAULT_SLOTS = 16
 PROGRAMS = 128  # compiled programs that are kept: each holds memory maps, of which a process has a limited number
 ROUNDS_PER_SEGMENT = 32  # when progress is shown: the time until it moves, or until Ctrl-C is served
-ROUNDS_PER_PIECE = 2  # when streaming
 
 Progress = Callable[[int, int, int], None]  # finished prompts, all prompts, new tokens of finished ones
+Row = dict[str, np.ndarray]  # one slot's part of what a segment fetched
 
 
 def bucket(n: int, least: int) -> int:
@@ -65,6 +65,7 @@ class Engine:
         self.knobs = Knobs.of(sampling, seed)
         self.stop_ids = jnp.asarray(stop_ids, jnp.int32).reshape(-1)
         self.compile_seconds = 0.0
+        self.prefill_seconds: float | None = None
         self.fetches = 0
         check_memory(target, drafter, slots, capacity)
         self.state = self._idle()
@@ -92,34 +93,38 @@ class Engine:
         return program(*args)
 
     def admit(
-        self, prompts: Sequence[Sequence[int]], limits: Sequence[int], indices: Sequence[int], rows: Sequence[int]
-    ):
-        """Prefill the prompts and put them into the given slots; indices are their numbers in the whole call."""
+        self, prompts: Sequence[Sequence[int]], limits: Sequence[int], indices: Sequence[int], rows: Sequence[int],
+        rounds: Sequence[int] | None = None,
+    ):  # fmt: skip
+        """Prefill the prompts and put them into the given slots; indices are their numbers in the whole call.
+
+        rounds: what the rows' counts start from, 0 by default. A plain answer begun earlier goes on unchanged if it is
+        admitted as prompt + its n tokens with the limit and index it had, and rounds n.
+        """
+        rounds = [0] * len(prompts) if rounds is None else rounds
         width = max(len(prompt) - 1 for prompt in prompts)
         # A second pass over a row needs a copy of that row's cache, so long prompts go one at a time.
         group = 1 if width > PREFILL_CHUNK else PREFILL_TOKENS // power_of_two(width, 16)
         for first in range(0, len(prompts), group):
             part = slice(first, first + group)
-            self._admit(prompts[part], limits[part], indices[part], rows[part])
+            self._admit(prompts[part], limits[part], indices[part], rounds[part], rows[part])
 
-    def _admit(self, prompts, limits, indices, rows):
+    def _admit(self, prompts, limits, indices, rounds, rows):
         # Padding repeats the last prompt: it is written twice into the same slot.
         repeat = [*range(len(prompts)), *[len(prompts) - 1] * (power_of_two(len(prompts)) - len(prompts))]
         tokens = np.zeros((len(repeat), self.capacity), np.int32)
         for i, source in enumerate(repeat):
             tokens[i, : len(prompts[source])] = prompts[source]
-        rows, limits, indices = (jnp.asarray([x[i] for i in repeat], jnp.int32) for x in (rows, limits, indices))
-        lengths = jnp.asarray([len(prompts[i]) for i in repeat], jnp.int32)
+        numbers = ([len(prompt) for prompt in prompts], limits, indices, rounds, rows)
+        placing = [jnp.asarray([x[i] for i in repeat], jnp.int32) for x in numbers]
         for start, width in prefill_chunks(max(len(prompt) for prompt in prompts) - 1):
-            chunk = jnp.asarray(tokens[:, start : start + width])
+            chunk = jnp.asarray(tokens[:, start : start + width])  # cut where the capacity ends
             models, caches = (self.plan.target, self.plan.drafter), (self.state.cache, self.state.drafter)
             caches = self._run(
-                loop.prefill, models, *self.params, caches, chunk, jnp.int32(start), rows, first=start == 0
+                loop.prefill, models, *self.params, caches, chunk, jnp.int32(start), placing[-1], first=start == 0
             )
             self.state = dataclasses.replace(self.state, cache=caches[0], drafter=caches[1])
-        self.state = self._run(
-            loop.admit, (self.plan,), *self.params, self.state, jnp.asarray(tokens), lengths, limits, indices, rows
-        )
+        self.state = self._run(loop.admit, (self.plan,), *self.params, self.state, jnp.asarray(tokens), *placing)
 
     def segment(self, max_rounds: int | None = None, max_done: int | None = None) -> dict[str, np.ndarray]:
         """Run rounds until all rows (or max_done) are done, or max_rounds have run; then the one fetch."""
@@ -150,6 +155,13 @@ def prefill_chunks(count: int) -> list[tuple[int, int]]:
         rest = count - start
         chunks.append((start, PREFILL_CHUNK if rest >= PREFILL_CHUNK else power_of_two(rest, 16)))
     return chunks
+
+
+def capacity_for(prompts: Sequence[Sequence[int]], limits: Sequence[int], k: int) -> int:
+    """Slots of cache per row that hold every prompt, padded as prefill reads it, and every answer's last block."""
+    needed = [limit + k + 1 for limit in limits]
+    needed += [start + width for start, width in prefill_chunks(max(map(len, prompts)) - 1)]
+    return bucket(max(needed), 64)
 
 
 def check_memory(target: Target, drafter: Drafter | None, slots: int, capacity: int):
@@ -183,7 +195,7 @@ def free_bytes(devices: Iterable[jax.Device]) -> int:
     return free // len(devices)
 
 
-def _prepare(
+def prepare(
     target: Target,
     prompts: list[list[int]],
     drafter: Drafter | None,
@@ -193,13 +205,12 @@ def _prepare(
     seed: int,
     slots: int,
     ignore_stop: bool,
-) -> tuple["Engine", list[int]]:
+) -> tuple[Engine, list[int]]:
     """Check everything that can be wrong before any work is done; the engine and each prompt's limit."""
     k = 0 if drafter is None else drafter.draft_length if draft_length is None else draft_length
     if not isinstance(k, int | np.integer) or k < 0:
         raise InputError(f"draft_length must be 0 (plain decoding) or a positive whole number, got {k!r}")
-    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
-        raise InputError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed!r}")
+    check_run(seed, slots)
     if drafter is None and draft_length:
         raise InputError(f"draft_length is {draft_length} but there is no drafter: give one, or draft_length=0")
     if drafter is not None and k > drafter.draft_length:
@@ -222,13 +233,63 @@ def _prepare(
                 + (f" or give max_new_tokens <= {room}" if room > 0 else "")
             )
         limits.append(len(prompt) + int(count))
-    needed = [limit + k + 1 for limit in limits]
-    needed += [start + width for start, width in prefill_chunks(max(map(len, prompts)) - 1)]
     engine = Engine(
         target, drafter if k else None, k, sampling, seed, () if ignore_stop else target.stop_ids,
-        min(slots, len(prompts)), bucket(max(needed), 64),
+        min(slots, len(prompts)), capacity_for(prompts, limits, k),
     )  # fmt: skip
     return engine, limits
+
+
+def check_run(seed: int, batch_size: int):
+    """Refuse a seed or a number of slots that is none."""
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise InputError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed!r}")
+    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+
+
+def serve(
+    engine: Engine, prompts: Sequence[Sequence[int]], limits: Sequence[int], indices: Sequence[int],
+    rounds: Sequence[int] | None = None, *, max_rounds: int | None = None, time_prefill: bool = False,
+) -> Iterator[tuple[dict[int, Row], dict[int, Row]]]:  # fmt: skip
+    """Answer all prompts: a slot that gets free takes the next. After each segment, the rows that have finished in it
+    and those that run on, by the prompts' places in the list.
+
+    Args:
+      limits, indices, rounds: of each prompt, see `Engine.admit`.
+      max_rounds: length of a segment; None lets it last until a slot can be refilled, or to the end.
+      time_prefill: wait after each prefill, and add up `engine.prefill_seconds`.
+    """
+    holds: list[int | None] = [None] * engine.slots  # place of the prompt that each slot holds
+    rounds = [0] * len(prompts) if rounds is None else rounds
+    admitted = 0
+    if time_prefill:
+        engine.prefill_seconds = 0.0
+    while admitted < len(prompts) or any(place is not None for place in holds):
+        free = [row for row, place in enumerate(holds) if place is None][: len(prompts) - admitted]
+        if free:
+            taken = range(admitted, admitted + len(free))
+            before, compiled = time.perf_counter(), engine.compile_seconds
+            engine.admit(
+                [prompts[i] for i in taken], [limits[i] for i in taken], [indices[i] for i in taken], free,
+                [rounds[i] for i in taken],
+            )  # fmt: skip
+            if engine.prefill_seconds is not None:
+                jax.block_until_ready(engine.state)
+                engine.prefill_seconds += time.perf_counter() - before - (engine.compile_seconds - compiled)
+            for row, place in zip(free, taken, strict=True):
+                holds[row] = place
+            admitted = taken.stop
+        idle = sum(place is None for place in holds)
+        after = engine.segment(max_rounds, idle + 1 if admitted < len(prompts) else None)
+        finished: dict[int, Row] = {}
+        running: dict[int, Row] = {}
+        for row, place in enumerate(holds):
+            if place is not None:
+                done = bool(after["done"][row])
+                (finished if done else running)[place] = {name: value[row] for name, value in after.items()}
+                holds[row] = None if done else place
+        yield finished, running
 
 
 def decode(
@@ -274,35 +335,17 @@ def decode(
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, draft_temperature=draft_temperature)
     slots = DEFAULT_SLOTS if batch_size is None else batch_size
-    if not isinstance(slots, int | np.integer) or slots < 1:
-        raise InputError(f"batch_size must be a whole number of at least 1, got {slots!r}")
     encoded = encode_prompts(target, prompts, template_arguments)
-    engine, limits = _prepare(
-        target, encoded, drafter, draft_length, max_new_tokens, sampling, seed, slots, ignore_stop
-    )
+    engine, limits = prepare(target, encoded, drafter, draft_length, max_new_tokens, sampling, seed, slots, ignore_stop)
 
-    begin, prefill_seconds, new_tokens = time.perf_counter(), 0.0, 0
-    found: dict[int, dict[str, np.ndarray]] = {}
-    holds: list[int | None] = [None] * engine.slots  # which prompt each slot holds
-    waiting = list(range(len(encoded)))
-    while len(found) < len(encoded):
-        free = [row for row, index in enumerate(holds) if index is None][: len(waiting)]
-        if free:
-            taken, waiting = waiting[: len(free)], waiting[len(free) :]
-            before, compiled = time.perf_counter(), engine.compile_seconds
-            engine.admit([encoded[i] for i in taken], [limits[i] for i in taken], taken, free)
-            if time_prefill:
-                jax.block_until_ready(engine.state)
-                prefill_seconds += time.perf_counter() - before - (engine.compile_seconds - compiled)
-            for row, index in zip(free, taken, strict=True):
-                holds[row] = index
-        idle = sum(index is None for index in holds)
-        after = engine.segment(ROUNDS_PER_SEGMENT if progress else None, idle + 1 if waiting else None)
-        for row, index in enumerate(holds):
-            if index is not None and after["done"][row]:
-                found[index] = {name: value[row] for name, value in after.items()}
-                holds[row] = None
-                new_tokens += int(after["length"][row]) - len(encoded[index])
+    begin, new_tokens = time.perf_counter(), 0
+    found: dict[int, Row] = {}
+    rounds = ROUNDS_PER_SEGMENT if progress else None
+    for finished, _ in serve(
+        engine, encoded, limits, range(len(encoded)), max_rounds=rounds, time_prefill=time_prefill
+    ):
+        found |= finished
+        new_tokens += sum(int(row["length"]) - len(encoded[place]) for place, row in finished.items())
         if progress:
             progress(len(found), len(encoded), new_tokens)
     seconds = time.perf_counter() - begin - engine.compile_seconds
@@ -315,7 +358,7 @@ def decode(
         rounds=[int(row["rounds"]) for row in rows],
         accepted_histogram=[row["histogram"].tolist() for row in rows],
         seconds=seconds,
-        prefill_seconds=prefill_seconds,
+        prefill_seconds=engine.prefill_seconds,
         compile_seconds=engine.compile_seconds,
         fetches=engine.fetches,
     )
@@ -329,47 +372,3 @@ def answer_text(target: Target, tokens: Sequence[int], stop_ids: Sequence[int]) 
     assert target.tokenizer is not None
     stopped = bool(tokens) and tokens[-1] in stop_ids
     return target.tokenizer.decode(tokens[:-1] if stopped else tokens)
-
-
-def stream(
-    target: Target,
-    prompt: Any,
-    *,
-    drafter: Drafter | None = None,
-    draft_length: int | None = None,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    draft_temperature: float | None = None,
-    seed: int = 0,
-    ignore_stop: bool = False,
-    template_arguments: Mapping[str, Any] | None = None,
-) -> Iterator[str]:
-    """Pieces of one answer as they are committed; joined they equal the text of `decode` with the same arguments."""
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, draft_temperature=draft_temperature)
-    if target.tokenizer is None:
-        raise InputError(f"{target.name} has no tokenizer, so there is no text to stream: use decode")
-    encoded = encode_prompts(target, prompt, template_arguments)
-    if len(encoded) != 1:
-        raise InputError(f"stream takes one prompt, got {len(encoded)}: use decode")
-    engine, limits = _prepare(target, encoded, drafter, draft_length, max_new_tokens, sampling, seed, 1, ignore_stop)
-    return _pieces(engine, encoded, limits, () if ignore_stop else target.stop_ids)
-
-
-def _pieces(engine: Engine, encoded: list[list[int]], limits: list[int], stop_ids: Sequence[int]) -> Iterator[str]:
-    engine.admit(encoded, limits, [0], [0])
-    shown, done, tokenizer = "", False, engine.target.tokenizer
-    assert tokenizer is not None
-    while not done:
-        after = engine.segment(ROUNDS_PER_PIECE)
-        done = bool(after["done"][0])
-        tokens = after["tokens"][0, len(encoded[0]) : after["length"][0]].tolist()
-        if not done:  # bytes may still become part of a character, or be found to be none
-            tokens = tokens[: tokenizer.settled(tokens)]
-        text = answer_text(engine.target, tokens, stop_ids)
-        if not done:
-            text = text.rstrip("\ufffd")  # the start of a character whose other bytes are still to come
-        if len(text) > len(shown):
-            yield text[len(shown) :]
-            shown = text

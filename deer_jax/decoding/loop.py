@@ -139,9 +139,12 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
 def admit(
-    plan: Plan, params: Params, drafter_params: Params, state: DecodeState, tokens, length, limit, index, rows
+    plan: Plan, params: Params, drafter_params: Params, state: DecodeState, tokens, length, limit, index, rounds, rows
 ) -> DecodeState:
-    """Put prompts into slots: tokens int32 [R, S], length, limit and prompt index int32 [R], slots int32 [R]."""
+    """Put prompts into slots: tokens int32 [R, S], length, limit, prompt index and rounds int32 [R], slots int32 [R].
+
+    rounds: what the rows' own counts start from; above 0 where part of the prompt is an answer begun earlier.
+    """
     drafter = state.drafter
     if plan.drafter is not None:
         drafter = plan.drafter.ready(drafter, length, rows)
@@ -152,7 +155,7 @@ def admit(
         limit=state.limit.at[rows].set(limit),
         done=state.done.at[rows].set(False),
         prompt_index=state.prompt_index.at[rows].set(index),
-        rounds=state.rounds.at[rows].set(0),
+        rounds=state.rounds.at[rows].set(rounds),
         histogram=state.histogram.at[rows].set(0),
         drafter=drafter,
     )

@@ -74,7 +74,7 @@ class DecodeStats:
       accepted_histogram: [k+1] counts: rounds that committed i + 1 tokens, counted up to and including a stop token
         and before the limit's cut.
       seconds: wall clock of the call, compilation excluded, prefill included.
-      prefill_seconds: the part of it before the first round; 0 unless it was measured (`bench` does).
+      prefill_seconds: the part of it that read prompts; None where it was not measured (`time_prefill`).
       compile_seconds: what compilation took, not part of `seconds`.
       fetches: blocking copies from the device; one per segment.
     """
@@ -84,7 +84,7 @@ class DecodeStats:
     rounds: list[int]
     accepted_histogram: list[list[int]]
     seconds: float
-    prefill_seconds: float
+    prefill_seconds: float | None
     compile_seconds: float
     fetches: int
 
@@ -98,8 +98,10 @@ class DecodeStats:
         return sum(self.new_tokens) / self.seconds if self.seconds else 0.0
 
     @property
-    def decode_tokens_per_second(self) -> float:
-        """Like `tokens_per_second`, without prefill."""
+    def decode_tokens_per_second(self) -> float | None:
+        """Like `tokens_per_second`, without prefill; None where prefill was not measured."""
+        if self.prefill_seconds is None:
+            return None
         seconds = self.seconds - self.prefill_seconds
         return sum(self.new_tokens) / seconds if seconds > 0 else 0.0
 

@@ -200,6 +200,14 @@ class StandaloneDrafter:
         return _draft_logits_from_text(self.method, self.params, text, k)
 
 
+def new_entries(embed: jax.Array, seed: int = 0) -> jax.Array:
+    """Mask and separator [2, D] before training: the mean embedding plus noise a tenth as large as an embedding."""
+    table = embed.astype(jnp.float32)
+    mean, spread = jnp.mean(table, axis=0, keepdims=True), jnp.std(table)
+    noise = jax.random.normal(jax.random.key(seed), (2, embed.shape[1]), jnp.float32)
+    return (mean + 0.1 * spread * noise).astype(embed.dtype)
+
+
 def drafter_from_target(
     target: Target,
     config: DrafterConfig | None = None,
@@ -208,10 +216,7 @@ def drafter_from_target(
     seed: int = 0,
     name: str = "from-target",
 ) -> StandaloneDrafter:
-    """An untrained drafter with the target's weights, of all layers or the chosen ones, in the given order.
-
-    Mask and separator start as the mean embedding plus noise a tenth as large as an embedding.
-    """
+    """An untrained drafter with the target's weights, of all layers or the chosen ones, in the given order."""
     model, params = target.config, dict(target.params)
     if layers is not None:
         wrong = [i for i in layers if not 0 <= i < model.layers]
@@ -225,9 +230,6 @@ def drafter_from_target(
             params["layers"] = {new: params["layers"][old] for new, old in enumerate(layers)}
         if "experts" in params:
             params["experts"] = {key: value[np.array(layers)] for key, value in params["experts"].items()}
-    table = params["embed"].astype(jnp.float32)
-    mean, spread = jnp.mean(table, axis=0, keepdims=True), jnp.std(table)
-    noise = jax.random.normal(jax.random.key(seed), (2, model.width), jnp.float32)
-    params["special"] = (mean + 0.1 * spread * noise).astype(params["embed"].dtype)
+    params["special"] = new_entries(params["embed"], seed)
     method = StandaloneMethod(model, config or DrafterConfig(), model.vocab_size)
     return StandaloneDrafter(method=method, params=params, name=name, tokenizer=target.tokenizer)

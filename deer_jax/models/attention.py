@@ -13,16 +13,6 @@ HIDDEN = -1e30  # finite, so that a fully hidden part contributes exp(-1e30 - ma
 
 
 class Blocks(NamedTuple):
-    """Who sees whom when M blocks of R rows each stand behind a text: [text, block 0, .., block M-1].
-
-    Text rows are causal. A block's rows see the text up to the block's anchor and the real rows of their own block.
-    """
-
-    anchor: jax.Array  # int32 [B, M] position in the text
-    real: jax.Array  # bool [B, M, R]
-
-
-class Blocks(NamedTuple):
     """Who sees whom when M blocks of R rows stand behind a text: text, block 0, .., block M-1.
 
     Text rows are causal; a block's rows see the text up to the block's anchor, and the real rows of their own block.

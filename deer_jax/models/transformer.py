@@ -171,13 +171,14 @@ class Transformer(nnx.Module):
         with jax.named_scope("head"):
             return logits(hidden, (self.embed if self.config.tied else self.head)[...])
 
-    def __call__(self, x, positions, *, visible=None, cache: KVCache | None = None, start=None):
+    def __call__(self, x, positions, *, visible=None, cache: KVCache | None = None, start=None, remat: bool = False):
         """Final hidden states [B, T, D] and the fresh keys and values [L, B, K, T, H].
 
         Args:
           x: embeddings [B, T, D]; positions: int [B, T].
           visible: bool [B or 1, T, T] among the fresh rows, or `attention.Blocks`; None is causal.
           cache: earlier keys and values, only read; start int [B]: how many slots of it exist.
+          remat: gradients compute each layer again instead of keeping what is inside; scanned layers only.
         """
         config = self.config
         cos_sin = rotary(positions, config.rope, config.head_width, x.dtype)
@@ -197,6 +198,8 @@ class Transformer(nnx.Module):
                 index, weights = xs
                 return layer(nnx.merge(graph, weights), x, index)
 
+            if remat:
+                body = jax.checkpoint(body, prevent_cse=False)
             x, (keys, values) = lax.scan(body, x, (jnp.arange(config.layers), weights))
         else:
             fresh = []
@@ -230,6 +233,19 @@ def _declared(config: ModelConfig, scan: bool, dtype) -> tuple[nnx.GraphDef, Par
 def abstract_params(config: ModelConfig, dtype=jnp.float32, *, scan: bool = True) -> Params:
     """The parameters as shapes and dtypes, without memory."""
     return _declared(config, scan, jnp.dtype(dtype))[1]
+
+
+def logical_axes(config: ModelConfig) -> Params:
+    """The logical axis of each dimension of the stacked parameters, as tuples (see `sharding`)."""
+
+    def stacked(table: dict[str, Weight]) -> Params:
+        return {name: (None, *weight.axes) for name, weight in table.items()}
+
+    axes: Params = {name: weight.axes for name, weight in outer_weights(config).items()}
+    axes["layers"] = stacked(layer_weights(config))
+    if config.experts:
+        axes["experts"] = stacked(expert_weights(config))
+    return axes
 
 
 def init_params(config: ModelConfig, seed: int, dtype=jnp.float32, *, scan: bool = True) -> Params:

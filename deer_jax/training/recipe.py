@@ -1,8 +1,9 @@
 """What an alignment run does, as one YAML file says it."""
 
+import copy
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -11,14 +12,21 @@ import yaml
 
 from deer_jax.config import DrafterConfig, InputError, from_mapping, nearest, read_yaml
 from deer_jax.diffusion.corruption import Corruption
+from deer_jax.sharding import MeshShape
 from deer_jax.training.step import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage: its corruption, its optimiser, and how long it runs."""
+    """One stage: its corruption, its optimiser, and how long it runs.
+
+    Attributes:
+      labels: "tokens": what the answers say (the paper); "target": the target's distributions at these places, which
+        it computes anew in every step.
+    """
 
     steps: int
+    labels: Literal["tokens", "target"] = "tokens"
     corruption: Corruption
     optimizer: OptimizerConfig
 
@@ -32,11 +40,16 @@ class Evaluation:
     """Real decoding of held-out prompts while the drafter learns.
 
     Attributes:
-      prompts: a prompt file; no training row may start with one of its prompts.
-      every: steps between evaluations; the end of a stage always has one.
+      prompts: a prompt file; those of its prompts that occur in a training row are left out.
+      field, chat: as for `decode`: the field that holds the prompt; texts sent through the chat template.
+      every: steps between evaluations; the start and the end of a stage always have one.
+      limit: how many of the prompts to use.
+      draft_lengths, temperatures: each pair is measured; the first pair decides which checkpoint is the best.
     """
 
     prompts: str
+    field: str | None = None
+    chat: bool = False
     every: int = 500
     limit: int | None = None
     draft_lengths: tuple[int, ...] = (8,)
@@ -60,42 +73,55 @@ class Recipe:
     """An alignment run.
 
     Attributes:
-      target: folder or hub id. answers: the file its `answers` wrote. output: the run's folder.
+      target: folder or hub id. answers: the files its `answers` wrote. output: the run's folder.
       drafter: what it starts from: a folder, a hub id, `from-target` or `from-target:0,2`.
-      reading: conventions of a `from-target` drafter.
+      reading: how the drafter reads and is read; None: as its folder says, or the defaults for `from-target`.
+      dtype: of both models' computation; None is bfloat16 on TPU and GPU, float32 on CPU. Trained are float32 values.
+      mesh: devices to train on.
       length: T, tokens per text. batch: texts per step, in `accumulate` micro-batches.
+      log_every: steps between lines of metrics.jsonl.
       checkpoint_every: steps between checkpoints; `keep` of them stay, beside the best.
     """
 
     target: str
-    answers: str
+    answers: tuple[str, ...]
     output: str
     stages: tuple[Stage, ...]
     drafter: str = "from-target"
-    reading: DrafterConfig = dataclasses.field(default_factory=DrafterConfig)
+    reading: DrafterConfig | None = None
     dtype: Literal["bfloat16", "float32"] | None = None
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
     length: int = 256
     batch: int = 8
     accumulate: int = 1
     seed: int = 0
     evaluation: Evaluation | None = None
+    log_every: int = 20
     checkpoint_every: int = 500
     keep: int = 2
 
     def __post_init__(self):
-        for name in ("length", "batch", "accumulate", "checkpoint_every", "keep"):
+        for name in ("length", "batch", "accumulate", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed must be in 0..{2**32 - 1}, got {self.seed}")
         if self.batch % self.accumulate:
             raise InputError(f"batch ({self.batch}) must be a multiple of accumulate ({self.accumulate})")
+        if self.batch // self.accumulate % self.mesh.batch_ways:
+            raise InputError(
+                f"a micro-batch of {self.batch // self.accumulate} texts cannot be split over "
+                f"{self.mesh.batch_ways} devices (data x fsdp of the mesh)"
+            )
+        if not self.answers:
+            raise InputError("answers is empty: name at least one file")
         if not self.stages:
             raise InputError("stages is empty: give at least one")
 
 
 CORRUPTION = {field.name for field in dataclasses.fields(Corruption)}
 OPTIMIZER = {field.name for field in dataclasses.fields(OptimizerConfig)}
+OWN = {"steps", "labels"}
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -108,16 +134,20 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
     """`read_recipe` of the parsed file."""
     values = dict(values)
     try:
-        if "reading" in values:
+        if values.get("reading") is not None:
             values["reading"] = _build(DrafterConfig, values["reading"], "reading")
         if values.get("evaluation") is not None:
             values["evaluation"] = _build(Evaluation, values["evaluation"], "evaluation")
+        if "mesh" in values:
+            values["mesh"] = _build(MeshShape, values["mesh"], "mesh")
+        if isinstance(values.get("answers"), str):
+            values["answers"] = [values["answers"]]
         if "stages" in values:
             stages = values["stages"]
             if not isinstance(stages, list):
                 raise InputError(f"stages must be a list, got {stages!r}")
             # W follows the draft length unless it is given.
-            width = values.get("reading", DrafterConfig()).draft_length
+            width = (values.get("reading") or DrafterConfig()).draft_length
             values["stages"] = tuple(_stage(stage, f"stages[{i}]", width) for i, stage in enumerate(stages))
         return _build(Recipe, values, "recipe")
     except InputError as error:
@@ -126,7 +156,7 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
 
 def _stage(values: Any, where: str, width: int) -> Stage:
     """Keys of corruption and optimiser stand side by side."""
-    values, known = _mapping(values, where), {"steps"} | CORRUPTION | OPTIMIZER
+    values, known = _mapping(values, where), OWN | CORRUPTION | OPTIMIZER
     for key in values:
         if key not in known:
             raise InputError(f"{where}: unknown key '{key}', {nearest(str(key), known)}")
@@ -136,7 +166,7 @@ def _stage(values: Any, where: str, width: int) -> Stage:
         "corruption": _build(Corruption, corruption, where),
         "optimizer": _build(OptimizerConfig, optimizer, where),
     }
-    return _build(Stage, parts | {key: value for key, value in values.items() if key == "steps"}, where)
+    return _build(Stage, parts | {key: value for key, value in values.items() if key in OWN}, where)
 
 
 def _build(cls, values: Any, where: str):
@@ -184,15 +214,49 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
-def to_yaml(recipe: Recipe) -> str:
-    """The recipe as YAML that `read_recipe` reads back."""
+def to_mapping(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values that `recipe_from` reads back."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Stage):
             parts = (dataclasses.asdict(value.corruption), dataclasses.asdict(value.optimizer))
-            return {"steps": value.steps} | parts[0] | parts[1]
+            return {name: getattr(value, name) for name in sorted(OWN, reverse=True)} | parts[0] | parts[1]
         if dataclasses.is_dataclass(value):
             return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return [plain(item) for item in value] if isinstance(value, tuple) else value
 
-    return yaml.safe_dump(plain(recipe), sort_keys=False)
+    return plain(recipe)
+
+
+def with_settings(values: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """A recipe's plain values with some replaced: ``seed=3``, ``stages.0.steps=100``, ``evaluation.every=50``.
+
+    Values are read as YAML. A list entry is named by its number.
+    """
+    result = copy.deepcopy(dict(values))
+    for text in settings:
+        path, equals, value = text.partition("=")
+        if not equals or not all(path.split(".")):
+            raise InputError(f"expected KEY=VALUE, as in stages.0.steps=100, got '{text}'")
+        try:
+            found = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"{path}: not a YAML value: {value}") from None
+        *parents, last = path.split(".")
+        inner: Any = result
+        for key in parents:
+            inner = _entry(inner, key, path) if isinstance(inner, list) else inner.setdefault(key, {})
+            if not isinstance(inner, dict | list):
+                raise InputError(f"{path}: {key} holds {inner!r}, nothing is inside it")
+        if isinstance(inner, list):
+            _entry(inner, last, path)
+            inner[int(last)] = found
+        else:
+            inner[last] = found
+    return result
+
+
+def _entry(values: list, key: str, path: str) -> Any:
+    if not key.isdigit() or int(key) >= len(values):
+        raise InputError(f"{path}: {key} must be a number from 0 to {len(values) - 1}")
+    return values[int(key)]

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from deer_jax.config import InputError
+from deer_jax.config import InputError, ModelConfig
 from deer_jax.drafters.standalone import StandaloneMethod
-from deer_jax.models.transformer import Params
-from deer_jax.training.objectives import block_loss, cut_loss
+from deer_jax.models.transformer import Params, unstack_layers
+from deer_jax.training.objectives import Teacher, block_loss, cut_loss, teach
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,24 +84,56 @@ class TrainState:
 def init_state(params: Params, config: OptimizerConfig, steps: int) -> TrainState:
     """The state before the first step. It holds a copy: steps donate it, and a target may share the parameters."""
     params = jax.tree.map(jnp.copy, params)
-    optimizer = jax.jit(make_optimizer(config, steps).init)(params)
     average = jax.tree.map(jnp.copy, params) if config.ema else {}
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, average=average, optimizer=optimizer)
+    optimizer = make_optimizer(config, steps)
+    home = jax.tree.leaves(params)[0].sharding
+    alone = NamedSharding(home.mesh, PartitionSpec()) if isinstance(home, NamedSharding) else home
+    # Moments lie where their parameters do, counts everywhere; left to itself XLA would put them all on one device.
+    where = optax.tree_map_params(
+        optimizer.init, lambda _, param: param.sharding, jax.eval_shape(optimizer.init, params), params,
+        transform_non_params=lambda _: alone,
+    )  # fmt: skip
+    state = jax.jit(optimizer.init, out_shardings=where)(params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), alone)
+    return TrainState(step=step, params=params, average=average, optimizer=state)
 
 
-def make_step(method: StandaloneMethod, config: OptimizerConfig, steps: int):
-    """The jitted step: (state, batch) -> (state, metrics); state is donated.
+def make_step(
+    method: StandaloneMethod,
+    config: OptimizerConfig,
+    steps: int,
+    *,
+    dtype=jnp.float32,
+    unroll: bool = False,
+    shardings: TrainState | None = None,
+    teacher: ModelConfig | None = None,
+):
+    """The jitted step: (state, batch, target's parameters) -> (state, metrics); state is donated.
 
     batch: the arrays of `data.examples`, each with a leading axis of micro-batches whose gradients are accumulated. The
-    loss is the sum over all of them divided by the sum of their `total`, whatever the split.
+    loss is the sum over all of them divided by the sum of their `total`, whatever the split. Arrays may be sharded over
+    a mesh.
+
+    Args:
+      dtype: of the computation; parameters, averages and gradients' sums are float32.
+      unroll: run the layers one after the other instead of in a scan; faster on CPU.
+      shardings: where the state lies, and stays; None on one device.
+      teacher: the target's shape, for soft labels; None takes the texts' tokens, and the target's parameters are {}.
     """
     optimizer = make_optimizer(config, steps)
     stage_loss = block_loss if method.cached else cut_loss
 
-    def step(state: TrainState, batch: dict[str, jax.Array]):
+    def loss_of(params: Params, part: dict[str, jax.Array], view: Teacher | None):
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        if unroll:
+            params = unstack_layers(params, method.model.layers)
+        return stage_loss(method, params, part, view)
+
+    def step(state: TrainState, batch: dict[str, jax.Array], target: Params):
         def micro(carry, part):
             gradients, loss, masked = carry
-            (more, count), fresh = jax.value_and_grad(lambda p: stage_loss(method, p, part), has_aux=True)(state.params)
+            view = None if teacher is None else teach(teacher, target, part["tokens"])
+            (more, count), fresh = jax.value_and_grad(loss_of, has_aux=True)(state.params, part, view)
             return (jax.tree.map(jnp.add, gradients, fresh), loss + more, masked + count), None
 
         zero = jax.tree.map(jnp.zeros_like, state.params)
@@ -116,7 +149,7 @@ def make_step(method: StandaloneMethod, config: OptimizerConfig, steps: int):
         average = state.average
         if config.ema:
             average = jax.tree.map(lambda a, p: a + (p - a) * jnp.asarray(1 - config.ema, a.dtype), average, params)
-        state = TrainState(step=state.step + 1, params=params, average=average, optimizer=optimizer_state)
-        return state, {"loss": loss / total, "gradient_norm": norm, "masked": masked}
+        after = TrainState(step=state.step + 1, params=params, average=average, optimizer=optimizer_state)
+        return after, {"loss": loss / total, "gradient_norm": norm, "masked": masked}
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

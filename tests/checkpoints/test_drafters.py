@@ -1,6 +1,8 @@
 """Drafters in and out of folders: our own layout, open-dCoder's, and the target's weights."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -118,19 +120,35 @@ def test_differing_ids_of_a_folder_are_checked(target, tmp_path, ids):
         deer_jax.load_drafter(tmp_path / "drafter", target=target)
 
 
-def test_no_drafter_and_another_tokenizer_are_refused(folders, target):
+def test_no_drafter_and_another_tokenizer_are_refused(folders, target, tmp_path):
     with pytest.raises(InputError, match=r"no drafter: config\.json has no 'deer_jax' section"):
         deer_jax.load_drafter(folders / "no_drafter", target=target)
-    # The same folder with a section: now its tokenizer is what is wrong.
-    path = folders / "stranger" / "config.json"
+    # The same folder with a section: now its tensors are what is wrong.
+    folder = shutil.copytree(folders / "no_drafter", tmp_path / "section")
+    path = folder / "config.json"
     values = json.loads(path.read_text())
     section = {"attention": "block_causal", "head": "shifted", "separator": True, "draft_length": 4}
     path.write_text(json.dumps(values | {"deer_jax": section | {"atention": 1}}))
     with pytest.raises(InputError, match="unknown key 'atention', did you mean 'attention'"):
-        deer_jax.load_drafter(folders / "stranger", target=target)
+        deer_jax.load_drafter(folder, target=target)
     path.write_text(json.dumps(values | {"deer_jax": section}))
     with pytest.raises(InputError, match=r"missing: deer_jax\.mask_and_separator"):
-        deer_jax.load_drafter(folders / "stranger", target=target)
+        deer_jax.load_drafter(folder, target=target)
+    with pytest.raises(InputError, match="differ at id 7"):
+        deer_jax.load_drafter(folders / "stranger", target=target, config=DrafterConfig())
+
+
+def test_a_plain_model_becomes_a_drafter_by_saying_how_it_reads(folders, target):
+    config = DrafterConfig(draft_length=3)
+    drafter = deer_jax.load_drafter(folders / "no_drafter", target=target, config=config)
+    assert drafter.method.config == config
+    embed = np.asarray(drafter.params["embed"])
+    special = np.asarray(drafter.params["special"])
+    assert np.abs(special - embed.mean(axis=0)).max() < embed.std()
+    # A public folder keeps its mask and the ids that its tokenizer names otherwise.
+    drafter = deer_jax.load_drafter(folders / "public", target=target, config=config)
+    assert drafter.method.config == dataclasses.replace(config, differing_ids=(MASK,))
+    np.testing.assert_array_equal(drafter.params["special"][0], drafter.params["embed"][MASK])
 
 
 def test_the_first_differing_token_is_named(folders, target, tmp_path):

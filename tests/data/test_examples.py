@@ -115,13 +115,13 @@ def test_a_prompt_that_fills_the_length_is_an_error_with_its_line(tmp_path, bidi
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_examples_are_their_records(answers, bidirectional):
-    shapes = {"tokens": ("int32", (4, 16)), "total": ("float32", (4,))}
+    shapes = {"tokens": ("int32", (4, 16)), "total": ("float32", (4,)), "length": ("int32", (4,))}
+    row = (4, 16)
     if bidirectional:
-        row = (4, 16)
-        shapes |= {"length": ("int32", (4,)), "masked": ("bool", row), "weight": ("float32", row)}
+        shapes |= {"masked": ("bool", row), "weight": ("float32", row)}
     else:
         shapes |= dict.fromkeys(("anchor", "size"), ("int32", (4, 2)))
-        shapes |= {"masked": ("bool", (4, 2, 4)), "weight": ("float32", (4, 2, 4))}
+        shapes |= {"masked": ("bool", (4, 2, 4)), "weight": ("float32", (4, 2, 4)), "text_weight": ("float32", row)}
     for batch in take(stream(answers, bidirectional=bidirectional, length=16), 10):
         assert {name: (str(value.dtype), value.shape) for name, value in batch.items()} == shapes
         for i in range(4):
@@ -132,6 +132,8 @@ def test_examples_are_their_records(answers, bidirectional):
                 assert 4 < batch["length"][i] <= len(text) <= 15
                 assert not batch["masked"][i, batch["length"][i] :].any()
             else:
+                assert batch["length"][i] == len(text)
+                assert not batch["text_weight"][i, len(text) - 1 :].any()
                 assert all(3 <= a <= len(text) - 2 for a in batch["anchor"][i])
                 assert all(a + n < len(text) for a, n in zip(batch["anchor"][i], batch["size"][i], strict=True))
 

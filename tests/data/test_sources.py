@@ -66,6 +66,24 @@ def test_named_field(tmp_path):
         read_prompts(path, field="task")
 
 
+def test_answer_files_are_read_whole_or_their_prompts_alone(tmp_path):
+    rows = {"id": "a", "prompt": [1, 2], "answer": [3]}, {"prompt": "what?", "answer": "that"}, {"text": "x"}
+    path = write(tmp_path / "a.jsonl", *rows[:2])
+    assert read_prompts(path) == [Prompt("a", [1, 2]), Prompt("2", "what?")]
+    assert read_prompts(path, whole=True) == [Prompt("a", [1, 2, 3]), Prompt("2", "what?")]
+    assert read_prompts(write(path, rows[2]), field="text", whole=True) == [Prompt("1", "x")]
+
+
+def test_empty_prompts_where_they_are_allowed(tmp_path):
+    rows = {"prompt": ""}, {"tokens": []}, {"turns": [""]}, {"messages": []}, {"text": "", "test_list": ["t"]}
+    path = write(tmp_path / "a.jsonl", *rows, {"prompt": [], "answer": []}, {"prompt": "b"})
+    for chat in (False, True):
+        found = read_prompts(path, allow_empty=True, whole=True, chat=chat)
+        assert [prompt.content for prompt in found] == [*[""] * 6, as_chat("b") if chat else "b"]
+    with pytest.raises(InputError, match=r"a\.jsonl:1: prompt is empty\Z"):
+        read_prompts(path)
+
+
 def test_compressed(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"prompt": "a"}\n'))

@@ -37,11 +37,11 @@ def check_masks(masked, weight, total, candidates, settings):
 @pytest.mark.parametrize("stage", [ONE, TWO])
 @pytest.mark.parametrize(("prompt", "length"), [(1, 2), (3, 4), (1, 9), (5, 12), (4, 40)])
 def test_blocks_keep_their_contract(stage, prompt, length):
-    settings = Corruption(stage=stage, width=5, blocks=6, max_masked=4, alpha=1.3)
+    settings = Corruption(stage=stage, width=5, blocks=6, max_masked=4, alpha=1.3, next_token=0.7)
     for seed in SEEDS:
         blocks = corrupt_blocks(prompt, length, settings, np.random.default_rng(seed))
-        assert [x.dtype for x in blocks] == [np.int32, np.int32, bool, np.float32, np.float32]
-        assert [x.shape for x in blocks] == [(6,), (6,), (6, 5), (6, 5), ()]
+        assert [x.dtype for x in blocks] == [np.int32, np.int32, bool, np.float32, np.float32, np.float32]
+        assert [x.shape for x in blocks] == [(6,), (6,), (6, 5), (6, 5), (length,), ()]
         used = min(6, length - prompt)
         anchors = blocks.anchor[:used].tolist()
         assert anchors == sorted(set(anchors))
@@ -60,6 +60,9 @@ def test_blocks_keep_their_contract(stage, prompt, length):
                 check_masks(blocks.masked[m, :size], blocks.weight[m, :size], share, size, settings)
                 total += share
         assert blocks.total == pytest.approx(total, rel=1e-6)
+        predicting = [prompt - 1 <= p < length - 1 for p in range(length)]  # the next token is one of the answer
+        each = settings.next_token * total / (length - prompt)
+        assert blocks.text_weight == pytest.approx([each * yes for yes in predicting], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", [ONE, TWO])

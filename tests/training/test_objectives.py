@@ -15,7 +15,7 @@ from deer_jax.drafters.standalone import MASK, SEPARATOR, StandaloneDrafter, Sta
 from deer_jax.models.layers import logits
 from deer_jax.models.transformer import unstack_layers
 from deer_jax.training import objectives
-from deer_jax.training.objectives import block_loss, cut_loss, weighted_cross_entropy
+from deer_jax.training.objectives import SoftLabels, block_loss, cut_loss, teach, weighted_cross_entropy
 from tests import reference
 from tests.tiny import random_params, tiny
 from tests.training.naive import naive_cross_entropy
@@ -50,7 +50,9 @@ def make_batch(stage, seed=0, *, bidirectional=False):
             pad = (0, T + 1 - length)
             rows.append({"tokens": tokens} | cut | {k: np.pad(cut[k], pad) for k in ("masked", "weight")})
         else:
-            rows.append({"tokens": tokens} | corrupt_blocks(prompt, length, STAGES[stage], rng)._asdict())
+            blocks = corrupt_blocks(prompt, length, STAGES[stage], rng)
+            text_weight = np.pad(blocks.text_weight, (0, T - length))
+            rows.append({"tokens": tokens} | blocks._replace(text_weight=text_weight)._asdict())
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -59,9 +61,9 @@ def traced(method, params, batch):
     """The loss, the number of masks, and the logits at the rows that are read."""
     seen = []
 
-    def record(hidden, head, labels, weights):
+    def record(hidden, head, labels, weights, soft=None):
         seen.append((logits(hidden, head), labels))
-        return weighted_cross_entropy(hidden, head, labels, weights)
+        return weighted_cross_entropy(hidden, head, labels, weights, soft)
 
     with mock.patch.object(objectives, "weighted_cross_entropy", record):
         loss, count = (block_loss if method.cached else cut_loss)(method, params, batch)
@@ -73,7 +75,8 @@ def run(drafter, batch):
     batch = {name: value for name, value in batch.items() if name != "total"}
     loss, count, rows, labels = (np.asarray(x) for x in traced(drafter.method, drafter.params, batch))
     B = len(batch["tokens"])
-    if drafter.method.cached:
+    if drafter.method.cached:  # the text's rows come first
+        rows, labels = rows.reshape(B, -1, V)[:, T:], labels.reshape(B, -1)[:, T:]
         return float(loss), int(count), rows.reshape(B, M, W, V), labels.reshape(B, M, W)
     rows, labels = rows.reshape(B, -1, V), labels.reshape(B, -1)
     if drafter.method.config.head == "shifted":
@@ -121,6 +124,11 @@ def test_block_loss_is_that_of_every_block_alone(stage, head, separator, tied):
                 assert labels[b, m, j] == label
                 masks += int(masked[j])
                 expected += batch["weight"][b, m, j] * cross_entropy(plain[j], label)
+        text = plain_logits(drafter, tokens.tolist(), np.tril(np.ones((T, T), bool)))
+        prompt, length = TEXTS[b]
+        assert batch["text_weight"][b].sum() == pytest.approx(batch["total"][b], rel=1e-5)
+        for p in range(prompt - 1, length - 1):
+            expected += batch["text_weight"][b, p] * cross_entropy(text[p], tokens[p + 1])
     assert loss == pytest.approx(expected, rel=1e-5)
     assert count == masks
     assert batch["size"][2, 2] == 0  # a block that is not used
@@ -151,7 +159,9 @@ def full_blocks(tokens, anchors, length):
     anchor = np.broadcast_to(np.array(anchors, np.int32), (B, M))
     size = np.minimum(W, length - 1 - anchor)
     masked = np.arange(W) < size[..., None]
-    return {"tokens": tokens, "anchor": anchor, "size": size, "masked": masked, "weight": masked.astype(np.float32)}
+    weight, text_weight = masked.astype(np.float32), np.zeros((B, T), np.float32)
+    return {"tokens": tokens, "anchor": anchor, "size": size, "masked": masked, "weight": weight,
+            "text_weight": text_weight}  # fmt: skip
 
 
 def assert_drafts(drafter, rows, text, k):
@@ -258,6 +268,10 @@ def test_ids_the_drafter_does_not_share_teach_nothing(attention):
     loss, count, rows, labels = run(drafter, batch)
     shared = (labels < V) & (labels != 3) & (labels != 9)
     expected = 0.0
+    if attention == "block_causal":  # the text's own loss is another matter
+        plain = batch | {"text_weight": np.zeros_like(batch["text_weight"])}
+        with_text, (loss, *_) = loss, run(drafter, plain)
+        assert with_text > loss
     for where in np.argwhere(batch["masked"] & shared):
         where = tuple(where)
         expected += batch["weight"][where] * cross_entropy(rows[where].astype(np.float64), labels[where])
@@ -306,6 +320,70 @@ def test_weighted_cross_entropy(monkeypatch, count, used, chunk):
     np.testing.assert_array_equal(ours[0][weights == 0], 0)
     if count == 1:  # without a gradient
         np.testing.assert_allclose(weighted_cross_entropy(*rows), value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("teachers", [15, 20, 23])
+def test_weighted_cross_entropy_with_soft_labels(monkeypatch, teachers):
+    """A teacher of fewer, as many and more ids; two ids that the drafter does not share."""
+    monkeypatch.setattr(objectives, "CHUNK_ROWS", 4)
+    rows = rows_of(13, 8)
+    rng = np.random.default_rng(5)
+    theirs, their_head = rng.normal(size=(13, 6)), rng.normal(size=(teachers, 6))
+    allowed = np.ones(20, bool)
+    allowed[[3, 7]] = False
+    soft = SoftLabels(*(jnp.asarray(x, jnp.float32) for x in (theirs, their_head)), jnp.asarray(allowed))
+    hidden, head, labels, weights = (np.asarray(x, np.float64) for x in rows)
+    value, to_hidden, to_head = 0.0, np.zeros_like(hidden), np.zeros_like(head)
+    for x, y, weight, into in zip(hidden, theirs, weights, to_hidden, strict=True):
+        wanted, shared = np.zeros(20), np.flatnonzero(allowed[: min(teachers, 20)])
+        wanted[shared] = reference.softmax((their_head @ y)[shared])
+        p = reference.softmax(head @ x)
+        value -= weight * (wanted * np.log(p)).sum()
+        into += weight * head.T @ (p - wanted)
+        to_head += weight * np.outer(p - wanted, x)
+    one = jax.jit(jax.value_and_grad(lambda *rows: weighted_cross_entropy(*rows, soft), (0, 1)))
+    found, (by_hidden, by_head) = one(*rows)
+    np.testing.assert_allclose(found, value, rtol=1e-5)
+    np.testing.assert_allclose(by_hidden, to_hidden, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(by_head, to_head, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["block_causal", "bidirectional"])
+def test_with_a_teacher_the_labels_are_what_it_says_at_the_place(attention):
+    """The teacher's distribution for a token is that after the true text before it, whatever the drafter sees."""
+    drafter = make_drafter(attention)
+    bidirectional = attention == "bidirectional"
+    batch = make_batch("refinement", seed=2, bidirectional=bidirectional)
+    batch.pop("total")
+    teacher_config = tiny("llama", vocab_size=V)
+    teacher = random_params(teacher_config, 9)
+    width = batch["tokens"].shape[1]
+
+    @jax.jit
+    def losses(params, teacher):
+        view = teach(teacher_config, teacher, batch["tokens"])
+        return (cut_loss if bidirectional else block_loss)(drafter.method, params, batch, view)[0]
+
+    _, _, rows, _ = run(drafter, batch)
+    expected = 0.0
+    for b, tokens in enumerate(batch["tokens"]):
+        causal = np.tril(np.ones((width, width), bool))[None]
+        says = reference.softmax(
+            reference.forward(teacher_config, unstacked(teacher_config, teacher), [tokens], visible=causal)[0]
+        )
+        for where in np.argwhere(batch["masked"][b]):
+            place = where[0] if bidirectional else batch["anchor"][b, where[0]] + 1 + where[1]
+            ours = rows[(b, *where)].astype(np.float64)
+            expected -= batch["weight"][(b, *where)] * (says[place - 1] * np.log(reference.softmax(ours))).sum()
+        if not bidirectional:
+            text = plain_logits(drafter, tokens.tolist(), causal[0])
+            for p in np.flatnonzero(batch["text_weight"][b]):
+                expected -= batch["text_weight"][b, p] * (says[p] * np.log(reference.softmax(text[p]))).sum()
+    assert losses(drafter.params, teacher) == pytest.approx(expected, rel=1e-5)
+
+
+def unstacked(config, params):
+    return unstack_layers(params, config.layers)
 
 
 def test_labels_of_weightless_rows_may_be_anything(monkeypatch):

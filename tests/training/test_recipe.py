@@ -7,7 +7,7 @@ import yaml
 
 from deer_jax import DrafterConfig, InputError
 from deer_jax.diffusion.corruption import Corruption
-from deer_jax.training.recipe import Evaluation, Recipe, Stage, read_recipe, to_yaml
+from deer_jax.training.recipe import Evaluation, Recipe, Stage, read_recipe, recipe_from, to_mapping, with_settings
 from deer_jax.training.step import OptimizerConfig
 
 FULL = """
@@ -38,7 +38,7 @@ def read(tmp_path, values):
 def test_read(tmp_path):
     expected = Recipe(
         target="models/target",
-        answers="out/answers.jsonl",
+        answers=("out/answers.jsonl",),
         output="runs/one",
         drafter="from-target:0,2",
         reading=DrafterConfig(attention="bidirectional", head="in_place", draft_length=6, differing_ids=(5, 7)),
@@ -71,7 +71,7 @@ def test_read(tmp_path):
 @pytest.mark.parametrize("values", [FULL, SHORT])
 def test_what_is_written_is_read_back(tmp_path, values):
     recipe = read(tmp_path, values)
-    assert read(tmp_path, to_yaml(recipe)) == recipe
+    assert read(tmp_path, to_mapping(recipe)) == recipe
 
 
 def test_width_follows_the_draft_length_unless_given(tmp_path):
@@ -93,6 +93,7 @@ def stage(**changes):
         (stage(learning_rat=1), "stages[1]: unknown key 'learning_rat', did you mean 'learning_rate'?"),
         (stage(blok=1), "stages[1]: unknown key 'blok', did you mean 'blocks'?"),
         (stage(corruption={}), "stages[1]: unknown key 'corruption', valid: alpha, b1, b2, blocks, clip, ema, "),
+        (stage(next_token=-1), "stages[1]: next_token must not be negative, got -1.0"),
         (stage(step=1), "stages[1]: unknown key 'step', did you mean 'steps'?"),
         ({1: 2}, "recipe: unknown key '1', valid: accumulate, answers, "),
         ({"stages": []}, "recipe: stages is empty: give at least one"),
@@ -100,7 +101,15 @@ def stage(**changes):
         ({"stages": [3]}, "stages[0] must be keys and values, got 3"),
         ({"stages": [{"steps": 1}]}, "stages[0]: missing stage"),
         ({"stages": [{"stage": "refinement"}]}, "stages[0]: missing steps"),
-        ({"reading": None}, "reading must be keys and values, got None"),
+        ({"reading": 3}, "reading must be keys and values, got 3"),
+        ({"mesh": {"fdsp": 2}}, "mesh: unknown key 'fdsp', did you mean 'fsdp'?"),
+        ({"mesh": {"tensor": 0}}, "mesh: tensor must be at least 1, got 0"),
+        (
+            {"batch": 6, "accumulate": 2, "mesh": {"data": 2}},
+            "recipe: a micro-batch of 3 texts cannot be split over 2 devices (data x fsdp of the mesh)",
+        ),
+        ({"answers": []}, "recipe: answers is empty: name at least one file"),
+        ({"answers": 7}, "recipe: answers must be a list, got 7"),
         ({"evaluation": {}}, "evaluation: missing prompts"),
         ({"batch": 0}, "recipe: batch must be at least 1, got 0"),
         ({"batch": 4, "accumulate": 3}, "recipe: batch (4) must be a multiple of accumulate (3)"),
@@ -148,3 +157,32 @@ def test_missing_keys_and_files(tmp_path):
         read(tmp_path, "")
     with pytest.raises(InputError, match=r"none\.yaml: no such file$"):
         read_recipe(tmp_path / "none.yaml")
+
+
+def test_settings_replace_values_wherever_they_are():
+    values = {"target": "a", "stages": [{"steps": 1}, {"steps": 2}], "seed": 0}
+    settings = ("target=b=c", "stages.1.steps=30", "stages.0.learning_rate=1e-3", "evaluation.limit=4", "seed=7")
+    assert with_settings(values, settings) == {
+        "target": "b=c",
+        "stages": [{"steps": 1, "learning_rate": "1e-3"}, {"steps": 30}],
+        "evaluation": {"limit": 4},
+        "seed": 7,
+    }
+    assert values["stages"][1] == {"steps": 2}  # a copy
+    assert recipe_from(SHORT | {"answers": ["a", "b"]}, "x").answers == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("seed", "expected KEY=VALUE, as in stages.0.steps=100, got 'seed'"),
+        (".=3", "expected KEY=VALUE, as in stages.0.steps=100, got '.=3'"),
+        ("stages.2.steps=3", "stages.2.steps: 2 must be a number from 0 to 0"),
+        ("stages.x=3", "stages.x: x must be a number from 0 to 0"),
+        ("target.name=3", "target.name: target holds 't', nothing is inside it"),
+        ("seed=[1", "seed: not a YAML value: [1"),
+    ],
+)
+def test_settings_that_fit_nowhere(setting, message):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        with_settings(SHORT, [setting])

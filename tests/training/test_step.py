@@ -43,7 +43,9 @@ def make_batch(parts: int, *, bidirectional=False):
             pad = {name: np.pad(cut[name], (0, T - length)) for name in ("masked", "weight")}
             rows.append({"tokens": tokens} | cut | pad)
         else:
-            rows.append({"tokens": tokens} | corrupt_blocks(prompt, length, settings, rng)._asdict())
+            blocks = corrupt_blocks(prompt, length, settings, rng)
+            text_weight = np.pad(blocks.text_weight, (0, T - length))
+            rows.append({"tokens": tokens} | blocks._replace(text_weight=text_weight)._asdict())
     stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     return {name: x.reshape(parts, 8 // parts, *x.shape[1:]) for name, x in stacked.items()}
 
@@ -62,7 +64,7 @@ def run(drafter, batch, count):
     """States' arrays on the host and metrics after each of `count` steps."""
     state, out = init_state(drafter.params, FIXED, STEPS), []
     for _ in range(count):
-        state, metrics = compiled(drafter.method)(state, batch)
+        state, metrics = compiled(drafter.method)(state, batch, {})
         out.append((jax.device_get((state.params, state.average)), {k: float(v) for k, v in metrics.items()}))
     return out
 
@@ -146,7 +148,7 @@ def test_the_loss_of_cuts_falls(target):
 def test_a_step_takes_its_state_but_not_the_drafter_it_began_with(target, drafter):
     batch = make_batch(1)
     state = init_state(drafter.params, FIXED, STEPS)
-    after, _ = compiled(drafter.method)(state, batch)
+    after, _ = compiled(drafter.method)(state, batch, {})
     assert all(x.is_deleted() for x in jax.tree.leaves((state.params, state.average, state.optimizer)))
     assert int(after.step) == 1
     assert not any(x.is_deleted() for x in jax.tree.leaves((after, drafter.params, target.params)))

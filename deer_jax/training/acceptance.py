@@ -1,0 +1,120 @@
+"""Real acceptance while a drafter learns: held-out prompts, decoded as users decode them."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from deer_jax.config import InputError
+from deer_jax.data.answers import AnswerFiles
+from deer_jax.data.sources import read_prompts
+from deer_jax.decoding.acceptance import acceptance_by_depth, acceptance_interval, repeated_windows
+from deer_jax.decoding.engine import decode
+from deer_jax.decoding.prompts import encode_prompts
+from deer_jax.drafters.protocol import Drafter
+from deer_jax.models.target import Target
+from deer_jax.training.recipe import Evaluation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Acceptance:
+    """How a drafter fares at one draft length and temperature; the fields are those of `bench.report.MethodReport`."""
+
+    draft_length: int
+    temperature: float
+    acceptance_length: float
+    ci95: tuple[float, float] | None
+    acceptance_by_depth: list[float | None]
+    accepted_histogram: list[int]
+    repeated_8grams: float | None
+    prompts: int
+    new_tokens: int
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        return f"k{self.draft_length}_T{self.temperature:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Prompts to evaluate on. seen: how many others were left out because a training row holds them."""
+
+    prompts: list[list[int]]
+    seen: int
+
+
+def read_held_out(target: Target, evaluation: Evaluation, records: AnswerFiles) -> HeldOut:
+    """The evaluation's prompts that occur in no training row, neither at its start nor inside."""
+    found = read_prompts(evaluation.prompts, field=evaluation.field, chat=evaluation.chat)
+    encoded = encode_prompts(target, [prompt.content for prompt in found])
+    for number, prompt in enumerate(encoded):
+        if len(prompt) + evaluation.max_new_tokens > target.config.context:
+            raise InputError(
+                f"{evaluation.prompts}: prompt {found[number].id} of {len(prompt)} tokens and "
+                f"{evaluation.max_new_tokens} new ones exceed the context of {target.config.context}; lower "
+                "evaluation.max_new_tokens or remove it"
+            )
+    seen = occurring(encoded, records)
+    kept = [prompt for prompt, met in zip(encoded, seen, strict=True) if not met]
+    if not kept:
+        raise InputError(f"{evaluation.prompts}: all {len(encoded)} prompts occur in training rows; give unseen ones")
+    return HeldOut(kept[: evaluation.limit], sum(seen))
+
+
+def occurring(prompts: Sequence[Sequence[int]], records: AnswerFiles) -> list[bool]:
+    """Which prompts occur in a row (prompt and answer) of the records, anywhere."""
+    needles = [np.asarray(prompt, np.int32).tobytes() for prompt in prompts]
+    met = [False] * len(prompts)
+    for number in range(len(records)):
+        record = records[number]
+        row = np.asarray(record["prompt"] + record["answer"], np.int32).tobytes()
+        for i, needle in enumerate(needles):
+            if not met[i]:
+                met[i] = _at_token(row, needle)
+    return met
+
+
+def _at_token(row: bytes, needle: bytes) -> bool:
+    """Whether the bytes of some tokens occur in those of a row, beginning at a token (4 bytes each)."""
+    place = row.find(needle)
+    while place % 4 and place >= 0:
+        place = row.find(needle, place + 1)
+    return place >= 0
+
+
+def measure(
+    target: Target,
+    drafter: Drafter,
+    prompts: list[list[int]],
+    evaluation: Evaluation,
+    seed: int,
+    progress: Callable[[str], Any],
+) -> list[Acceptance]:
+    """Acceptance at every draft length and temperature of the evaluation, in this order."""
+    result = []
+    for k in evaluation.draft_lengths:
+        for temperature in evaluation.temperatures:
+            note = f"evaluating k = {k}, T = {temperature:g}"
+            found = decode(
+                target, prompts, drafter=drafter, draft_length=k, max_new_tokens=evaluation.max_new_tokens,
+                temperature=temperature, seed=seed, batch_size=evaluation.batch_size,
+                progress=lambda done, total, _, note=note: progress(f"{note}: {done} of {total}"),
+            )  # fmt: skip
+            histograms = np.asarray(found.stats.accepted_histogram)
+            result.append(
+                Acceptance(
+                    draft_length=k,
+                    temperature=temperature,
+                    acceptance_length=found.stats.acceptance_length,
+                    ci95=acceptance_interval(histograms),
+                    acceptance_by_depth=acceptance_by_depth(histograms.sum(axis=0)),
+                    accepted_histogram=histograms.sum(axis=0).tolist(),
+                    repeated_8grams=repeated_windows(found.tokens),
+                    prompts=len(prompts),
+                    new_tokens=sum(found.stats.new_tokens),
+                    seconds=found.stats.seconds,
+                )
+            )
+    return result

@@ -1,0 +1,310 @@
+"""An alignment run: stages of steps, real acceptance in between, checkpoints from which it goes on bit for bit."""
+
+import dataclasses
+import hashlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deer_jax.checkpoints.drafters import describe_drafter, load_drafter, place_drafter, usable_drafter
+from deer_jax.checkpoints.load import compute_dtype, load_target, scan_layers
+from deer_jax.checkpoints.runs import DAMAGED, Checkpoints, claim
+from deer_jax.config import InputError
+from deer_jax.data.answers import AnswerFiles
+from deer_jax.data.examples import example_batches
+from deer_jax.data.tokenizer import Tokenizer
+from deer_jax.drafters.standalone import StandaloneDrafter
+from deer_jax.models.transformer import Params
+from deer_jax.sharding import batch_placement, make_mesh
+from deer_jax.training.acceptance import Acceptance, HeldOut, measure, read_held_out
+from deer_jax.training.metrics import MetricsLog
+from deer_jax.training.recipe import Recipe, Stage, read_recipe, recipe_from, to_mapping
+from deer_jax.training.step import TrainState, init_state, make_step, schedule
+
+Progress = Callable[[int, int, str], Any]  # finished steps, all steps, what else is known
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AlignReport:
+    """What a run did.
+
+    Attributes:
+      output: the run's folder, which `load_drafter` reads.
+      step: the last step done; `steps`: of all stages.
+      finished: whether all steps are done; False if `should_stop` said so before.
+      best: step of the best checkpoint, if acceptance was measured.
+      evaluations: by step, in order, those of this call.
+      tokens: text tokens read in this call; blocks and padding not counted. seconds: of training alone.
+      data_seconds: the part of it that training waited for examples.
+    """
+
+    output: Path
+    step: int
+    steps: int
+    finished: bool
+    best: int | None
+    evaluations: dict[int, list[Acceptance]]
+    tokens: int
+    seconds: float
+    data_seconds: float
+
+
+def align(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> AlignReport:
+    """Train a drafter through the stages of a recipe, or go on with the run in its output folder.
+
+    Args:
+      recipe: a Recipe, its plain values, or a YAML file of them.
+      progress: called after every step, and during evaluations.
+      should_stop: asked after every step; True writes a checkpoint and returns.
+
+    Raises:
+      InputError: anything wrong with the recipe or the files it names, before any work is done; a full disk.
+    """
+    if isinstance(recipe, str | Path):
+        recipe = read_recipe(recipe)
+    elif not isinstance(recipe, Recipe):
+        recipe = recipe_from(recipe, "recipe")
+    with _Run(recipe, progress or (lambda *_: None), should_stop or (lambda: False)) as run:
+        return run.train()
+
+
+class _Run:
+    """One call of `align`."""
+
+    def __init__(self, recipe: Recipe, progress: Progress, should_stop: Callable[[], bool]):
+        self.recipe, self.show, self.should_stop = recipe, progress, should_stop
+        self.output, self.steps = Path(recipe.output), sum(stage.steps for stage in recipe.stages)
+        self.mesh = make_mesh(**dataclasses.asdict(recipe.mesh))
+        self.dtype = compute_dtype(recipe.dtype)
+        show_bytes = lambda done, total: self.show(0, self.steps, f"loading, {done:,} of {total:,} bytes")  # noqa: E731
+        self.target = load_target(
+            recipe.target, self.dtype, self.mesh if self.mesh.size > 1 else None, progress=show_bytes
+        )
+        tokenizer = self.target.tokenizer
+        self.records = AnswerFiles(
+            recipe.answers,
+            vocab_size=self.target.config.vocab_size,
+            tokenizer=tokenizer.fingerprint if isinstance(tokenizer, Tokenizer) else None,
+        )
+        self.drafter = load_drafter(
+            recipe.drafter, target=self.target, dtype="float32", config=recipe.reading, progress=show_bytes
+        )
+        check(recipe, self.drafter, self.records)
+        self.held_out = HeldOut([], 0)
+        if recipe.evaluation:
+            self.show(0, self.steps, "comparing the held-out prompts with the training rows")
+            self.held_out = read_held_out(self.target, recipe.evaluation, self.records)
+            if self.held_out.seen:
+                seen = f"{self.held_out.seen} prompts occur in training rows and are left out"
+                warnings.warn(f"{recipe.evaluation.prompts}: {seen}", stacklevel=4)
+        claim(self.output, to_mapping(recipe), self.facts(), lambda at: describe_drafter(at, self.drafter))
+        self.checkpoints = Checkpoints(self.output, keep=recipe.keep)
+        self.evaluations: dict[int, list[Acceptance]] = {}
+        self.tokens, self.seconds, self.data_seconds = 0, 0.0, 0.0
+
+    def __enter__(self) -> "_Run":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.checkpoints.__exit__(*error)
+
+    def facts(self) -> dict[str, Any]:
+        """What must not change between the calls of one run, beside the recipe."""
+        digest = hashlib.sha256()
+        for path in self.records.paths:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return {
+            "answers": len(self.records),
+            "answers_sha256": digest.hexdigest(),
+            "held_out_prompts": len(self.held_out.prompts),
+        }
+
+    def train(self) -> AlignReport:
+        """All stages, from the newest checkpoint on."""
+        step, restored = self.resume()
+        params, stopped = place_drafter(self.drafter, self.mesh), False
+        with MetricsLog(self.output, resumed_at=step) as log:
+            first = 0
+            for number, stage in enumerate(self.recipe.stages):
+                last = first + stage.steps
+                if step > last:
+                    first = last
+                    continue
+                state, examples = self.begin(number, stage, params) if restored is None else restored
+                restored = None
+                if step == 0 and self.recipe.evaluation and not self.checkpoints.newest_first():
+                    self.save(step, state, examples, self.evaluate(step, state, log))
+                step, state, stopped = self.run_stage(number, first, step, state, examples, log)
+                if stopped:
+                    break
+                params, first = state.average or state.params, last
+        measured = [found for found in self.checkpoints.newest_first() if found.acceptance_length is not None]
+        best = max(measured, key=lambda found: (found.acceptance_length, found.step)).step if measured else None
+        return AlignReport(
+            output=self.output, step=step, steps=self.steps, finished=step == self.steps, best=best,
+            evaluations=self.evaluations, tokens=self.tokens, seconds=self.seconds, data_seconds=self.data_seconds,
+        )  # fmt: skip
+
+    def begin(self, number: int, stage: Stage, params: Params) -> tuple[TrainState, Iterator]:
+        """The first state of a stage, and its examples."""
+        # Every stage and every seed has a stream of its own.
+        seed = int(np.random.SeedSequence([self.recipe.seed, number]).generate_state(1)[0])
+        examples = example_batches(
+            self.records, stage.corruption, bidirectional=not self.drafter.method.cached, length=self.recipe.length,
+            batch=self.recipe.batch, seed=seed,
+        )  # fmt: skip
+        return init_state(params, stage.optimizer, stage.steps), examples
+
+    def resume(self) -> tuple[int, tuple[TrainState, Iterator] | None]:
+        """The newest checkpoint that can be read: its step, state and examples."""
+        for found in self.checkpoints.newest_first():
+            number, stage = self.stage_at(found.step)
+            state, examples = self.begin(number, stage, place_drafter(self.drafter, self.mesh))
+            try:
+                parts = self.checkpoints.restore(found.step, _parts(jax.tree.map(_abstract, state), examples))
+            except DAMAGED as error:
+                aside = self.checkpoints.set_aside(found.step)
+                what = f"the checkpoint of step {found.step} is damaged ({' '.join(str(error).split())[:120]})"
+                warnings.warn(f"{what} and now at {aside}; the one before is taken", stacklevel=5)
+                continue
+            self.show(found.step, self.steps, f"going on from step {found.step:,}")
+            local = found.step - sum(stage.steps for stage in self.recipe.stages[:number])
+            state = dataclasses.replace(
+                state, step=jnp.full_like(state.step, local), params=parts["params"], average=parts.get("average", {}),
+                optimizer=parts["optimizer"],
+            )  # fmt: skip
+            return found.step, (state, parts["data"])
+        return 0, None
+
+    def stage_at(self, step: int) -> tuple[int, Stage]:
+        """The stage that a checkpoint of this step belongs to; at the border of two it is the one that ended."""
+        last = 0
+        for number, stage in enumerate(self.recipe.stages):
+            last += stage.steps
+            if step <= last:
+                return number, stage
+        raise InputError(f"{self.output}: has a checkpoint of step {step}, beyond the {last} steps of its recipe")
+
+    def run_stage(
+        self, number: int, first: int, step: int, state: TrainState, examples: Iterator, log: MetricsLog
+    ) -> tuple[int, TrainState, bool]:
+        """Steps of one stage: the last step, its state, and whether the run is to stop there."""
+        stage, recipe = self.recipe.stages[number], self.recipe
+        last = first + stage.steps
+        rate = schedule(stage.optimizer, stage.steps)
+        run_step = make_step(
+            self.drafter.method, stage.optimizer, stage.steps, dtype=self.dtype, unroll=not scan_layers(),
+            shardings=jax.tree.map(lambda x: x.sharding, state),
+            teacher=self.target.config if stage.labels == "target" else None,
+        )  # fmt: skip
+        target = self.target.params if stage.labels == "target" else {}
+        begin, waited, tokens, before = time.perf_counter(), 0.0, 0, None
+        while step < last:
+            start = time.perf_counter()
+            batch = next(examples)
+            waited += time.perf_counter() - start
+            tokens += int(batch["length"].sum())
+            state, metrics = run_step(state, self.place(batch), target)
+            if before is not None:
+                jax.block_until_ready(before)  # one step may be on its way, not more
+            before, step = metrics, step + 1
+            stop = self.should_stop()
+            measured = recipe.evaluation is not None and (step == last or step % recipe.evaluation.every == 0)
+            saved = stop or measured or step == last or step % recipe.checkpoint_every == 0
+            if saved or step % recipe.log_every == 0 or step == first + 1:
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                seconds = time.perf_counter() - begin
+                self.tokens, self.seconds, self.data_seconds = (
+                    self.tokens + tokens, self.seconds + seconds, self.data_seconds + waited,
+                )  # fmt: skip
+                values["learning_rate"] = float(np.asarray(rate(step - first - 1)))
+                log.write(step, {
+                    "stage": stage.corruption.stage, **values,
+                    "tokens_per_second": tokens / seconds, "data_share": waited / seconds,
+                })  # fmt: skip
+                note = f"{stage.corruption.stage}, loss {values['loss']:.3f}, {tokens / seconds:,.0f} tokens/s"
+                self.show(step, self.steps, note)
+                if not np.isfinite(values["loss"]):
+                    raise InputError(
+                        f"{self.output}: the loss of step {step} is {values['loss']}; lower learning_rate or alpha; "
+                        "earlier checkpoints are whole"
+                    )
+                if saved:
+                    self.save(step, state, examples, self.evaluate(step, state, log) if measured else None)
+                begin, waited, tokens, before = time.perf_counter(), 0.0, 0, None
+            if stop:
+                return step, state, True
+        return step, state, False
+
+    def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """A batch as micro-batches on the devices."""
+        parts = self.recipe.accumulate
+        placed = {}
+        for name, value in batch.items():
+            value = value.reshape(parts, -1, *value.shape[1:])
+            placed[name] = jax.make_array_from_process_local_data(batch_placement(self.mesh), value)
+        return placed
+
+    def evaluate(self, step: int, state: TrainState, log: MetricsLog) -> list[Acceptance]:
+        """Acceptance on the held-out prompts, also written to the metrics."""
+        assert self.recipe.evaluation is not None
+        drafter = usable_drafter(self.drafter, state.average or state.params, self.target)
+        found = measure(
+            self.target, drafter, self.held_out.prompts, self.recipe.evaluation, self.recipe.seed,
+            lambda note: self.show(step, self.steps, note),
+        )  # fmt: skip
+        self.evaluations[step] = found
+        log.write(step, {
+            "acceptance_length": {each.name: each.acceptance_length for each in found},
+            "repeated_8grams": {each.name: each.repeated_8grams for each in found},
+            "evaluation": [dataclasses.asdict(each) for each in found],
+        })  # fmt: skip
+        return found
+
+    def save(self, step: int, state: TrainState, examples: Iterator, found: list[Acceptance] | None) -> None:
+        self.show(step, self.steps, "writing a checkpoint")
+        self.checkpoints.save(step, _parts(state, examples), found[0].acceptance_length if found else None)
+
+
+def _parts(state: TrainState, examples: Iterator) -> dict[str, Any]:
+    parts: dict[str, Any] = {"params": state.params, "optimizer": state.optimizer, "data": examples}
+    return parts | {"average": state.average} if state.average else parts
+
+
+def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def check(recipe: Recipe, drafter: StandaloneDrafter, records: AnswerFiles) -> None:
+    """InputError for settings of the recipe that this drafter or these answers cannot have."""
+    context, method = drafter.method.model.context, drafter.method
+    if recipe.length > context:
+        raise InputError(f"length {recipe.length} exceeds the drafter's context of {context}; lower length")
+    if len(records) < recipe.batch:
+        raise InputError(f"{records}: {len(records)} records are fewer than a batch of {recipe.batch}; lower batch")
+    for number, stage in enumerate(recipe.stages):
+        if not method.cached:
+            continue
+        width = stage.corruption.width
+        if width >= recipe.length:
+            raise InputError(
+                f"stages[{number}]: a block of width {width} does not fit into texts of length {recipe.length} behind "
+                f"its anchor; width must be below length, which may be up to the context of {context}"
+            )
+        if stage.corruption.next_token and method.config.head != "shifted":
+            raise InputError(
+                f"stages[{number}]: next_token {stage.corruption.next_token:g} trains the shifted head, and this "
+                "drafter reads in place; set next_token: 0"
+            )

@@ -1,0 +1,109 @@
+"""deer-jax align as a user meets it: messages of one line, interruptions, a full disk."""
+
+import json
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from deer_jax.cli.main import main
+from tests.training import runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return runs.prepare(tmp_path_factory.mktemp("verb"))
+
+
+def command(path, *options):
+    return [sys.executable, "-m", "deer_jax.cli.main", "align", "--recipe", str(path), *options]
+
+
+def test_a_run_prints_its_table_and_goes_on_with_nothing_to_do(folder, capsys):
+    values = runs.recipe(folder, "cli")
+    report = folder / "report.json"
+    assert main(["align", "--recipe", str(runs.write(values)), "--set", "seed=5", "--json", str(report)]) == 0
+    said = capsys.readouterr()
+    assert re.search(r"^ *12( best)? .*\[", said.out, re.MULTILINE)
+    assert "τ on 8 held-out prompts" in said.out
+    assert re.search(
+        r"^deer-jax: warning: .*2 prompts occur in training rows and are left out$", said.err, re.MULTILINE
+    )
+    assert re.search(
+        r"cli: 12 steps done, [\d,]+ tokens/s, [\d.]+ % of the time waiting for examples; the best", said.err
+    )
+    assert json.loads(report.read_text())["evaluations"]["12"][0]["draft_length"] == 4
+    assert main(["align", "--recipe", values["output"] + ".yaml", "--set", "seed=5"]) == 0
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "12 steps done, nothing was left to do; the best checkpoint is that of step" in said.err
+    assert main(["align", "--recipe", values["output"] + ".yaml"]) == 2
+    assert "holds another run: seed was 5, is 0. Name another output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--recipe is missing; see deer-jax align --help"),
+        (["--recipe", "none.yaml"], "none.yaml: no such file"),
+        (
+            ["--recipe", "{recipe}", "--set", "stages.0.learning_rat=1"],
+            "{recipe}: stages[0]: unknown key 'learning_rat', ",
+        ),
+        (["--recipe", "{recipe}", "--set", "batch"], "expected KEY=VALUE, as in stages.0.steps=100, got 'batch'"),
+        (["--recipe", "{recipe}", "--json", "{recipe}"], "{recipe}: is read or written under another option too"),
+    ],
+)
+def test_bad_options(folder, capsys, options, message):
+    path = str(runs.write(runs.recipe(folder, "bad")))
+    assert main(["align", *(option.format(recipe=path) for option in options)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"deer-jax: error: {message.format(recipe=path)}")
+    assert said.err.count("\n") == 1
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["align", "--help"])
+    assert "the same command goes on, also after a" in capsys.readouterr().out
+
+
+def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(folder):
+    stages = [runs.recipe(folder)["stages"][0] | {"steps": 5000}]
+    values = runs.recipe(folder, "stopped", stages=stages, evaluation=None, checkpoint_every=1)  # mostly in a save
+    path = runs.write(values)
+    process = subprocess.Popen(command(path), stderr=subprocess.PIPE, text=True)
+    metrics = folder / "stopped" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    found = re.search(
+        r"interrupted: step ([\d,]+) of 5,000 is written to .*stopped; the same command goes on from it", said
+    )
+    assert found, said
+    kept = [int(each.name) for each in (folder / "stopped" / "checkpoints").iterdir()]
+    assert max(kept) == int(found[1])
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(folder):
+    values = runs.recipe(folder, "full", evaluation=None)
+    path = runs.write(values)
+
+    def little_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = subprocess.run(command(path), capture_output=True, text=True, preexec_fn=little_room, check=False)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert re.search(
+        r"full/checkpoints: the checkpoint of step 2 cannot be written: File too large; earlier ones", line
+    )
+    assert "Traceback" not in done.stderr
+    done = subprocess.run(command(path), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,191 @@
+"""`deer-jax answers`: the file it makes, a kill in the middle, and its one-line errors."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deer_jax.checkpoints.huggingface import save_folder
+from deer_jax.cli import answers as verb
+from deer_jax.cli import main as cli
+from deer_jax.cli import progress
+from deer_jax.cli.options import parse
+from deer_jax.cli.progress import Reporter, duration
+from tests.tiny import random_params, tiny
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch):
+    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny random target without a tokenizer."""
+    config = tiny("llama", layers=1, context=512)
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    save_folder(path, config, random_params(config))
+    return str(path)
+
+
+@pytest.fixture
+def ids(tmp_path):
+    path = tmp_path / "ids.jsonl"
+    rows = '{"id": "a", "tokens": [1, 2, 3]}\n{"id": "b", "tokens": []}\n{"id": "c", "prompt": [4], "answer": [5, 6]}\n'
+    path.write_text(rows + json.dumps({"tokens": [1] * 510}) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    status = cli.main(argv)
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def read(path) -> dict[int, dict]:
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len({record["item"] for record in found}) == len(found)
+    return {record["item"]: record for record in found}
+
+
+def test_answers(capsys, tmp_path, folder, ids):
+    output = tmp_path / "answers.jsonl"
+    argv = ["answers", "--target", folder, "--prompts", ids, "--output", str(output), "--max-new-tokens", "7"]
+    status, out, err = run(capsys, *argv, "--samples", "2", "--temperatures", "0,1")
+    assert (status, out) == (0, "")
+    assert err.startswith(f"deer-jax: {output}: 4 answers, ")
+    assert err.endswith(
+        "0% ended with a stop token, 2 skipped: empty prompts, 2 skipped: the prompt and 7 new tokens exceed the "
+        "context of 512\n"
+    )
+    found = read(output)
+    assert [(found[item]["id"], found[item]["prompt"]) for item in sorted(found)] == [
+        ("a", [1, 2, 3]), ("a", [1, 2, 3]), ("c", [4]), ("c", [4])
+    ]  # fmt: skip
+    assert [found[item]["temperature"] for item in sorted(found)] == [0, 1, 0, 1]
+    status, out, err = run(capsys, *argv, "--samples", "2", "--temperatures", "0", "--temperatures", "1")
+    assert (status, out) == (0, "")
+    assert err.startswith(f"deer-jax: {output}: is complete, 4 answers, nothing to do, 2 skipped: empty")
+    assert err.count("\n") == 1
+    status, out, err = run(capsys, *argv, "--seed", "3")
+    assert (status, out) == (2, "")
+    assert "was begun with other settings: temperatures [0.0, 1.0] (now [0.0]), samples 2 (now 1), seed 0 (now" in err
+
+
+def test_prefixes_of_answers(capsys, tmp_path, folder, ids):
+    argv = ["answers", "--target", folder, "--prompts", ids, "--max-new-tokens", "2", "--output"]
+    assert run(capsys, *argv, str(tmp_path / "a"), "--prefix", "2,2")[0] == 0
+    assert [found["prompt"] for _, found in sorted(read(tmp_path / "a").items())] == [[1, 2], [4, 5], [1, 1]]
+
+
+def test_options_from_a_file(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "target: t\noutput: o\ntemperatures: [1, 0.6]\nprefix: [4, 32]\nfrom_bos: true\n", encoding="utf-8"
+    )
+    options = parse(verb.Options, "answers", ["--config", str(config)], "")
+    assert (options.temperatures, options.prefix, options.from_bos) == ((1.0, 0.6), (4, 32), True)
+    options = parse(verb.Options, "answers", ["--config", str(config), "--temperatures", "0,0,1e-1"], "")
+    assert options.temperatures == (0.0, 0.0, 0.1)
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["answers", "--help"])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert "usage: deer-jax answers [options]" in out
+    assert "(default: 0.0)" in out
+    assert "--draft" not in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--target T --prompts P", "--output is missing"),
+        ("--target T --output o", "give prompts either with --prompt TEXT or with --prompts FILE"),
+        ("--target T --prompts P --output P", "is read or written under another option too"),
+        ("--target T --prompts P --output none/o", "none/o: no folder"),
+        ("--target T --prompts P --output o --temperatures 0,warm", "--temperatures: invalid comma-separated numbers"),
+        ("--target T --prompts P --output o --temperatures=-1", "temperature must be 0 (greedy) or positive, got -1.0"),
+        ("--target T --prompts P --output o --prefix 3", "prefix must be two whole numbers, MIN,MAX with"),
+        ("--target T --prompts P --output o --samples 0", "samples must be a whole number of at least 1, got 0"),
+        ("--target T --prompts P --output o --template a=1", "--template has no effect on plain text: add --chat"),
+        ("--target T --from-bos --prompts P --output o", "--from-bos continues from BOS alone: without options about"),
+        ("--target T --from-bos --output o", "tiny has no tokenizer, so its BOS is not known"),
+        ("--target T --prompts P --output o --drafter from-target", "unknown option '--drafter'"),
+        ("--target T --prompts P --output foreign", "foreign: exists without foreign.state.json"),
+    ],
+)
+def test_wrong_arguments_are_one_line(capsys, monkeypatch, tmp_path, folder, ids, argv, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "foreign").write_text("mine\n", encoding="utf-8")
+    arguments = [{"P": ids, "T": folder}.get(word, word) for word in argv.split()]
+    status, out, err = run(capsys, "answers", *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("deer-jax: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "ids.jsonl"]
+
+
+def test_interrupted(capsys, monkeypatch, tmp_path, folder, ids):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verb, "answers", interrupted)
+    output = tmp_path / "o"
+    status, _, err = run(capsys, "answers", "--target", folder, "--prompts", ids, "--output", str(output))
+    assert status == 130
+    assert err == f"deer-jax: interrupted: {output} keeps what is done; the same command goes on from there\n"
+
+
+def test_killed_and_started_again(folder, tmp_path):
+    cache = {"DIR": Path(__file__).resolve().parent.parent.parent / ".cache" / "xla", "MAX_SIZE": 2**30}
+    environment = {f"JAX_COMPILATION_CACHE_{name}": str(value) for name, value in cache.items()}
+    environment |= os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    (tmp_path / "ids").write_text("".join(f'{{"tokens": [{i}, 7]}}\n' for i in range(12)), encoding="utf-8")
+    options = "--samples 2 --batch-size 4 --temperatures 0,1,1 --max-new-tokens 300"
+    command = [sys.executable, "-m", "deer_jax.cli.main", "answers", *options.split(), "--target", folder]
+    command += ["--prompts", tmp_path / "ids", "--output"]
+
+    killed, state = tmp_path / "killed", tmp_path / "killed.state.json"
+    running = {}
+    with subprocess.Popen([*command, killed], env=environment, stderr=subprocess.DEVNULL) as process:
+        while not running or len(killed.read_bytes().splitlines()) < 5:
+            assert process.poll() is None
+            time.sleep(0.005)
+            running = json.loads(state.read_bytes())["running"] if state.exists() else {}
+        process.kill()
+    assert len(killed.read_bytes().splitlines()) < 24
+    for name in ("killed", "whole"):
+        done = subprocess.run([*command, tmp_path / name], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == ""
+        assert ("from before" in done.stderr) == (name == "killed")
+    assert read(killed) == read(tmp_path / "whole")
+    assert sorted(read(killed)) == list(range(24))
+
+
+def test_lines_of_progress_say_what_is_left(capsys, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False)
+    with Reporter("answering") as reporter:
+        reporter.show(10, 100, "0 tokens/s")
+        for clock[0], done in ((106.0, 10), (108.0, 20), (130.0, 40), (190.0, 100)):
+            reporter.show(done, 100, f"{done} tokens/s")
+        clock[0] = 200.0
+        reporter.show(3, 7)
+    assert capsys.readouterr().err.splitlines() == [
+        "deer-jax: answering: 10 of 100, 10 tokens/s",
+        "deer-jax: answering: 40 of 100, 40 tokens/s, about 60 s left",
+        "deer-jax: answering: 100 of 100, 100 tokens/s",
+        "deer-jax: answering: 3 of 7",
+    ]
+    assert [duration(seconds) for seconds in (0.1, 60, 61, 3600, 3601, 7300)] == [
+        "1 s", "60 s", "2 min", "60 min", "2 h", "3 h"
+    ]  # fmt: skip
