@@ -61,8 +61,13 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *error) -> None:
-        self._orbax.close()
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            with _quiet():
+                self._orbax.close()
+        except (OSError, ValueError):
+            if error is None:  # closing says again what a save has said before
+                raise
 
     def newest_first(self) -> list[Checkpoint]:
         return [_checkpoint(found) for found in reversed(self._orbax.checkpoints)]
@@ -137,7 +142,7 @@ def _checkpoint(found) -> Checkpoint:
 
 def _system_reason(error: Exception) -> str | None:
     """What the operating system said, if it is behind the error."""
-    text = _line(error)
+    text = " ".join(str(error).split())
     if isinstance(error, OSError) or OS_ERROR.search(text):
         return re.sub(r"\s*\[os_error_code='\d+'\]", "", text.rsplit(": ", 1)[-1])
     return None

@@ -176,6 +176,8 @@ class _Run:
                 parts = self.checkpoints.restore(found.step, _parts(jax.tree.map(_abstract, state), examples))
             except DAMAGED as error:
                 aside = self.checkpoints.set_aside(found.step)
+                while error.__cause__ is not None:
+                    error = error.__cause__
                 what = f"the checkpoint of step {found.step} is damaged ({' '.join(str(error).split())[:120]})"
                 warnings.warn(f"{what} and now at {aside}; the one before is taken", stacklevel=5)
                 continue

@@ -16,6 +16,7 @@ from deer_jax.checkpoints.runs import differences
 from deer_jax.data.answers import AnswerFiles
 from deer_jax.training.acceptance import occurring
 from deer_jax.training.metrics import read_metrics
+from deer_jax.training.objectives import read_blocks
 from tests.training import runs
 
 
@@ -85,6 +86,36 @@ def test_load_drafter_reads_the_best_of_a_run(whole, folder):
     again = deer_jax.load_drafter(folder / "exported", target=target)
     for a, b in zip(jax.tree.leaves(drafter.params), jax.tree.leaves(again.params), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_replayed_rounds_accept_what_live_decoding_accepts(whole, folder):
+    """Teacher-forced: training's own forward along the target's greedy answer, a block of masks after every token."""
+    target = deer_jax.load_target(whole[0]["target"])
+    drafter = deer_jax.load_drafter(folder / "whole", target=target)
+    k, new = 4, 20
+    prompts = np.random.default_rng(1).integers(0, runs.V, (6, 5)).tolist()
+    answers = deer_jax.decode(target, prompts, max_new_tokens=new + k + 1).tokens
+    live = deer_jax.decode(target, prompts, drafter=drafter, max_new_tokens=new, batch_size=2)
+    text = np.concatenate([np.array(prompts), np.array(answers)], axis=1).astype(np.int32)
+    B, T = text.shape
+    anchors = np.arange(4, 4 + new)
+    anchor = np.broadcast_to(anchors, (B, new)).astype(np.int32)
+    hidden = jax.jit(read_blocks, static_argnums=0)(
+        drafter.method, drafter.params, text, anchor, np.full((B, new), k, np.int32), np.ones((B, new, k), bool)
+    )
+    head = drafter.params["embed" if drafter.method.model.tied else "head"]
+    drafts = np.asarray(hidden[:, T:] @ head.T).argmax(axis=-1).reshape(B, new, k)
+    counts = set()
+    for b in range(B):
+        place, histogram = 4, [0] * (k + 1)
+        while place < 4 + new:
+            agree = drafts[b, place - 4] == text[b, place + 1 : place + 1 + k]
+            accepted = int(agree.cumprod().sum())
+            histogram[accepted] += 1
+            counts.add(accepted)
+            place += accepted + 1
+        assert live.stats.accepted_histogram[b] == histogram
+    assert len(counts) >= 3
 
 
 def test_it_learns(folder):

@@ -332,7 +332,7 @@ def test_weighted_cross_entropy_with_soft_labels(monkeypatch, teachers):
     allowed = np.ones(20, bool)
     allowed[[3, 7]] = False
     soft = SoftLabels(*(jnp.asarray(x, jnp.float32) for x in (theirs, their_head)), jnp.asarray(allowed))
-    hidden, head, labels, weights = (np.asarray(x, np.float64) for x in rows)
+    hidden, head, _, weights = (np.asarray(x, np.float64) for x in rows)
     value, to_hidden, to_head = 0.0, np.zeros_like(hidden), np.zeros_like(head)
     for x, y, weight, into in zip(hidden, theirs, weights, to_hidden, strict=True):
         wanted, shared = np.zeros(20), np.flatnonzero(allowed[: min(teachers, 20)])

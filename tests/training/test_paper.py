@@ -1,0 +1,122 @@
+"""The paper's recipes: they parse, and at real size their steps trace in both attention modes, and their decoding."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from deer_jax.config import ModelConfig, Rope, Sampling
+from deer_jax.decoding import loop
+from deer_jax.decoding.sampling import Kind, Knobs
+from deer_jax.decoding.state import idle_state
+from deer_jax.drafters.standalone import StandaloneMethod
+from deer_jax.models.transformer import abstract_params
+from deer_jax.training.recipe import read_recipe
+from deer_jax.training.step import TrainState, make_optimizer, make_step
+from tests.tiny import REAL
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "paper"
+QWEN3 = REAL["qwen3"]
+TARGETS = {
+    "Qwen/Qwen3-4B": dataclasses.replace(QWEN3, width=2560, mlp_width=9728, tied=True),
+    "Qwen/Qwen3-8B": QWEN3,
+    "Qwen/Qwen3-14B": dataclasses.replace(QWEN3, width=5120, layers=40, heads=40, mlp_width=17408),
+    "Qwen/Qwen3-30B-A3B": REAL["qwen3_moe"],
+    "Qwen/Qwen2-7B-Instruct": ModelConfig(
+        family="qwen2", vocab_size=152064, width=3584, layers=28, heads=28, kv_heads=4, head_width=128,
+        mlp_width=18944, context=32768, rope=Rope(theta=1e6), qkv_bias=True,
+    ),
+}  # fmt: skip
+BILLIONS = dict(zip(TARGETS, (4.02, 8.19, 14.77, 30.53, 7.62), strict=True))
+DRAFTER = REAL["qwen2"]  # open-dCoder and Qwen2.5-0.5B
+NAMES = ("math", "qwen2_7b", "qwen3_14b", "qwen3_30b_a3b", "qwen3_4b", "qwen3_8b")
+
+
+def with_entries(params, dtype):
+    return params | {"special": jax.ShapeDtypeStruct((2, DRAFTER.width), dtype)}
+
+
+def batch_of(recipe, corruption, cached):
+    """The arrays of one batch, as shapes."""
+    B, T, M, W = recipe.batch // recipe.accumulate, recipe.length, corruption.blocks, corruption.width
+    shapes = {"tokens": ("int32", (T,)), "length": ("int32", ()), "total": ("float32", ())}
+    if cached:
+        shapes |= {"anchor": ("int32", (M,)), "size": ("int32", (M,)), "masked": ("bool", (M, W)),
+                   "weight": ("float32", (M, W)), "text_weight": ("float32", (T,))}  # fmt: skip
+    else:
+        shapes |= {"masked": ("bool", (T,)), "weight": ("float32", (T,))}
+    return {name: jax.ShapeDtypeStruct((recipe.accumulate, B, *shape), kind) for name, (kind, shape) in shapes.items()}
+
+
+def test_every_recipe_is_there():
+    assert sorted(path.stem for path in FOLDER.iterdir()) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_how_it_is_run(name):
+    recipe = read_recipe(FOLDER / f"{name}.yaml")
+    text = (FOLDER / f"{name}.yaml").read_text()
+    for part in (
+        f"deer-jax align --recipe configs/paper/{name}.yaml",
+        recipe.target,
+        "# Hardware: ",
+        "Expected, by the",
+    ):
+        assert part in text.split("\ntarget:")[0]
+    assert recipe.target in TARGETS
+    one, two = recipe.stages
+    assert (one.corruption.stage, two.corruption.stage) == ("continuation", "refinement")
+    assert one.optimizer.learning_rate == 1e-4
+    assert (two.corruption.max_masked, two.corruption.alpha) == (96, 1.01)
+    assert two.optimizer.learning_rate == (1e-4 if name == "math" else 5e-5)
+    assert recipe.reading is not None
+    assert recipe.reading.draft_length == one.corruption.width == two.corruption.width == 32
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_segment_of_its_decoding_traces(name):
+    recipe = read_recipe(FOLDER / f"{name}.yaml")
+    config, k, slots, capacity = TARGETS[recipe.target], 32, 16, 4096
+    params = abstract_params(config, jnp.bfloat16)
+    assert sum(x.size for x in jax.tree.leaves(params)) / 1e9 == pytest.approx(BILLIONS[recipe.target], abs=0.01)
+    assert recipe.reading is not None
+    method = StandaloneMethod(DRAFTER, recipe.reading, config.vocab_size)
+    drafter = with_entries(abstract_params(DRAFTER, jnp.bfloat16), jnp.bfloat16)
+    state = jax.eval_shape(
+        lambda: idle_state(config, slots, capacity, k, jnp.bfloat16, method.init_state(drafter, slots, capacity))
+    )
+    plan, number = loop.Plan(config, method, k, Kind.of(Sampling())), jax.ShapeDtypeStruct((), jnp.int32)
+    stop_ids = jax.ShapeDtypeStruct((2,), jnp.int32)
+    after = jax.eval_shape(
+        lambda *args: loop.run_segment(plan, *args),
+        params,
+        drafter,
+        state,
+        Knobs.of(Sampling(), 0),
+        stop_ids,
+        number,
+        number,
+    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "block_causal"])
+@pytest.mark.parametrize("labels", ["tokens", "target"])
+def test_its_steps_trace(attention, labels):
+    recipe = read_recipe(FOLDER / "qwen3_30b_a3b.yaml")
+    target = TARGETS[recipe.target]
+    assert recipe.reading is not None
+    method = StandaloneMethod(DRAFTER, dataclasses.replace(recipe.reading, attention=attention), target.vocab_size)
+    params = with_entries(abstract_params(DRAFTER), jnp.float32)
+    teacher = {"teacher": target} if labels == "target" else {}
+    target_params = abstract_params(target, jnp.bfloat16) if labels == "target" else {}
+    for stage in recipe.stages:
+        optimizer = jax.eval_shape(make_optimizer(stage.optimizer, stage.steps).init, params)
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+        state = TrainState(step=step, params=params, average={}, optimizer=optimizer)
+        run = make_step(method, stage.optimizer, stage.steps, dtype=jnp.bfloat16, **teacher)
+        after, metrics = jax.eval_shape(run, state, batch_of(recipe, stage.corruption, method.cached), target_params)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+        assert metrics["loss"].shape == ()
