@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := "$(BIN)/python" -m pip install --quiet --disable-pip-version-check --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test grid lint format clean
+.PHONY: help demo test grid soak lint format clean
 
 help:  ## this list
 	@sed -n -E 's/^([a-z]+):.*## */\1 /p' Makefile | while read -r verb text; do \
@@ -20,6 +20,9 @@ test: lint  ## format, lint and type checks, then all tests
 
 grid: $(VENV)/.test  ## the exactness grid: speculative against plain decoding over many settings
 	"$(BIN)/python" benchmarks/exactness_grid.py
+
+soak: $(VENV)/.test  ## kill -9 an alignment run at twenty moments; it must end as if it had not been killed
+	DEER_JAX_KILLS=20 "$(BIN)/python" -m pytest tests/training/test_kill.py
 
 lint: $(VENV)/.test  ## format, lint and type checks
 	"$(BIN)/ruff" format --check .

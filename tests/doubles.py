@@ -33,7 +33,7 @@ class Stateless:
 class TableMethod(Stateless):
     """Drafts table[prompt, position]: as a certain token, or as logits that favour it and go through `pick`."""
 
-    vocab_size: int
+    target_vocab: int
     certain: bool = True
 
     def propose(self, params: Params, state: Any, context: Context, k: int, pick: Pick) -> tuple[Draft, Any]:
@@ -42,7 +42,7 @@ class TableMethod(Stateless):
         tokens = table[context.prompt_index[:, None], at]
         if self.certain:
             return Draft(tokens, None), state
-        favoured = tokens[..., None] == jnp.arange(self.vocab_size)[None, None]
+        favoured = tokens[..., None] == jnp.arange(self.target_vocab)[None, None]
         return pick(jnp.where(favoured, 3.0, 0.0), 0), state
 
 
@@ -50,6 +50,7 @@ class TableMethod(Stateless):
 class AnchorMethod(Stateless):
     """Drafts from logits[anchor], whatever else the text is. A label keeps programs of one method apart."""
 
+    target_vocab: int
     label: str = ""
 
     def propose(self, params: Params, state: Any, context: Context, k: int, pick: Pick) -> tuple[Draft, Any]:
@@ -75,7 +76,8 @@ def table_drafter(table, vocab_size: int, *, certain: bool = True) -> Double:
 
 def anchor_drafter(logits, label: str = "") -> Double:
     """Drafts from logits float [V, k, V], by anchor and place in the draft."""
-    return Double(method=AnchorMethod(label), params={"logits": jnp.asarray(logits, jnp.float32)}, name="anchor")
+    logits = jnp.asarray(logits, jnp.float32)
+    return Double(method=AnchorMethod(logits.shape[0], label), params={"logits": logits}, name="anchor")
 
 
 def text_table(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> np.ndarray:

@@ -213,6 +213,12 @@ def prepare(
     check_run(seed, slots)
     if drafter is None and draft_length:
         raise InputError(f"draft_length is {draft_length} but there is no drafter: give one, or draft_length=0")
+    vocab = target.config.vocab_size
+    if drafter is not None and drafter.method.target_vocab != vocab:
+        raise InputError(
+            f"{drafter.name} drafts for a vocabulary of {drafter.method.target_vocab}, {target.name} has {vocab}: "
+            "load it for this target, load_drafter(..., target=target)"
+        )
     if drafter is not None and k > drafter.draft_length:
         warnings.warn(
             f"draft_length {k} is beyond the {drafter.draft_length} that {drafter.name} was trained for", stacklevel=3

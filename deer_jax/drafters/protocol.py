@@ -35,6 +35,11 @@ Pick = Callable[[jax.Array, int], Draft]
 class Method(Protocol):
     """The static half of a drafter. Instances are hashable and compare by value."""
 
+    @property
+    def target_vocab(self) -> int:
+        """V of the target whose tokens it proposes."""
+        ...
+
     def init_state(self, params: Params, batch: int, capacity: int) -> Any:
         """Per-row state (caches), zeros."""
 

@@ -128,7 +128,8 @@ class _Run:
         return {
             "answers": len(self.records),
             "answers_sha256": digest.hexdigest(),
-            "held_out_prompts": len(self.held_out.prompts),
+            "held_out": len(self.held_out.prompts),
+            "held_out_sha256": hashlib.sha256(repr(self.held_out.prompts).encode()).hexdigest(),
         }
 
     def train(self) -> AlignReport:
@@ -212,6 +213,7 @@ class _Run:
             teacher=self.target.config if stage.labels == "target" else None,
         )  # fmt: skip
         target = self.target.params if stage.labels == "target" else {}
+        note = stage.corruption.stage
         begin, waited, tokens, before = time.perf_counter(), 0.0, 0, None
         while step < last:
             start = time.perf_counter()
@@ -237,7 +239,6 @@ class _Run:
                     "tokens_per_second": tokens / seconds, "data_share": waited / seconds,
                 })  # fmt: skip
                 note = f"{stage.corruption.stage}, loss {values['loss']:.3f}, {tokens / seconds:,.0f} tokens/s"
-                self.show(step, self.steps, note)
                 if not np.isfinite(values["loss"]):
                     raise InputError(
                         f"{self.output}: the loss of step {step} is {values['loss']}; lower learning_rate or alpha; "
@@ -246,6 +247,7 @@ class _Run:
                 if saved:
                     self.save(step, state, examples, self.evaluate(step, state, log) if measured else None)
                 begin, waited, tokens, before = time.perf_counter(), 0.0, 0, None
+            self.show(step, self.steps, note)
             if stop:
                 return step, state, True
         return step, state, False

@@ -376,6 +376,10 @@ BAD = {
         {"max_new_tokens": [254, 252]},
         "prompt 0: 3 prompt tokens and 254 new ones exceed the context of 256; .* max_new_tokens <= 253",
     ),
+    "a drafter for another vocabulary": (
+        {"drafter": table_drafter([[1]], 7)},
+        r"table drafts for a vocabulary of 7, target has 48: load it for this target, load_drafter\(",
+    ),
     "no slots": ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
 }  # fmt: skip
 
@@ -394,7 +398,7 @@ def test_wrong_input_is_one_line_before_any_work(target, name, no_work):
     wrong, message = BAD[name]
     arguments = GOOD | wrong
     spoken = dataclasses.replace(target, tokenizer=arguments.pop("tokenizer", None))
-    if arguments.pop("drafter", None):
+    if arguments.get("drafter") is True:
         arguments["drafter"] = drafter_from_target(target)
     with pytest.raises(InputError, match=message) as caught:
         decode(spoken, arguments.pop("prompts"), **arguments)
