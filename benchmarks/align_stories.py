@@ -21,7 +21,7 @@ import numpy as np
 import deer_jax
 from deer_jax.data.answers import AnswerFiles
 from deer_jax.decoding.acceptance import acceptance_by_depth, acceptance_interval, repeated_windows
-from deer_jax.training.acceptance import occurring
+from deer_jax.training.acceptance import survey
 
 ROWS, TOKENS, OPENING = 8192, 191, 64
 HELD_OUT, LEAST, MOST = 400, 17, 32
@@ -62,7 +62,7 @@ def measure(target, held_out: Path, runs: list[str], limit: int, rows: int) -> N
     files = [held_out.parent / name for name in ("sampled.jsonl", "continued.jsonl")]
     records = AnswerFiles(files, vocab_size=target.config.vocab_size)
     prompts = [json.loads(line)["tokens"] for line in held_out.open()]
-    met = occurring(prompts, records)
+    met = survey(records, prompts, room=TOKENS).met
     prompts = [prompt for prompt, seen in zip(prompts, met, strict=True) if not seen][:limit]
     print(f"{len(prompts)} prompts, {sum(met)} others occur in {len(records)} training rows", file=sys.stderr)
     for run in runs:

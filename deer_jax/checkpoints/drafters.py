@@ -139,23 +139,20 @@ def describe_drafter(folder: Path, drafter: StandaloneDrafter) -> None:
     )  # fmt: skip
 
 
-def place_drafter(drafter: StandaloneDrafter, mesh: Mesh) -> Params:
-    """The parameters as training holds them: float32, stacked, sharded over the mesh."""
+def place_drafter(drafter: StandaloneDrafter, mesh: Mesh, dtype=jnp.float32) -> Params:
+    """The parameters stacked and sharded over the mesh; training holds them in float32."""
     params = drafter.params if is_stacked(drafter.params) else stack_layers(drafter.params)
     axes = logical_axes(drafter.method.model) | {"special": (None, "width")}
-    return jax.tree.map(
-        lambda x, names: jax.device_put(x.astype(jnp.float32), placement(mesh, x.shape, names)), params, axes
-    )
+    return jax.tree.map(lambda x, names: jax.device_put(x.astype(dtype), placement(mesh, x.shape, names)), params, axes)
 
 
 def usable_drafter(drafter: StandaloneDrafter, params: Params, target: Target, dtype=None) -> StandaloneDrafter:
     """The drafter with parameters that training holds, as decoding beside the target wants them."""
     dtype = target.params["embed"].dtype if dtype is None else dtype
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
     if target.mesh is not None:
-        params = place_drafter(dataclasses.replace(drafter, params=params), target.mesh)
+        params = place_drafter(dataclasses.replace(drafter, params=params), target.mesh, dtype)
     else:
-        params = jax.device_put(params, jax.devices()[0])
+        params = jax.device_put(jax.tree.map(lambda x: x.astype(dtype), params), jax.devices()[0])
     if not scan_layers():
         params = unstack_layers(params, drafter.method.model.layers)
     return dataclasses.replace(drafter, params=params)

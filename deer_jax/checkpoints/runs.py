@@ -1,6 +1,6 @@
 """The folder of an alignment run: what it is, its checkpoints, and the drafter in it.
 
-    recipe.yaml        what the run does
+    recipe.yaml        what the run does, as it was begun
     facts.json         what a resumed run must find unchanged beside the recipe, such as the digest of its answers
     drafter/           config.json and tokenizer of the drafter, without weights
     checkpoints/STEP/  parameters, their average, optimiser state and position in the data (Orbax)
@@ -164,40 +164,54 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def claim(folder: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any], describe: Callable[[Path], None]) -> None:
+def claim(
+    folder: Path,
+    recipe: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    *,
+    essential: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    describe: Callable[[Path], None],
+) -> None:
     """Make the folder that of this run, or find that it already is.
 
     Args:
       recipe, facts: plain values; see the top of this file.
+      essential: what of a recipe must not change while a run goes on.
       describe: writes config.json and tokenizer of the drafter into a folder.
 
     Raises InputError if the folder holds a run of another recipe (the differences are listed), or something else.
     """
+    partial = folder / f".{RECIPE}.partial"
     try:
         if (folder / RECIPE).is_file():
-            before = {"": read_yaml(folder / RECIPE), "facts.": json.loads((folder / FACTS).read_text())}
-            now = {"": recipe, "facts.": facts}
-            changes = [line for key in now for line in differences(before[key], now[key], key)]
+            before = {**essential(read_yaml(folder / RECIPE)), "facts": _read_facts(folder)}
+            changes = differences(before, {**essential(recipe), "facts": dict(facts)})
             if changes:
                 raise InputError(
                     f"{folder}: holds another run: {'; '.join(changes)}. Name another output, or go on with its own "
                     f"recipe, {folder / RECIPE}"
                 )
             return
-        others = (
-            [found.name for found in folder.iterdir() if found.name not in (DRAFTER, FACTS)] if folder.is_dir() else []
-        )
+        known = (DRAFTER, FACTS, partial.name)  # of a run that was stopped right here
+        others = [found.name for found in folder.iterdir() if found.name not in known] if folder.is_dir() else []
         if others:
             raise InputError(f"{folder}: is no run but holds {', '.join(sorted(others)[:3])}; name another output")
         shutil.rmtree(folder / DRAFTER, ignore_errors=True)
         (folder / DRAFTER).mkdir(parents=True)
         describe(folder / DRAFTER)
         (folder / FACTS).write_text(json.dumps(dict(facts), indent=2) + "\n", encoding="utf-8")
-        partial = folder / f".{RECIPE}.partial"  # what makes the folder a run comes last, and whole
+        # What makes the folder a run comes last, and whole.
         partial.write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
         partial.replace(folder / RECIPE)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+
+
+def _read_facts(folder: Path) -> Any:
+    try:
+        return json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{folder / FACTS}: cannot be read; name another output") from None
 
 
 def differences(before: Any, now: Any, where: str = "") -> list[str]:

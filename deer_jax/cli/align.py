@@ -70,9 +70,13 @@ def asked_to_stop() -> Iterator[threading.Event]:
 
     def ask(number, frame):
         if event.is_set():
-            raise KeyboardInterrupt("the newest checkpoint is whole; the same command goes on from there")
+            raise KeyboardInterrupt("the same command goes on from the newest checkpoint")
         event.set()
-        print("deer-jax: stopping after this step; once more stops at once", file=sys.stderr, flush=True)
+        print(
+            "deer-jax: stopping when this step or evaluation is done; once more stops at once",
+            file=sys.stderr,
+            flush=True,
+        )
 
     for each in signals:
         signal.signal(each, ask)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -16,7 +15,7 @@ from deer_jax.checkpoints.drafters import FROM_TARGET, load_drafter
 from deer_jax.checkpoints.load import load_target
 from deer_jax.cli.progress import Reporter
 from deer_jax.config import DrafterConfig, InputError, Sampling
-from deer_jax.data.sources import Prompt, as_chat, read_prompts
+from deer_jax.data.sources import Prompt, as_chat, read_prompts, template_arguments
 from deer_jax.drafters.protocol import Drafter
 from deer_jax.models.target import Target
 
@@ -109,17 +108,8 @@ class PromptOptions:
         return found
 
     def template_arguments(self) -> dict[str, Any]:
-        """`--template` as a mapping; values are read as YAML."""
-        found = {}
-        for text in self.template:
-            name, equals, value = text.partition("=")
-            try:
-                found[name] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                equals = ""
-            if not name or not equals:
-                raise InputError(f"--template: expected NAME=VALUE, got '{text}'")
-        return found
+        """`--template` as a mapping."""
+        return template_arguments(self.template, "--template")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,11 +31,16 @@ class AnswerFiles:
         self._vocab_size, self._tokenizer = vocab_size, tokenizer
         self._lines = [_line_ends(path) for path in self.paths]
         self._first = np.cumsum([0, *(len(ends) for ends in self._lines)]).tolist()  # number of each file's first line
+        self._kept = np.arange(self._first[-1])  # line, of all files, by number
         for first in self._first[:-1]:
             self[first]  # a wrong file is noticed before anything is compiled
 
+    def leave_out(self, numbers: Sequence[int]) -> None:
+        """Drop these rows; the ones behind them move up."""
+        self._kept = np.delete(self._kept, numbers)
+
     def __len__(self) -> int:
-        return self._first[-1]
+        return len(self._kept)
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.paths))
@@ -45,7 +50,7 @@ class AnswerFiles:
 
     def __getitem__(self, index) -> dict[str, Any]:
         """The record, and under "where" its file and line."""
-        index = int(index)
+        index = int(self._kept[index])
         file = bisect.bisect_right(self._first, index) - 1
         line = index - self._first[file]
         path, ends = self.paths[file], self._lines[file]
@@ -85,14 +90,18 @@ class AnswerFiles:
 
 def _line_ends(path: Path) -> np.ndarray:
     """Offset behind each line, a last one without newline included."""
+    found, size = [], 0
     try:
-        data = path.read_bytes()
+        with path.open("rb") as stream:
+            while chunk := stream.read(2**24):
+                found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + 1 + size)
+                size += len(chunk)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if not data:
+    if not size:
         raise InputError(f"{path}: is empty; let a target answer prompts first")
-    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n")) + 1
-    return ends if len(ends) and ends[-1] == len(data) else np.append(ends, len(data))
+    ends = np.concatenate(found)
+    return ends if len(ends) and ends[-1] == size else np.append(ends, size)
 
 
 class AnswerWriter:

@@ -22,6 +22,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from deer_jax.config import InputError
 
 # The first of these whose fields a line has says what the line is.
@@ -89,6 +91,20 @@ def read_prompts(
             break
     if not found:
         raise InputError(f"{path}: no prompts, the file is empty")
+    return found
+
+
+def template_arguments(entries: Sequence[str], where: str) -> dict[str, Any]:
+    """Arguments of a chat template from NAME=VALUE each; values are read as YAML. Errors name `where`."""
+    found = {}
+    for text in entries:
+        name, equals, value = text.partition("=")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not name or not equals:
+            raise InputError(f"{where}: expected NAME=VALUE, got '{text}'")
     return found
 
 

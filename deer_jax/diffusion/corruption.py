@@ -29,7 +29,7 @@ class Corruption:
 
     Attributes:
       stage: "continuation" (I) or "refinement" (II).
-      width: W, tokens per block; block-causal only.
+      width: W, tokens per block; block-causal only. None is the drafter's draft length.
       blocks: M, blocks per text; block-causal only.
       max_masked: R_max of stage II.
       alpha: base of stage II's weights.
@@ -39,7 +39,7 @@ class Corruption:
     """
 
     stage: Literal["continuation", "refinement"]
-    width: int = 8
+    width: int | None = None
     blocks: int = 8
     max_masked: int = 96
     alpha: float = 1.01
@@ -50,8 +50,9 @@ class Corruption:
         if self.stage not in ("continuation", "refinement"):
             raise InputError(f"stage must be continuation or refinement, got {self.stage!r}")
         for name in ("width", "blocks", "max_masked"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
         if not 0 < self.alpha < np.inf:
             raise InputError(f"alpha must be positive, got {self.alpha}")
         if not 0 < self.least_rate <= 1:
@@ -86,6 +87,7 @@ def corrupt_blocks(prompt: int, length: int, settings: Corruption, rng: np.rando
     Anchors differ from each other; there are at most as many as there are places.
     """
     M, W = settings.blocks, settings.width
+    assert W is not None
     places = length - prompt  # the prompt's last token .. the last but one of the text
     count = min(M, places)
     anchor, size = np.zeros(M, np.int32), np.zeros(M, np.int32)

@@ -8,7 +8,7 @@ import numpy as np
 
 from deer_jax.config import InputError
 from deer_jax.data.answers import AnswerFiles
-from deer_jax.data.sources import read_prompts
+from deer_jax.data.sources import read_prompts, template_arguments
 from deer_jax.decoding.acceptance import acceptance_by_depth, acceptance_interval, repeated_windows
 from deer_jax.decoding.engine import decode
 from deer_jax.decoding.prompts import encode_prompts
@@ -37,18 +37,12 @@ class Acceptance:
         return f"k{self.draft_length}_T{self.temperature:g}"
 
 
-@dataclasses.dataclass(frozen=True)
-class HeldOut:
-    """Prompts to evaluate on. seen: how many others were left out because a training row holds them."""
-
-    prompts: list[list[int]]
-    seen: int
-
-
-def read_held_out(target: Target, evaluation: Evaluation, records: AnswerFiles) -> HeldOut:
-    """The evaluation's prompts that occur in no training row, neither at its start nor inside."""
+def read_held_out(target: Target, evaluation: Evaluation) -> list[list[int]]:
+    """The evaluation's prompts as token ids, all of them."""
     found = read_prompts(evaluation.prompts, field=evaluation.field, chat=evaluation.chat)
-    encoded = encode_prompts(target, [prompt.content for prompt in found])
+    encoded = encode_prompts(
+        target, [prompt.content for prompt in found], template_arguments(evaluation.template, "evaluation: template")
+    )
     for number, prompt in enumerate(encoded):
         if len(prompt) + evaluation.max_new_tokens > target.config.context:
             raise InputError(
@@ -56,24 +50,36 @@ def read_held_out(target: Target, evaluation: Evaluation, records: AnswerFiles) 
                 f"{evaluation.max_new_tokens} new ones exceed the context of {target.config.context}; lower "
                 "evaluation.max_new_tokens or remove it"
             )
-    seen = occurring(encoded, records)
-    kept = [prompt for prompt, met in zip(encoded, seen, strict=True) if not met]
-    if not kept:
-        raise InputError(f"{evaluation.prompts}: all {len(encoded)} prompts occur in training rows; give unseen ones")
-    return HeldOut(kept[: evaluation.limit], sum(seen))
+    return encoded
 
 
-def occurring(prompts: Sequence[Sequence[int]], records: AnswerFiles) -> list[bool]:
-    """Which prompts occur in a row (prompt and answer) of the records, anywhere."""
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What reading every training row once has shown.
+
+    Attributes:
+      met: which prompts occur in a row, token by token, at its start or inside.
+      overlong: numbers of the rows whose prompt leaves no room for an answer.
+    """
+
+    met: list[bool]
+    overlong: list[int]
+
+
+def survey(records: AnswerFiles, prompts: Sequence[Sequence[int]], room: int) -> Survey:
+    """Read every row: InputError at the first that is no answer of the target. room: tokens of prompt and answer."""
     needles = [np.asarray(prompt, np.int32).tobytes() for prompt in prompts]
-    met = [False] * len(prompts)
+    met, overlong = [False] * len(prompts), []
     for number in range(len(records)):
         record = records[number]
+        if len(record["prompt"]) >= room:
+            overlong.append(number)
+            continue
         row = np.asarray(record["prompt"] + record["answer"], np.int32).tobytes()
         for i, needle in enumerate(needles):
             if not met[i]:
                 met[i] = _at_token(row, needle)
-    return met
+    return Survey(met, overlong)
 
 
 def _at_token(row: bytes, needle: bytes) -> bool:
@@ -94,7 +100,7 @@ def measure(
 ) -> list[Acceptance]:
     """Acceptance at every draft length and temperature of the evaluation, in this order."""
     result = []
-    for k in evaluation.draft_lengths:
+    for k in evaluation.draft_lengths or (drafter.draft_length,):
         for temperature in evaluation.temperatures:
             note = f"evaluating k = {k}, T = {temperature:g}"
             found = decode(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from deer_jax.checkpoints.drafters import describe_drafter, load_drafter, place_drafter, usable_drafter
@@ -19,10 +18,12 @@ from deer_jax.config import InputError
 from deer_jax.data.answers import AnswerFiles
 from deer_jax.data.examples import example_batches
 from deer_jax.data.tokenizer import Tokenizer
+from deer_jax.decoding.answers import target_digest
 from deer_jax.drafters.standalone import StandaloneDrafter
+from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params
-from deer_jax.sharding import batch_placement, make_mesh
-from deer_jax.training.acceptance import Acceptance, HeldOut, measure, read_held_out
+from deer_jax.sharding import MeshShape, batch_placement, make_mesh
+from deer_jax.training.acceptance import Acceptance, measure, read_held_out, survey
 from deer_jax.training.metrics import MetricsLog
 from deer_jax.training.recipe import Recipe, Stage, read_recipe, recipe_from, to_mapping
 from deer_jax.training.step import TrainState, init_state, make_step, schedule
@@ -40,7 +41,8 @@ class AlignReport:
       finished: whether all steps are done; False if `should_stop` said so before.
       best: step of the best checkpoint, if acceptance was measured.
       evaluations: by step, in order, those of this call.
-      tokens: text tokens read in this call; blocks and padding not counted. seconds: of training alone.
+      tokens: text tokens read in this call; blocks, padding and the steps that compile not counted.
+      seconds: of training alone, without compilation, evaluations and checkpoints.
       data_seconds: the part of it that training waited for examples.
     """
 
@@ -100,15 +102,13 @@ class _Run:
         self.drafter = load_drafter(
             recipe.drafter, target=self.target, dtype="float32", config=recipe.reading, progress=show_bytes
         )
-        check(recipe, self.drafter, self.records)
-        self.held_out = HeldOut([], 0)
-        if recipe.evaluation:
-            self.show(0, self.steps, "comparing the held-out prompts with the training rows")
-            self.held_out = read_held_out(self.target, recipe.evaluation, self.records)
-            if self.held_out.seen:
-                seen = f"{self.held_out.seen} prompts occur in training rows and are left out"
-                warnings.warn(f"{recipe.evaluation.prompts}: {seen}", stacklevel=4)
-        claim(self.output, to_mapping(recipe), self.facts(), lambda at: describe_drafter(at, self.drafter))
+        self.stages = [resolved(stage, self.drafter) for stage in recipe.stages]
+        self.held_out = self.read_data()
+        check(recipe, self.stages, self.target, self.drafter, self.records)
+        claim(
+            self.output, to_mapping(recipe), self.facts(),
+            essential=essential, describe=lambda folder: describe_drafter(folder, self.drafter),
+        )  # fmt: skip
         self.checkpoints = Checkpoints(self.output, keep=recipe.keep)
         self.evaluations: dict[int, list[Acceptance]] = {}
         self.tokens, self.seconds, self.data_seconds = 0, 0.0, 0.0
@@ -119,6 +119,27 @@ class _Run:
     def __exit__(self, *error) -> None:
         self.checkpoints.__exit__(*error)
 
+    def read_data(self) -> list[list[int]]:
+        """Every training row once: what is wrong with one is said before any work. The held-out prompts to use."""
+        recipe, evaluation = self.recipe, self.recipe.evaluation
+        self.show(0, self.steps, "reading the training rows")
+        prompts = read_held_out(self.target, evaluation) if evaluation else []
+        room = recipe.length if self.drafter.method.cached else recipe.length - 1  # for the separator
+        found = survey(self.records, prompts, room)
+        if found.overlong:
+            self.records.leave_out(found.overlong)
+            left_out = f"{len(found.overlong)} prompts leave no room for an answer in length {recipe.length}"
+            warnings.warn(f"{self.records}: {left_out}; their rows are left out", stacklevel=5)
+        kept = [prompt for prompt, met in zip(prompts, found.met, strict=True) if not met]
+        if evaluation and not kept:
+            raise InputError(
+                f"{evaluation.prompts}: all {len(prompts)} prompts occur in training rows; give unseen ones"
+            )
+        if any(found.met):
+            seen = f"{sum(found.met)} prompts occur in training rows and are left out"
+            warnings.warn(f"{evaluation.prompts if evaluation else ''}: {seen}", stacklevel=5)
+        return kept[: evaluation.limit] if evaluation else []
+
     def facts(self) -> dict[str, Any]:
         """What must not change between the calls of one run, beside the recipe."""
         digest = hashlib.sha256()
@@ -128,17 +149,19 @@ class _Run:
         return {
             "answers": len(self.records),
             "answers_sha256": digest.hexdigest(),
-            "held_out": len(self.held_out.prompts),
-            "held_out_sha256": hashlib.sha256(repr(self.held_out.prompts).encode()).hexdigest(),
+            "held_out": len(self.held_out),
+            "held_out_sha256": hashlib.sha256(repr(self.held_out).encode()).hexdigest(),
+            "target": target_digest(self.target),
+            "dtype": self.dtype.name,
         }
 
     def train(self) -> AlignReport:
         """All stages, from the newest checkpoint on."""
         step, restored = self.resume()
         params, stopped = place_drafter(self.drafter, self.mesh), False
-        with MetricsLog(self.output, resumed_at=step) as log:
+        with MetricsLog(self.output, resumed_at=-1 if restored is None else step) as log:
             first = 0
-            for number, stage in enumerate(self.recipe.stages):
+            for number, stage in enumerate(self.stages):
                 last = first + stage.steps
                 if step > last:
                     first = last
@@ -169,32 +192,41 @@ class _Run:
         return init_state(params, stage.optimizer, stage.steps), examples
 
     def resume(self) -> tuple[int, tuple[TrainState, Iterator] | None]:
-        """The newest checkpoint that can be read: its step, state and examples."""
+        """The newest checkpoint that can be read: its step, state and examples. Damaged ones are set aside."""
+        damaged: dict[int, str] = {}
         for found in self.checkpoints.newest_first():
             number, stage = self.stage_at(found.step)
             state, examples = self.begin(number, stage, place_drafter(self.drafter, self.mesh))
+            shapes = _parts(jax.tree.map(_abstract, state), examples)
+            del state  # its memory is needed for the one that is read
             try:
-                parts = self.checkpoints.restore(found.step, _parts(jax.tree.map(_abstract, state), examples))
+                parts = self.checkpoints.restore(found.step, shapes)
             except DAMAGED as error:
-                aside = self.checkpoints.set_aside(found.step)
                 while error.__cause__ is not None:
                     error = error.__cause__
-                what = f"the checkpoint of step {found.step} is damaged ({' '.join(str(error).split())[:120]})"
-                warnings.warn(f"{what} and now at {aside}; the one before is taken", stacklevel=5)
+                damaged[found.step] = " ".join(str(error).split())[:120]
                 continue
+            for step, why in damaged.items():
+                aside = self.checkpoints.set_aside(step)
+                what = f"the checkpoint of step {step} is damaged ({why}) and now at {aside}"
+                warnings.warn(f"{what}; that of step {found.step} is taken", stacklevel=5)
             self.show(found.step, self.steps, f"going on from step {found.step:,}")
-            local = found.step - sum(stage.steps for stage in self.recipe.stages[:number])
-            state = dataclasses.replace(
-                state, step=jnp.full_like(state.step, local), params=parts["params"], average=parts.get("average", {}),
-                optimizer=parts["optimizer"],
+            state = TrainState(
+                params=parts["params"], average=parts.get("average", {}), optimizer=parts["optimizer"]
             )  # fmt: skip
             return found.step, (state, parts["data"])
+        if damaged:
+            step, why = next(iter(damaged.items()))
+            raise InputError(
+                f"{self.output}: none of its {len(damaged)} checkpoints can be read, that of step {step} for: {why}; "
+                "name another output to begin anew"
+            )
         return 0, None
 
     def stage_at(self, step: int) -> tuple[int, Stage]:
         """The stage that a checkpoint of this step belongs to; at the border of two it is the one that ended."""
         last = 0
-        for number, stage in enumerate(self.recipe.stages):
+        for number, stage in enumerate(self.stages):
             last += stage.steps
             if step <= last:
                 return number, stage
@@ -204,7 +236,7 @@ class _Run:
         self, number: int, first: int, step: int, state: TrainState, examples: Iterator, log: MetricsLog
     ) -> tuple[int, TrainState, bool]:
         """Steps of one stage: the last step, its state, and whether the run is to stop there."""
-        stage, recipe = self.recipe.stages[number], self.recipe
+        stage, recipe = self.stages[number], self.recipe
         last = first + stage.steps
         rate = schedule(stage.optimizer, stage.steps)
         run_step = make_step(
@@ -213,7 +245,7 @@ class _Run:
             teacher=self.target.config if stage.labels == "target" else None,
         )  # fmt: skip
         target = self.target.params if stage.labels == "target" else {}
-        note = stage.corruption.stage
+        note, compiled = stage.corruption.stage, False
         begin, waited, tokens, before = time.perf_counter(), 0.0, 0, None
         while step < last:
             start = time.perf_counter()
@@ -221,6 +253,9 @@ class _Run:
             waited += time.perf_counter() - start
             tokens += int(batch["length"].sum())
             state, metrics = run_step(state, self.place(batch), target)
+            if not compiled:  # the first step of a call compiles; the clock starts behind it
+                jax.block_until_ready(metrics)
+                begin, waited, tokens, compiled = time.perf_counter(), 0.0, 0, True
             if before is not None:
                 jax.block_until_ready(before)  # one step may be on its way, not more
             before, step = metrics, step + 1
@@ -234,15 +269,14 @@ class _Run:
                     self.tokens + tokens, self.seconds + seconds, self.data_seconds + waited,
                 )  # fmt: skip
                 values["learning_rate"] = float(np.asarray(rate(step - first - 1)))
-                log.write(step, {
-                    "stage": stage.corruption.stage, **values,
-                    "tokens_per_second": tokens / seconds, "data_share": waited / seconds,
-                })  # fmt: skip
-                note = f"{stage.corruption.stage}, loss {values['loss']:.3f}, {tokens / seconds:,.0f} tokens/s"
-                if not np.isfinite(values["loss"]):
+                speed = {"tokens_per_second": tokens / seconds, "data_share": waited / seconds} if tokens else {}
+                log.write(step, {"stage": stage.corruption.stage, **values, **speed})
+                note = f"{stage.corruption.stage}, loss {values['loss']:.3f}"
+                note += f", {tokens / seconds:,.0f} tokens/s" if tokens else ""
+                if not np.isfinite([values["loss"], values["gradient_norm"]]).all():
                     raise InputError(
-                        f"{self.output}: the loss of step {step} is {values['loss']}; lower learning_rate or alpha; "
-                        "earlier checkpoints are whole"
+                        f"{self.output}: step {step} has loss {values['loss']} and gradient norm "
+                        f"{values['gradient_norm']}; lower learning_rate or alpha, in another output"
                     )
                 if saved:
                     self.save(step, state, examples, self.evaluate(step, state, log) if measured else None)
@@ -266,7 +300,7 @@ class _Run:
         assert self.recipe.evaluation is not None
         drafter = usable_drafter(self.drafter, state.average or state.params, self.target)
         found = measure(
-            self.target, drafter, self.held_out.prompts, self.recipe.evaluation, self.recipe.seed,
+            self.target, drafter, self.held_out, self.recipe.evaluation, self.recipe.seed,
             lambda note: self.show(step, self.steps, note),
         )  # fmt: skip
         self.evaluations[step] = found
@@ -291,24 +325,55 @@ def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
-def check(recipe: Recipe, drafter: StandaloneDrafter, records: AnswerFiles) -> None:
+def resolved(stage: Stage, drafter: StandaloneDrafter) -> Stage:
+    """The stage with its width: that of the drafter's draft length unless the recipe says another."""
+    width = stage.corruption.width or drafter.draft_length
+    return dataclasses.replace(stage, corruption=dataclasses.replace(stage.corruption, width=width))
+
+
+def essential(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a recipe must not change while its run goes on; later versions' new keys count with their defaults."""
+    values = to_mapping(recipe_from(recipe, "recipe.yaml"))
+    for name in ("output", "log_every", "checkpoint_every", "keep", "mesh"):
+        del values[name]
+    if values["evaluation"]:
+        del values["evaluation"]["batch_size"]
+    return values
+
+
+def check(
+    recipe: Recipe, stages: list[Stage], target: Target, drafter: StandaloneDrafter, records: AnswerFiles
+) -> None:
     """InputError for settings of the recipe that this drafter or these answers cannot have."""
     context, method = drafter.method.model.context, drafter.method
     if recipe.length > context:
         raise InputError(f"length {recipe.length} exceeds the drafter's context of {context}; lower length")
     if len(records) < recipe.batch:
         raise InputError(f"{records}: {len(records)} records are fewer than a batch of {recipe.batch}; lower batch")
-    for number, stage in enumerate(recipe.stages):
+    for number, stage in enumerate(stages):
+        where, width, alone = f"stages[{number}]", stage.corruption.width, recipe.mesh == MeshShape()
+        if stage.labels == "target" and recipe.length > target.config.context:
+            raise InputError(
+                f"{where}: labels: target needs length {recipe.length} within the target's context of "
+                f"{target.config.context}; lower length"
+            )
+        if stage.labels == "target" and target.config.experts and not alone:
+            raise InputError(f"{where}: labels: target of a mixture of experts runs on one device only; use tokens")
         if not method.cached:
             continue
-        width = stage.corruption.width
+        assert width is not None
         if width >= recipe.length:
             raise InputError(
-                f"stages[{number}]: a block of width {width} does not fit into texts of length {recipe.length} behind "
-                f"its anchor; width must be below length, which may be up to the context of {context}"
+                f"{where}: a block of width {width} does not fit into texts of length {recipe.length} behind its "
+                f"anchor; width must be below length, which may be up to the context of {context}"
+            )
+        if width < drafter.draft_length:
+            raise InputError(
+                f"{where}: width {width} is less than the draft length {drafter.draft_length}, so the later tokens of "
+                "a draft would not be trained; raise width or lower reading.draft_length"
             )
         if stage.corruption.next_token and method.config.head != "shifted":
             raise InputError(
-                f"stages[{number}]: next_token {stage.corruption.next_token:g} trains the shifted head, and this "
-                "drafter reads in place; set next_token: 0"
+                f"{where}: next_token {stage.corruption.next_token:g} trains the shifted head, and this drafter reads "
+                "in place; set next_token: 0"
             )

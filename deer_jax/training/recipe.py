@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -10,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from deer_jax.config import DrafterConfig, InputError, from_mapping, nearest, read_yaml
+from deer_jax.config import DrafterConfig, InputError, Sampling, from_mapping, nearest, read_yaml
 from deer_jax.diffusion.corruption import Corruption
 from deer_jax.sharding import MeshShape
 from deer_jax.training.step import OptimizerConfig
@@ -41,18 +40,21 @@ class Evaluation:
 
     Attributes:
       prompts: a prompt file; those of its prompts that occur in a training row are left out.
-      field, chat: as for `decode`: the field that holds the prompt; texts sent through the chat template.
+      field, chat, template: the field that holds the prompt; texts sent through the chat template, with these
+        arguments, NAME=VALUE each.
       every: steps between evaluations; the start and the end of a stage always have one.
       limit: how many of the prompts to use.
-      draft_lengths, temperatures: each pair is measured; the first pair decides which checkpoint is the best.
+      draft_lengths, temperatures: each pair is measured; the first pair decides which checkpoint is the best. Draft
+        lengths None is the drafter's.
     """
 
     prompts: str
     field: str | None = None
     chat: bool = False
+    template: tuple[str, ...] = ()
     every: int = 500
     limit: int | None = None
-    draft_lengths: tuple[int, ...] = (8,)
+    draft_lengths: tuple[int, ...] | None = None
     temperatures: tuple[float, ...] = (0.0, 1.0)
     max_new_tokens: int = 64
     batch_size: int = 16
@@ -62,10 +64,14 @@ class Evaluation:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
-        if not self.draft_lengths or min(self.draft_lengths) < 1:
-            raise InputError(f"draft_lengths must be one or more numbers from 1 on, got {list(self.draft_lengths)}")
-        if not self.temperatures or not all(0 <= value < math.inf for value in self.temperatures):
-            raise InputError(f"temperatures must be one or more numbers from 0 on, got {list(self.temperatures)}")
+        if self.draft_lengths is not None and (not self.draft_lengths or min(self.draft_lengths) < 1):
+            raise InputError(
+                f"draft_lengths must be one or more numbers from 1 on, got {list(self.draft_lengths or ())}"
+            )
+        if not self.temperatures:
+            raise InputError("temperatures is empty: give at least one, 0 is greedy")
+        for value in self.temperatures:
+            Sampling(temperature=value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,21 +152,19 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
             stages = values["stages"]
             if not isinstance(stages, list):
                 raise InputError(f"stages must be a list, got {stages!r}")
-            # W follows the draft length unless it is given.
-            width = (values.get("reading") or DrafterConfig()).draft_length
-            values["stages"] = tuple(_stage(stage, f"stages[{i}]", width) for i, stage in enumerate(stages))
+            values["stages"] = tuple(_stage(stage, f"stages[{i}]") for i, stage in enumerate(stages))
         return _build(Recipe, values, "recipe")
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
 
 
-def _stage(values: Any, where: str, width: int) -> Stage:
+def _stage(values: Any, where: str) -> Stage:
     """Keys of corruption and optimiser stand side by side."""
     values, known = _mapping(values, where), OWN | CORRUPTION | OPTIMIZER
     for key in values:
         if key not in known:
             raise InputError(f"{where}: unknown key '{key}', {nearest(str(key), known)}")
-    corruption = {"width": width} | {key: value for key, value in values.items() if key in CORRUPTION}
+    corruption = {key: value for key, value in values.items() if key in CORRUPTION}
     optimizer = {key: value for key, value in values.items() if key in OPTIMIZER}
     parts = {
         "corruption": _build(Corruption, corruption, where),

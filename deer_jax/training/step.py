@@ -75,7 +75,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 class TrainState:
     """What a step takes and returns, and a checkpoint holds."""
 
-    step: jax.Array  # int32 []
     params: Params
     average: Params  # the averaged parameters; empty when nothing is averaged
     optimizer: optax.OptState
@@ -94,8 +93,7 @@ def init_state(params: Params, config: OptimizerConfig, steps: int) -> TrainStat
         transform_non_params=lambda _: alone,
     )  # fmt: skip
     state = jax.jit(optimizer.init, out_shardings=where)(params)
-    step = jax.device_put(jnp.zeros((), jnp.int32), alone)
-    return TrainState(step=step, params=params, average=average, optimizer=state)
+    return TrainState(params=params, average=average, optimizer=state)
 
 
 def make_step(
@@ -149,7 +147,7 @@ def make_step(
         average = state.average
         if config.ema:
             average = jax.tree.map(lambda a, p: a + (p - a) * jnp.asarray(1 - config.ema, a.dtype), average, params)
-        after = TrainState(step=state.step + 1, params=params, average=average, optimizer=optimizer_state)
+        after = TrainState(params=params, average=average, optimizer=optimizer_state)
         return after, {"loss": loss / total, "gradient_norm": norm, "masked": masked}
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

@@ -103,7 +103,7 @@ def test_cut_place_and_number_of_masks_are_uniform():
 
 
 def test_anchors_are_uniform():
-    settings = Corruption(stage=TWO, blocks=2)
+    settings = Corruption(stage=TWO, width=8, blocks=2)
     anchors = [corrupt_blocks(3, 8, settings, np.random.default_rng(seed)).anchor for seed in range(2000)]
     counts = np.bincount(np.concatenate(anchors), minlength=7)
     assert counts[:2].sum() == 0
@@ -164,7 +164,7 @@ def test_worked_example():
 
 @pytest.mark.parametrize("stage", [ONE, TWO])
 def test_same_generator_state_same_result(stage):
-    settings = Corruption(stage=stage)
+    settings = Corruption(stage=stage, width=8)
     for make in (
         lambda rng: corrupt_blocks(5, 50, settings, rng),
         lambda rng: corrupt_cut(5, 50, settings, 0.5, rng),

@@ -34,7 +34,7 @@ def prepare(folder: Path) -> Path:
 
 def recipe(folder: Path, output: str = "run", **changes) -> dict:
     """Two stages of six steps each, an average in the second, evaluations and checkpoints in between."""
-    stage = {"steps": 6, "learning_rate": 1e-2, "warmup": 2, "width": 4, "blocks": 4}
+    stage = {"steps": 6, "learning_rate": 1e-2, "warmup": 2, "blocks": 4}
     return {
         "target": str(folder / "target"),
         "answers": [str(folder / "answers.jsonl")],
@@ -47,8 +47,7 @@ def recipe(folder: Path, output: str = "run", **changes) -> dict:
         "log_every": 1,
         "checkpoint_every": 2,
         "keep": 2,
-        "evaluation": {"prompts": str(folder / "held_out.jsonl"), "every": 4, "max_new_tokens": 8,
-                       "draft_lengths": [4], "temperatures": [0, 1]},
+        "evaluation": {"prompts": str(folder / "held_out.jsonl"), "every": 4, "max_new_tokens": 8},
         "stages": [stage | {"stage": "continuation"}, stage | {"stage": "refinement", "ema": 0.5}],
     } | changes  # fmt: skip
 

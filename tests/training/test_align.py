@@ -14,7 +14,8 @@ import deer_jax
 from deer_jax import InputError
 from deer_jax.checkpoints.runs import differences
 from deer_jax.data.answers import AnswerFiles
-from deer_jax.training.acceptance import occurring
+from deer_jax.sharding import make_mesh
+from deer_jax.training.acceptance import survey
 from deer_jax.training.metrics import read_metrics
 from deer_jax.training.objectives import read_blocks
 from tests.training import runs
@@ -49,7 +50,7 @@ def test_a_run_reports_and_logs_what_it_did(whole, folder):
     assert (report.step, report.steps, report.finished) == (12, 12, True)
     assert list(report.evaluations) == [0, 4, 6, 8, 12]  # start, every four steps, end of each stage
     assert 0 < report.data_seconds < report.seconds
-    assert report.tokens == 12 * 4 * 23  # steps, rows, tokens of a prompt and its answer
+    assert report.tokens == 10 * 4 * 23  # steps but those that compile, rows, tokens of a prompt and its answer
     for found in report.evaluations.values():
         assert [(each.draft_length, each.temperature) for each in found] == [(4, 0.0), (4, 1.0)]
         assert {each.prompts for each in found} == {8}
@@ -179,9 +180,58 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(folder, whole,
     values = runs.recipe(folder) | {"output": str(tmp_path / "run")}
     align(values, should_stop=stop_after(9))
     damage(tmp_path / "run" / "checkpoints" / "9")
-    with pytest.warns(UserWarning, match=r"\Athe checkpoint of step 9 is damaged \([^\n]*damaged-9-1; [^\n]*\Z"):
+    with pytest.warns(
+        UserWarning, match=r"\Athe checkpoint of step 9 is damaged \([^\n]*damaged-9-1; that of step 8 is taken\Z"
+    ):
         align(values)
     runs.assert_same_run(runs.everything(values), runs.everything(whole[0]))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_with_no_readable_checkpoint_nothing_is_touched(folder, tmp_path):
+    values = runs.recipe(folder) | {"output": str(tmp_path / "run")}
+    align(values, should_stop=stop_after(2))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for step in checkpoints.iterdir():
+        damage_tree(step)
+    before = sorted(path.name for path in checkpoints.iterdir())
+    with pytest.raises(
+        InputError, match=r"none of its 2 checkpoints can be read, that of step 2 for: [^\n]*; name anoth"
+    ):
+        align(values)
+    assert sorted(path.name for path in checkpoints.iterdir()) == before
+
+
+def test_settings_that_do_not_touch_the_training_may_change(folder, whole, tmp_path):
+    values = runs.recipe(folder) | {"output": str(tmp_path / "first")}
+    align(values, should_stop=stop_after(5))
+    (tmp_path / "first").rename(tmp_path / "second")
+    evaluation = values["evaluation"] | {"batch_size": 3}
+    again = values | {"output": str(tmp_path / "second"), "checkpoint_every": 5, "keep": 1, "evaluation": evaluation}
+    align(again)
+    runs.assert_same_run(runs.everything(again), runs.everything(whole[0]))
+
+
+def test_rows_whose_prompt_fills_the_length_are_left_out(folder, tmp_path):
+    answers = tmp_path / "answers.jsonl"
+    long = json.dumps({"prompt": [1] * 24, "answer": [2]}) + "\n"
+    lines = (folder / "answers.jsonl").read_text().splitlines(keepends=True)
+    answers.write_text("".join([*lines[:7], long, *lines[7:], long]))
+    changes = {"answers": [str(answers)], "evaluation": None}
+    with pytest.warns(UserWarning, match="2 prompts leave no room for an answer in length 24; their rows are left out"):
+        align(runs.recipe(folder, **changes) | {"output": str(tmp_path / "run")})
+    plain = runs.recipe(folder, evaluation=None) | {"output": str(tmp_path / "plain")}
+    align(plain)
+    found, expected = ([line.get("loss") for line in read_metrics(tmp_path / name)] for name in ("run", "plain"))
+    assert found == expected
+
+
+def test_a_row_that_is_no_answer_is_noticed_before_any_work(folder, tmp_path):
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text((folder / "answers.jsonl").read_text() + '{"prompt": [1]}\n')
+    with pytest.raises(InputError, match=r"answers\.jsonl:41: missing answer; found: prompt"):
+        align(runs.recipe(folder, answers=[str(answers)], evaluation=None) | {"output": str(tmp_path / "run")})
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_recipe_or_other_answers_are_refused_with_the_differences(folder, whole, tmp_path):
@@ -214,7 +264,8 @@ def test_differences_of_plain_values():
     ("changes", "message"),
     [
         ({"answers": ["{folder}/none.jsonl"]}, "{folder}/none.jsonl: cannot be read: No such file or directory"),
-        ({"length": 65}, "length 65 exceeds the drafter's context of 64; lower length"),
+        ({"stage": {"width": 3}}, "stages[1]: width 3 is less than the draft length 4, so the later tokens of a draft"),
+        ({"stage": {"labels": "target"}, "length": 65}, "length 65 exceeds the drafter's context of 64; lower length"),
         (
             {"batch": 41, "accumulate": 1},
             "{folder}/answers.jsonl: 40 records are fewer than a batch of 41; lower batch",
@@ -271,7 +322,7 @@ def test_prompts_that_occur_in_a_row_are_found_wherever_they_are(tmp_path):
     path.write_text("".join(json.dumps({"prompt": row[:2], "answer": row[2:]}) + "\n" for row in rows))
     prompts = [rng.integers(0, 3, n).tolist() for n in (1, 2, 3, 4, 5) for _ in range(20)] + [[256, 0], [65536]]
     plain = [any(row[i : i + len(p)] == p for row in rows for i in range(len(row))) for p in prompts]
-    assert occurring(prompts, AnswerFiles([path], vocab_size=3)) == plain
+    assert survey(AnswerFiles([path], vocab_size=3), prompts, room=10).met == plain
     assert 10 < sum(plain) < len(plain) - 10
 
 
@@ -295,4 +346,8 @@ def test_in_bfloat16_the_trained_values_are_float32(folder, tmp_path):
     align(values)
     assert {x.dtype for x in runs.everything(values)["arrays"] if x.dtype.kind != "i"} == {np.dtype("float32")}
     drafter = deer_jax.load_drafter(tmp_path / "run", target=deer_jax.load_target(values["target"], dtype="bfloat16"))
+    assert {x.dtype for x in jax.tree.leaves(drafter.params)} == {jnp.dtype("bfloat16")}
+    mesh = make_mesh(fsdp=2)
+    meshed = deer_jax.load_target(values["target"], dtype="bfloat16", mesh=mesh)
+    drafter = deer_jax.load_drafter(tmp_path / "run", target=meshed)
     assert {x.dtype for x in jax.tree.leaves(drafter.params)} == {jnp.dtype("bfloat16")}

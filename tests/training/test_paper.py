@@ -40,7 +40,7 @@ def with_entries(params, dtype):
 
 def batch_of(recipe, corruption, cached):
     """The arrays of one batch, as shapes."""
-    B, T, M, W = recipe.batch // recipe.accumulate, recipe.length, corruption.blocks, corruption.width
+    B, T, M, W = recipe.batch // recipe.accumulate, recipe.length, corruption.blocks, 32
     shapes = {"tokens": ("int32", (T,)), "length": ("int32", ()), "total": ("float32", ())}
     if cached:
         shapes |= {"anchor": ("int32", (M,)), "size": ("int32", (M,)), "masked": ("bool", (M, W)),
@@ -72,7 +72,13 @@ def test_a_recipe_says_how_it_is_run(name):
     assert (two.corruption.max_masked, two.corruption.alpha) == (96, 1.01)
     assert two.optimizer.learning_rate == (1e-4 if name == "math" else 5e-5)
     assert recipe.reading is not None
-    assert recipe.reading.draft_length == one.corruption.width == two.corruption.width == 32
+    assert recipe.reading.draft_length == 32
+    assert one.corruption.width is two.corruption.width is None  # the draft length
+    assert recipe.evaluation is not None
+    answers, bench = (line for line in text.replace("\\\n#", "").split("\n") if "--target" in line)
+    for command in (answers, bench):  # trained, watched and measured on prompts of one form
+        assert ("--chat" in command) == recipe.evaluation.chat
+        assert [f"--template {entry}" in command for entry in recipe.evaluation.template].count(False) == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -114,8 +120,7 @@ def test_its_steps_trace(attention, labels):
     target_params = abstract_params(target, jnp.bfloat16) if labels == "target" else {}
     for stage in recipe.stages:
         optimizer = jax.eval_shape(make_optimizer(stage.optimizer, stage.steps).init, params)
-        step = jax.ShapeDtypeStruct((), jnp.int32)
-        state = TrainState(step=step, params=params, average={}, optimizer=optimizer)
+        state = TrainState(params=params, average={}, optimizer=optimizer)
         run = make_step(method, stage.optimizer, stage.steps, dtype=jnp.bfloat16, **teacher)
         after, metrics = jax.eval_shape(run, state, batch_of(recipe, stage.corruption, method.cached), target_params)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)

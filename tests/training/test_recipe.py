@@ -53,7 +53,7 @@ def test_read(tmp_path):
         stages=(
             Stage(
                 steps=10,
-                corruption=Corruption(stage="continuation", width=6),
+                corruption=Corruption(stage="continuation"),
                 optimizer=OptimizerConfig(learning_rate=3e-4, ema=0.99),
             ),
             Stage(
@@ -72,12 +72,6 @@ def test_read(tmp_path):
 def test_what_is_written_is_read_back(tmp_path, values):
     recipe = read(tmp_path, values)
     assert read(tmp_path, to_mapping(recipe)) == recipe
-
-
-def test_width_follows_the_draft_length_unless_given(tmp_path):
-    assert read(tmp_path, SHORT).stages[0].corruption.width == DrafterConfig().draft_length
-    assert read(tmp_path, SHORT | {"reading": {"draft_length": 3}}).stages[0].corruption.width == 3
-    assert read(tmp_path, FULL).stages[1].corruption.width == 4
 
 
 def stage(**changes):
@@ -134,7 +128,12 @@ def stage(**changes):
         ),
         (
             {"evaluation": {"prompts": "p", "temperatures": [-1]}},
-            "evaluation: temperatures must be one or more numbers from 0 on, got [-1.0]",
+            "evaluation: temperature must be 0 (greedy) or positive, got -1.0",
+        ),
+        ({"evaluation": {"prompts": "p", "temperatures": []}}, "evaluation: temperatures is empty: give at least one"),
+        (
+            {"evaluation": {"prompts": "p", "temperatures": [1e-9]}},
+            "evaluation: temperature 1e-09 is too small to divide by in float32: 0 is greedy",
         ),
         (stage(steps=0), "stages[1]: steps must be at least 1, got 0"),
         (stage(stage="third"), "stages[1]: stage must be one of continuation, refinement, got 'third'"),

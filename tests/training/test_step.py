@@ -150,7 +150,6 @@ def test_a_step_takes_its_state_but_not_the_drafter_it_began_with(target, drafte
     state = init_state(drafter.params, FIXED, STEPS)
     after, _ = compiled(drafter.method)(state, batch, {})
     assert all(x.is_deleted() for x in jax.tree.leaves((state.params, state.average, state.optimizer)))
-    assert int(after.step) == 1
     assert not any(x.is_deleted() for x in jax.tree.leaves((after, drafter.params, target.params)))
 
 
