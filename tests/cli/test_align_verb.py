@@ -1,6 +1,7 @@
 """deer-jax align as a user meets it: messages of one line, interruptions, a full disk."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -95,10 +96,29 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(folder):
     little_room = ["sh", "-c", 'ulimit -f 20 && exec "$@"', "sh"]
     done = subprocess.run(little_room + command(path), capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    (line,) = [line for line in done.stderr.splitlines() if "deer-jax: error" in line]
     assert re.search(
         r"full/checkpoints: the checkpoint of step 2 cannot be written: File too large; earlier ones", line
     )
     assert "Traceback" not in done.stderr
     done = subprocess.run(command(path), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_room_for_the_metrics_is_one_line_too(folder):
+    stages = [runs.recipe(folder)["stages"][0] | {"steps": 400}]
+    values = runs.recipe(folder, "no_room", evaluation=None, checkpoint_every=1000, stages=stages)
+    little_room = ["sh", "-c", 'ulimit -f 16 && exec "$@"', "sh"]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": ""}  # it has its own words about a full disk
+    done = subprocess.run(
+        little_room + command(runs.write(values)),
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=90,
+    )
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if "aligning" not in line]
+    assert len(errors) == 1
+    assert re.search(r"error: .*no_room: metrics cannot be written: File too large; make room, then", errors[0])
