@@ -12,7 +12,7 @@ from deer_jax.models.layers import precision
 HIDDEN = -1e30  # finite, so that a fully hidden part contributes exp(-1e30 - max) = 0 and never NaN
 
 
-class Blocks(NamedTuple):
+class BlockMask(NamedTuple):
     """Who sees whom when M blocks of R rows stand behind a text: text, block 0, .., block M-1.
 
     Text rows are causal; a block's rows see the text up to the block's anchor, and the real rows of their own block.
@@ -37,12 +37,12 @@ def attend(
 
     Args:
       q: [B, T, N, H]; k, v: [B, T, K, H], N a multiple of K (grouped queries).
-      visible: bool [B or 1, T, T], which fresh key (last axis) a fresh query sees; or `Blocks`; None is causal.
+      visible: bool [B or 1, T, T], which fresh key (last axis) a fresh query sees; or `BlockMask`; None is causal.
       cache: keys and values of earlier passes, all layers; this one's are read at index `layer`. None: there are none.
       start: int [B], number of cached slots that exist; slots from there on are hidden.
       block: read the cache in pieces of so many slots, up to the longest row; None reads its whole capacity at once.
     """
-    if isinstance(visible, Blocks):
+    if isinstance(visible, BlockMask):
         assert cache is None
         return _attend_blocks(q, k, v, visible)
     rows, keys, values = _rows(q, k.shape[2]), jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
@@ -56,7 +56,7 @@ def attend(
     return _finish(out, rows.shape, v.dtype)
 
 
-def _attend_blocks(q, k, v, blocks: Blocks) -> jax.Array:
+def _attend_blocks(q, k, v, blocks: BlockMask) -> jax.Array:
     """`attend` without the scores that nobody may see: each block apart, blocks against the text, text alone."""
     (B, M, R), K = blocks.real.shape, k.shape[2]
     T = q.shape[1] - M * R

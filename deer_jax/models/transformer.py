@@ -176,7 +176,7 @@ class Transformer(nnx.Module):
 
         Args:
           x: embeddings [B, T, D]; positions: int [B, T].
-          visible: bool [B or 1, T, T] among the fresh rows, or `attention.Blocks`; None is causal.
+          visible: bool [B or 1, T, T] among the fresh rows, or `attention.BlockMask`; None is causal.
           cache: earlier keys and values, only read; start int [B]: how many slots of it exist.
           remat: gradients compute each layer again instead of keeping what is inside; scanned layers only.
         """

@@ -13,7 +13,7 @@ from jax import lax
 
 from deer_jax.config import ModelConfig
 from deer_jax.drafters.standalone import MASK, SEPARATOR, StandaloneMethod, backbone
-from deer_jax.models.attention import Blocks
+from deer_jax.models.attention import BlockMask
 from deer_jax.models.layers import logits, precision
 from deer_jax.models.transformer import Params, bind
 
@@ -78,7 +78,7 @@ def read_blocks(method: StandaloneMethod, params: Params, tokens, anchor, size, 
     x = jnp.concatenate([method.embed(model, params, tokens), block.reshape(B, rows, -1)], axis=1)
     text = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     positions = jnp.concatenate([text, place.reshape(B, rows)], axis=1)
-    hidden, _ = model(x, positions, visible=Blocks(anchor, real), remat=True)
+    hidden, _ = model(x, positions, visible=BlockMask(anchor, real), remat=True)
 
     if method.config.head == "shifted":
         in_block = T + (jnp.arange(M) * (W + 1))[None, :, None] + steps[None, None, : W - 1]
