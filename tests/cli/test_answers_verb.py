@@ -57,7 +57,8 @@ def test_answers(capsys, tmp_path, folder, ids):
     argv = ["answers", "--target", folder, "--prompts", ids, "--output", str(output), "--max-new-tokens", "7"]
     status, out, err = run(capsys, *argv, "--samples", "2", "--temperatures", "0,1")
     assert (status, out) == (0, "")
-    assert err.startswith(f"deer-jax: {output}: 4 answers, ")
+    last = err.splitlines()[-1]  # a slow machine shows progress before it
+    assert last.startswith(f"deer-jax: {output}: 4 answers, ")
     assert err.endswith(
         "0% ended with a stop token, 2 skipped: empty prompts, 2 skipped: the prompt and 7 new tokens exceed the "
         "context of 512\n"
@@ -69,8 +70,8 @@ def test_answers(capsys, tmp_path, folder, ids):
     assert [found[item]["temperature"] for item in sorted(found)] == [0, 1, 0, 1]
     status, out, err = run(capsys, *argv, "--samples", "2", "--temperatures", "0", "--temperatures", "1")
     assert (status, out) == (0, "")
-    assert err.startswith(f"deer-jax: {output}: is complete, 4 answers, nothing to do, 2 skipped: empty")
-    assert err.count("\n") == 1
+    last = err.splitlines()[-1]
+    assert last.startswith(f"deer-jax: {output}: is complete, 4 answers, nothing to do, 2 skipped: empty")
     status, out, err = run(capsys, *argv, "--seed", "3")
     assert (status, out) == (2, "")
     assert "was begun with other settings: temperatures [0.0, 1.0] (now [0.0]), samples 2 (now 1), seed 0 (now" in err
