@@ -2,6 +2,7 @@
 
 from deer_jax.bench.runner import bench
 from deer_jax.checkpoints.drafters import load_drafter, save_drafter
+from deer_jax.checkpoints.export import export
 from deer_jax.checkpoints.load import load_target
 from deer_jax.config import DrafterConfig, InputError
 from deer_jax.decoding.answers import AnswersReport, answers
@@ -11,7 +12,8 @@ from deer_jax.decoding.stream import stream
 from deer_jax.demo import demo_pair
 from deer_jax.drafters.standalone import StandaloneDrafter, drafter_from_target
 from deer_jax.models.target import Target
-from deer_jax.training.loop import AlignReport, align
+from deer_jax.training.align import AlignReport, align
+from deer_jax.training.pretrain import PretrainReport, pretrain
 
 __all__ = [
     "AlignReport",
@@ -20,6 +22,7 @@ __all__ = [
     "DecodeStats",
     "DrafterConfig",
     "InputError",
+    "PretrainReport",
     "StandaloneDrafter",
     "Target",
     "align",
@@ -28,8 +31,10 @@ __all__ = [
     "decode",
     "demo_pair",
     "drafter_from_target",
+    "export",
     "load_drafter",
     "load_target",
+    "pretrain",
     "save_drafter",
     "stream",
 ]

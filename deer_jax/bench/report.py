@@ -20,9 +20,13 @@ class MethodReport:
     """One method, over all prompts and repeats.
 
     Attributes:
+      drafter: its name in the report; None is plain decoding.
       draft_length: k; 0 is plain decoding.
       acceptance_length: tokens committed over rounds, each summed before dividing.
       ci95: 95 % bootstrap interval of it over prompts; None for a single prompt.
+      round_cost: decode seconds per round over plain decoding's per step, prefill excluded: what a round costs in plain
+        steps. Decoding is faster than plain where acceptance_length, as far as no limit cuts the answers, is above it.
+        Rounds are those of the rows, so where batch_size rows run at once, both are shares of what the batch takes.
       tokens_per_second: new tokens over wall clock, prefill included, compilation excluded.
       decode_tokens_per_second: the same without prefill.
       speedup: tokens_per_second over plain decoding's.
@@ -37,11 +41,13 @@ class MethodReport:
       compile_seconds: spent before measuring; in no other number.
     """
 
+    drafter: str | None
     draft_length: int
     temperature: float
     batch_size: int
     acceptance_length: float
     ci95: tuple[float, float] | None
+    round_cost: float
     tokens_per_second: float
     decode_tokens_per_second: float
     speedup: float
@@ -85,6 +91,7 @@ class BenchReport:
 def measure(
     rounds: Sequence[DecodeResult],
     plain: Sequence[DecodeResult],
+    drafter: str | None,
     temperature: float,
     batch_size: int,
     compile_seconds: float,
@@ -104,11 +111,13 @@ def measure(
         near_ties = differing - len({departure.row for departure in departures if not departure.near_tie})
     speed = _speed(rounds)
     return MethodReport(
+        drafter=drafter,
         draft_length=rounds[0].stats.draft_length,
         temperature=temperature,
         batch_size=batch_size,
         acceptance_length=acceptance_length(histograms.tolist()),
         ci95=acceptance_interval(histograms),
+        round_cost=_round_seconds(rounds) / _round_seconds(plain),
         tokens_per_second=speed,
         decode_tokens_per_second=_speed(rounds, prefill=False),
         speedup=speed / _speed(plain),
@@ -128,7 +137,15 @@ def measure(
 
 def _speed(rounds: Sequence[DecodeResult], prefill: bool = True) -> float:
     tokens = sum(sum(result.stats.new_tokens) for result in rounds)
-    return tokens / sum(r.stats.seconds - (0.0 if prefill else r.stats.prefill_seconds or 0.0) for r in rounds)
+    return tokens / (sum(result.stats.seconds for result in rounds) if prefill else _decode_seconds(rounds))
+
+
+def _round_seconds(rounds: Sequence[DecodeResult]) -> float:
+    return _decode_seconds(rounds) / sum(sum(result.stats.rounds) for result in rounds)
+
+
+def _decode_seconds(rounds: Sequence[DecodeResult]) -> float:
+    return sum(result.stats.seconds - (result.stats.prefill_seconds or 0.0) for result in rounds)
 
 
 def table(report: BenchReport) -> Table:
@@ -140,7 +157,9 @@ def table(report: BenchReport) -> Table:
     style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
     result = Table(caption=title, caption_justify="left", **style)
     result.add_column("method")
-    heads = ("τ [95 %]", "tokens/s", "decode\ntokens/s", "speedup", "exact\nmatch", "repeated\n8-grams")
+    heads = (
+        "τ [95 %]", "round/\nstep", "tokens\nper s", "decode\nper s", "speedup", "exact\nmatch", "repeat\n8-gram",
+    )  # fmt: skip
     for head in heads:
         result.add_column(head, justify="right", no_wrap=True)
     for name, method in report.methods.items():
@@ -148,6 +167,7 @@ def table(report: BenchReport) -> Table:
         result.add_row(
             name,
             f"{method.acceptance_length:.2f}{interval}",
+            f"{method.round_cost:.2f}",
             _rate(method.tokens_per_second),
             _rate(method.decode_tokens_per_second),
             f"{method.speedup:.2f}x",
@@ -162,4 +182,6 @@ def _rate(value: float) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
+    if share is None:
+        return "-"
+    return "100 %" if share == 1 else f"{100 * share:.1f} %"

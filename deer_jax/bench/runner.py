@@ -22,6 +22,7 @@ Progress = Callable[[int, int, str], None]  # finished runs, all runs, the metho
 class Way(NamedTuple):
     """One method: a drafter and how many tokens it drafts per round."""
 
+    name: str | None  # the drafter's
     drafter: Drafter | None
     k: int
 
@@ -102,6 +103,7 @@ def bench(
             name: measure(
                 rounds[name],
                 rounds[PLAIN],
+                drafter=ways[name].name,
                 temperature=temperature,
                 batch_size=batch_size,
                 compile_seconds=compile_seconds[name],
@@ -144,10 +146,10 @@ def _agreements(
 def _ways(drafters: Mapping[str, Drafter], draft_lengths: Sequence[int] | None) -> dict[str, Way]:
     if draft_lengths is not None and (not draft_lengths or min(draft_lengths) < 1):
         raise InputError(f"draft_lengths must be 1 or more each, got {list(draft_lengths)}; plain decoding always runs")
-    ways = {PLAIN: Way(None, 0)}
+    ways = {PLAIN: Way(None, None, 0)}
     for name, drafter in drafters.items():
         for k in draft_lengths or [drafter.draft_length]:
-            ways[f"{name} k={k}"] = Way(drafter, k)
+            ways[f"{name} k={k}"] = Way(name, drafter, k)
     return ways
 
 

@@ -67,7 +67,7 @@ def load_drafter(
         return dataclasses.replace(drafter, params=jax.tree.map(lambda x: x.astype(dtype), drafter.params))
     folder = resolve_folder(source)
     dtype = compute_dtype(target.params["embed"].dtype if dtype is None else dtype)
-    run, folder = (folder, folder / DRAFTER) if is_run(folder) else (None, folder)
+    run, folder = (folder, folder / DRAFTER) if is_run(folder, DRAFTER) else (None, folder)
     model, tokenizer = read_config(folder), Tokenizer.load(folder)
     check_vocabulary(tokenizer, model.vocab_size, folder)
     found, mask = _reading(folder, tokenizer, config)

@@ -1,8 +1,8 @@
-"""The folder of an alignment run: what it is, its checkpoints, and the drafter in it.
+"""The folder of a training run: what it is, its checkpoints, and the model in it.
 
     recipe.yaml        what the run does, as it was begun
     facts.json         what a resumed run must find unchanged beside the recipe, such as the digest of its answers
-    drafter/           config.json and tokenizer of the drafter, without weights
+    drafter/, target/  config.json and tokenizer of what is trained, without weights: the one or the other
     checkpoints/STEP/  parameters, their average, optimiser state and position in the data (Orbax)
     metrics.jsonl, tensorboard/
 
@@ -15,7 +15,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from orbax.checkpoint import v1 as ocp
 from deer_jax.config import InputError, read_yaml
 from deer_jax.models.transformer import Params
 
-RECIPE, FACTS, DRAFTER, CHECKPOINTS = "recipe.yaml", "facts.json", "drafter", "checkpoints"
-METRIC = "acceptance_length"
+RECIPE, FACTS, CHECKPOINTS = "recipe.yaml", "facts.json", "checkpoints"
+DRAFTER, TARGET = "drafter", "target"  # what a run trains, and the folder that describes it
+METRIC = "score"
 OS_ERROR = re.compile(r"os_error_code='(\d+)'|\[Errno \d+\]")
 # What reading a damaged checkpoint raises, in Orbax, tensorstore and grain.
 DAMAGED = (ValueError, KeyError, OSError, TypeError, AttributeError)
@@ -36,14 +37,20 @@ DAMAGED = (ValueError, KeyError, OSError, TypeError, AttributeError)
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint: its step, and the acceptance length measured there, if it was."""
+    """One checkpoint: its step, and how good it was found there, if it was measured; larger is better."""
 
     step: int
-    acceptance_length: float | None
+    score: float | None
+
+
+def best_of(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The one of the largest score, of several the last; None if none was measured."""
+    measured = [(found.score, found.step, found) for found in checkpoints if found.score is not None]
+    return max(measured)[2] if measured else None
 
 
 class Checkpoints:
-    """The checkpoints of a run; a context manager. The newest `keep` stay, and the one of largest acceptance length."""
+    """The checkpoints of a run; a context manager. The newest `keep` stay, and the best."""
 
     def __init__(self, folder: Path, *, keep: int):
         self.folder = (folder / CHECKPOINTS).absolute()  # tensorstore wants no other
@@ -72,9 +79,9 @@ class Checkpoints:
     def newest_first(self) -> list[Checkpoint]:
         return [_checkpoint(found) for found in reversed(self._orbax.checkpoints)]
 
-    def save(self, step: int, parts: Mapping[str, Any], acceptance_length: float | None) -> None:
+    def save(self, step: int, parts: Mapping[str, Any], score: float | None) -> None:
         """Write a checkpoint and wait for it. InputError, one line, where the disk does not take it."""
-        metrics: Any = None if acceptance_length is None else {METRIC: acceptance_length}
+        metrics: Any = None if score is None else {METRIC: score}
         try:
             with _quiet():
                 self._orbax.save_checkpointables(step, dict(parts), force=True, overwrite=True, metrics=metrics)
@@ -106,9 +113,9 @@ class Checkpoints:
         return aside
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder is that of an alignment run."""
-    return (folder / RECIPE).is_file() and (folder / DRAFTER).is_dir()
+def is_run(folder: Path, kind: str) -> bool:
+    """Whether a folder is that of a run that trains a DRAFTER, or a TARGET."""
+    return (folder / RECIPE).is_file() and (folder / kind).is_dir()
 
 
 def read_best(folder: Path, shapes: Params) -> Params:
@@ -122,8 +129,7 @@ def read_best(folder: Path, shapes: Params) -> Params:
         found = [_checkpoint(each) for each in orbax.checkpoints]
         if not found:
             raise InputError(f"{folder}: the run has no checkpoint yet; align writes the first one later")
-        measured = [each for each in found if each.acceptance_length is not None]
-        best = max(measured, key=lambda each: (each.acceptance_length, each.step)) if measured else found[-1]
+        best = best_of(found) or found[-1]
         part = "average" if (folder / CHECKPOINTS / str(best.step) / "average").is_dir() else "params"
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=here), shapes)
@@ -169,6 +175,7 @@ def claim(
     recipe: Mapping[str, Any],
     facts: Mapping[str, Any],
     *,
+    kind: str,
     essential: Callable[[Mapping[str, Any]], Mapping[str, Any]],
     describe: Callable[[Path], None],
 ) -> None:
@@ -177,7 +184,8 @@ def claim(
     Args:
       recipe, facts: plain values; see the top of this file.
       essential: what of a recipe must not change while a run goes on.
-      describe: writes config.json and tokenizer of the drafter into a folder.
+      kind: DRAFTER or TARGET.
+      describe: writes config.json and tokenizer of what is trained into a folder.
 
     Raises InputError if the folder holds a run of another recipe (the differences are listed), or something else.
     """
@@ -192,13 +200,13 @@ def claim(
                     f"recipe, {folder / RECIPE}"
                 )
             return
-        known = (DRAFTER, FACTS, partial.name)  # of a run that was stopped right here
+        known = (kind, FACTS, partial.name)  # of a run that was stopped right here
         others = [found.name for found in folder.iterdir() if found.name not in known] if folder.is_dir() else []
         if others:
             raise InputError(f"{folder}: is no run but holds {', '.join(sorted(others)[:3])}; name another output")
-        shutil.rmtree(folder / DRAFTER, ignore_errors=True)
-        (folder / DRAFTER).mkdir(parents=True)
-        describe(folder / DRAFTER)
+        shutil.rmtree(folder / kind, ignore_errors=True)
+        (folder / kind).mkdir(parents=True)
+        describe(folder / kind)
         (folder / FACTS).write_text(json.dumps(dict(facts), indent=2) + "\n", encoding="utf-8")
         # What makes the folder a run comes last, and whole.
         partial.write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")

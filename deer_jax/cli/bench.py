@@ -3,8 +3,10 @@
 import dataclasses
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
+from deer_jax.bench.curves import read_curves
 from deer_jax.bench.report import PLAIN, table
 from deer_jax.bench.runner import bench
 from deer_jax.cli.common import (
@@ -40,6 +42,14 @@ class Options(OutputOptions, DecodeOptions, PromptOptions, ModelOptions):
     ] = None
     batch_size: Annotated[int, "prompts that run at once"] = 1
     repeats: Annotated[int, "measured runs of each method, after one that compiles; the methods take turns"] = 3
+    plot: Annotated[
+        Path | None,
+        "write pictures into this folder: accepted tokens, acceptance by position, speed and cost against draft length",
+        "FOLDER",
+    ] = None
+    curve: Annotated[
+        tuple[Path, ...], "with --plot: also acceptance length while this align run learned; repeatable", "RUN"
+    ] = ()
 
 
 def run(argv: Sequence[str]) -> None:
@@ -49,6 +59,13 @@ def run(argv: Sequence[str]) -> None:
     prompts = options.read()
     check_distinct([options.json], [options.prompts, options.config])
     check_writable(options.json)
+    if options.plot is not None:
+        from deer_jax.bench import plots  # only here: matplotlib looks for fonts and a folder of its own
+
+        plots.check_folder(options.plot)
+        curves = read_curves(options.curve)
+    elif options.curve:
+        raise InputError("--curve is drawn into a folder: add --plot FOLDER")
     target, drafters = options.load(list(sources.values()))
     with Reporter("measuring, runs") as reporter:
         report = bench(
@@ -59,6 +76,8 @@ def run(argv: Sequence[str]) -> None:
     show(table(report))
     if options.json:
         write_json(options.json, report.as_dict())
+    if options.plot is not None:
+        print(*plots.write(report, options.plot, curves), sep="\n")
 
 
 def named(drafters: Sequence[str]) -> dict[str, str]:

@@ -16,9 +16,11 @@ from deer_jax.config import InputError, nearest
 VERBS = {
     "demo": "decode with a small pair, beside plain decoding",
     "decode": "decode prompts with any target and drafter",
+    "pretrain": "train a small target from text, for demonstrations and research",
     "answers": "let a target answer prompts: the training set of its drafter",
     "align": "train a drafter for a target from its answers",
     "bench": "measure acceptance length and speed of drafters against plain decoding",
+    "export": "write a run's best checkpoint as a Hugging Face folder",
 }
 HELP = """\
 usage: deer-jax VERB [options]

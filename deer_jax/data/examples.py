@@ -69,7 +69,7 @@ def example_batches(
       batch: examples per batch.
     """
     if len(records) < batch:
-        raise InputError(f"{records}: {len(records)} records are fewer than a batch of {batch}")
+        raise InputError(f"{records}: {len(records)} records are fewer than a batch of {batch}; lower batch")
     data = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
     data = data.map_with_index(lambda number, record: (number, record))
     data = data.random_map(_Prepare(corruption, bidirectional, length, seed)).batch(batch)

@@ -66,18 +66,19 @@ class Tokenizer:
     @functools.cached_property
     def _opening(self) -> list[int]:
         """Ids put before every text (BOS, mostly)."""
-        plain, full = self._plain("a"), list(self._inner("a")["input_ids"])
+        plain, full = self.plain("a"), list(self._inner("a")["input_ids"])
         for start in range(len(full) - len(plain) + 1):
             if full[start : start + len(plain)] == plain:
                 return full[:start]
         raise InputError(f"{self.folder}: the tokenizer changes a text when it adds special tokens; not supported")
 
-    def _plain(self, text: str) -> list[int]:
+    def plain(self, text: str) -> list[int]:
+        """Ids of a text alone, with nothing added."""
         return list(self._inner(text, add_special_tokens=False)["input_ids"])
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text to be continued: with BOS if the tokenizer adds one, never with a closing EOS."""
-        return self._opening + self._plain(text)
+        return self._opening + self.plain(text)
 
     def encode_chat(self, messages: Messages, **template_arguments) -> list[int]:
         """Ids of a chat through the tokenizer's template, up to where the assistant's answer starts.
@@ -96,7 +97,7 @@ class Tokenizer:
         except (TemplateError, ValueError, TypeError, LookupError) as error:
             line = " ".join(str(error).split())
             raise InputError(f"{self.folder}: the chat template refuses these messages: {line}") from None
-        return self._plain(text)  # the template writes BOS itself
+        return self.plain(text)  # the template writes BOS itself
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens."""

@@ -1,10 +1,11 @@
-"""The two stages' loss: cross-entropy on the target's tokens at masked positions, and logits computed only there.
+"""What is minimised: cross-entropy on the target's tokens at masked positions, and logits computed only there.
 
 With a teacher the labels are the target's distributions instead of the tokens it happened to say.
 
 DEER (arXiv 2512.15176) equations 1 and 4; what is masked and weighted how is decided in `diffusion.corruption`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,36 @@ from deer_jax.models.layers import logits, precision
 from deer_jax.models.transformer import Params, bind
 
 CHUNK_ROWS = 512  # masked positions whose logits exist at one time
+
+# (parameters, batch, fixed parameters) -> the summed weighted cross-entropy, and the number of tokens predicted
+Loss = Callable[[Params, dict[str, jax.Array], Params], tuple[jax.Array, jax.Array]]
+
+
+def drafter_loss(method: StandaloneMethod, teacher: ModelConfig | None = None) -> Loss:
+    """The loss of a drafter's stages. teacher: the target's shape, for soft labels; the fixed parameters are its."""
+    loss = block_loss if method.cached else cut_loss
+
+    def of(params: Params, batch: dict[str, jax.Array], target: Params):
+        view = None if teacher is None else teach(teacher, target, batch["tokens"])
+        return loss(method, params, batch, view)
+
+    return of
+
+
+def next_token_loss(config: ModelConfig) -> Loss:
+    """The loss of an autoregressive model, on texts int32 [B, T] of which `length` int32 [B] tokens are real."""
+
+    def of(params: Params, batch: dict[str, jax.Array], fixed: Params):
+        tokens, length = batch["tokens"], batch["length"]
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        model = bind(config, params)
+        hidden, _ = model(model.lookup(tokens), positions, remat=True)
+        real = positions[:, 1:] < length[:, None]
+        head = params["embed" if config.tied else "head"]
+        hidden, labels = hidden[:, :-1].reshape(-1, config.width), tokens[:, 1:].reshape(-1)
+        return weighted_cross_entropy(hidden, head, labels, real.reshape(-1).astype(jnp.float32)), jnp.sum(real)
+
+    return of
 
 
 class Teacher(NamedTuple):

@@ -1,4 +1,4 @@
-"""What an alignment run does, as one YAML file says it."""
+"""What a training run does, as one YAML file says it."""
 
 import copy
 import dataclasses
@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from deer_jax.config import DrafterConfig, InputError, Sampling, from_mapping, nearest, read_yaml
+from deer_jax.config import DrafterConfig, InputError, ModelConfig, Sampling, from_mapping, nearest, read_yaml
 from deer_jax.diffusion.corruption import Corruption
 from deer_jax.sharding import MeshShape
 from deer_jax.training.step import OptimizerConfig
@@ -75,39 +75,30 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """An alignment run.
+class RunSettings:
+    """What every training run has.
 
     Attributes:
-      target: folder or hub id. answers: the files its `answers` wrote. output: the run's folder.
-      drafter: what it starts from: a folder, a hub id, `from-target` or `from-target:0,2`.
-      reading: how the drafter reads and is read; None: as its folder says, or the defaults for `from-target`.
-      dtype: of both models' computation; None is bfloat16 on TPU and GPU, float32 on CPU. Trained are float32 values.
+      output: the run's folder.
+      dtype: of the computation; None is bfloat16 on TPU and GPU, float32 on CPU. Trained are float32 values.
       mesh: devices to train on.
-      length: T, tokens per text. batch: texts per step, in `accumulate` micro-batches.
+      batch: texts per step, in `accumulate` micro-batches.
       log_every: steps between lines of metrics.jsonl.
       checkpoint_every: steps between checkpoints; `keep` of them stay, beside the best.
     """
 
-    target: str
-    answers: tuple[str, ...]
     output: str
-    stages: tuple[Stage, ...]
-    drafter: str = "from-target"
-    reading: DrafterConfig | None = None
     dtype: Literal["bfloat16", "float32"] | None = None
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
-    length: int = 256
     batch: int = 8
     accumulate: int = 1
     seed: int = 0
-    evaluation: Evaluation | None = None
     log_every: int = 20
     checkpoint_every: int = 500
     keep: int = 2
 
     def __post_init__(self):
-        for name in ("length", "batch", "accumulate", "log_every", "checkpoint_every", "keep"):
+        for name in ("batch", "accumulate", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
@@ -119,10 +110,80 @@ class Recipe:
                 f"a micro-batch of {self.batch // self.accumulate} texts cannot be split over "
                 f"{self.mesh.batch_ways} devices (data x fsdp of the mesh)"
             )
+
+
+# What may change while a run goes on.
+INESSENTIAL = ("output", "log_every", "checkpoint_every", "keep", "mesh")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe(RunSettings):
+    """An alignment run.
+
+    Attributes:
+      target: folder or hub id. answers: the files its `answers` wrote.
+      drafter: what it starts from: a folder, a hub id, `from-target` or `from-target:0,2`.
+      reading: how the drafter reads and is read; None: as its folder says, or the defaults for `from-target`.
+      length: T, tokens per text.
+    """
+
+    target: str
+    answers: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    drafter: str = "from-target"
+    reading: DrafterConfig | None = None
+    length: int = 256
+    evaluation: Evaluation | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.length < 1:
+            raise InputError(f"length must be at least 1, got {self.length}")
         if not self.answers:
             raise InputError("answers is empty: name at least one file")
         if not self.stages:
             raise InputError("stages is empty: give at least one")
+
+
+PRETRAIN_OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainRecipe(RunSettings):
+    """A pretraining run: a small target from text.
+
+    Attributes:
+      texts: folders, files, or `stdlib`: the standard library of the Python that runs this.
+      files: patterns of the file names to read, as in "*.py"; exclude: of the paths below their folder to leave out;
+        held_out: of those to keep apart, for the evaluation and for prompts.
+      model: shape of the target, as in `config.ModelConfig`; its tokenizer, byte-level BPE, is learnt to its
+        vocab_size.
+      length: tokens per training window.
+      optimizer: its keys stand beside the others: learning_rate, warmup, ...
+      evaluate_every: steps between evaluations on the texts kept apart.
+      prompts: beginnings of paragraphs of the training texts to write as prompts.
+    """
+
+    texts: tuple[str, ...]
+    model: ModelConfig
+    steps: int
+    files: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
+    length: int = 512
+    optimizer: OptimizerConfig = PRETRAIN_OPTIMIZER
+    evaluate_every: int = 500
+    prompts: int = 4096
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("steps", "evaluate_every", "prompts"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 2 <= self.length <= self.model.context:
+            raise InputError(f"length must be in 2..{self.model.context}, the model's context, got {self.length}")
+        if not self.texts:
+            raise InputError("texts is empty: name at least one folder")
 
 
 CORRUPTION = {field.name for field in dataclasses.fields(Corruption)}
@@ -154,6 +215,33 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
                 raise InputError(f"stages must be a list, got {stages!r}")
             values["stages"] = tuple(_stage(stage, f"stages[{i}]") for i, stage in enumerate(stages))
         return _build(Recipe, values, "recipe")
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def read_pretrain_recipe(path: str | Path) -> PretrainRecipe:
+    """The recipe in a YAML file, as `read_recipe`."""
+    return pretrain_recipe_from(read_yaml(path), str(path))
+
+
+def pretrain_recipe_from(values: Mapping[str, Any], where: str) -> PretrainRecipe:
+    """`read_pretrain_recipe` of the parsed file."""
+    values = dict(values)
+    try:
+        known = OPTIMIZER | {field.name for field in dataclasses.fields(PretrainRecipe)} - {"optimizer"}
+        for key in values:
+            if key not in known:
+                raise InputError(f"unknown key '{key}', {nearest(str(key), known)}")
+        default = dataclasses.asdict(PRETRAIN_OPTIMIZER)
+        given = {key: values.pop(key) for key in OPTIMIZER & values.keys()}
+        values["optimizer"] = _build(OptimizerConfig, default | given, "recipe")
+        for name, kind in (("model", ModelConfig), ("mesh", MeshShape)):
+            if name in values:
+                values[name] = _build(kind, values[name], name)
+        for name in ("texts", "files", "exclude", "held_out"):
+            if isinstance(values.get(name), str):
+                values[name] = [values[name]]
+        return _build(PretrainRecipe, values, "recipe")
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
 
@@ -202,6 +290,8 @@ def _convert(kind: Any, value: Any, what: str) -> Any:
         if not isinstance(value, list | tuple):
             raise InputError(f"{what} must be a list, got {value!r}")
         return tuple(_convert(inner[0], each, what) for each in value)
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        return _build(kind, value, what)
     if kind is float and not isinstance(value, bool):
         try:
             return float(value)
@@ -218,15 +308,16 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
-def to_mapping(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain values that `recipe_from` reads back."""
+def to_mapping(recipe: Recipe | PretrainRecipe) -> dict[str, Any]:
+    """The recipe as plain values that `recipe_from`, or `pretrain_recipe_from`, reads back."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Stage):
             parts = (dataclasses.asdict(value.corruption), dataclasses.asdict(value.optimizer))
             return {name: getattr(value, name) for name in sorted(OWN, reverse=True)} | parts[0] | parts[1]
         if dataclasses.is_dataclass(value):
-            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+            values = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+            return values | values.pop("optimizer", {})
         return [plain(item) for item in value] if isinstance(value, tuple) else value
 
     return plain(recipe)

@@ -10,10 +10,9 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from deer_jax.config import InputError, ModelConfig
-from deer_jax.drafters.standalone import StandaloneMethod
+from deer_jax.config import InputError
 from deer_jax.models.transformer import Params, unstack_layers
-from deer_jax.training.objectives import Teacher, block_loss, cut_loss, teach
+from deer_jax.training.objectives import Loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,46 +96,41 @@ def init_state(params: Params, config: OptimizerConfig, steps: int) -> TrainStat
 
 
 def make_step(
-    method: StandaloneMethod,
+    loss: Loss,
     config: OptimizerConfig,
     steps: int,
     *,
     dtype=jnp.float32,
-    unroll: bool = False,
+    unroll: int = 0,
     shardings: TrainState | None = None,
-    teacher: ModelConfig | None = None,
 ):
-    """The jitted step: (state, batch, target's parameters) -> (state, metrics); state is donated.
+    """The jitted step: (state, batch, fixed parameters) -> (state, metrics); state is donated.
 
-    batch: the arrays of `data.examples`, each with a leading axis of micro-batches whose gradients are accumulated. The
-    loss is the sum over all of them divided by the sum of their `total`, whatever the split. Arrays may be sharded over
-    a mesh.
+    batch: the arrays of an example, each with a leading axis of micro-batches whose gradients are accumulated, and
+    `total`. The loss is the sum over all of them divided by the sum of their `total`, whatever the split. Arrays may be
+    sharded over a mesh.
 
     Args:
+      loss: see `objectives.Loss`; the fixed parameters are handed on to it.
       dtype: of the computation; parameters, averages and gradients' sums are float32.
-      unroll: run the layers one after the other instead of in a scan; faster on CPU.
+      unroll: run this many layers, all there are, one after the other instead of in a scan; faster on CPU. 0 scans.
       shardings: where the state lies, and stays; None on one device.
-      teacher: the target's shape, for soft labels; None takes the texts' tokens, and the target's parameters are {}.
     """
     optimizer = make_optimizer(config, steps)
-    stage_loss = block_loss if method.cached else cut_loss
 
-    def loss_of(params: Params, part: dict[str, jax.Array], view: Teacher | None):
+    def loss_of(params: Params, part: dict[str, jax.Array], fixed: Params):
         params = jax.tree.map(lambda x: x.astype(dtype), params)
-        if unroll:
-            params = unstack_layers(params, method.model.layers)
-        return stage_loss(method, params, part, view)
+        return loss(unstack_layers(params, unroll) if unroll else params, part, fixed)
 
-    def step(state: TrainState, batch: dict[str, jax.Array], target: Params):
+    def step(state: TrainState, batch: dict[str, jax.Array], fixed: Params):
         def micro(carry, part):
-            gradients, loss, masked = carry
-            view = None if teacher is None else teach(teacher, target, part["tokens"])
-            (more, count), fresh = jax.value_and_grad(loss_of, has_aux=True)(state.params, part, view)
-            return (jax.tree.map(jnp.add, gradients, fresh), loss + more, masked + count), None
+            gradients, summed, predicted = carry
+            (more, count), fresh = jax.value_and_grad(loss_of, has_aux=True)(state.params, part, fixed)
+            return (jax.tree.map(jnp.add, gradients, fresh), summed + more, predicted + count), None
 
         zero = jax.tree.map(jnp.zeros_like, state.params)
         start = (zero, jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
-        (gradients, loss, masked), _ = lax.scan(micro, start, batch)
+        (gradients, summed, predicted), _ = lax.scan(micro, start, batch)
         total = jnp.maximum(jnp.sum(batch["total"]), 1e-6)
         gradients = jax.tree.map(lambda g: g / total.astype(g.dtype), gradients)
         norm = optax.tree.norm(gradients)
@@ -148,6 +142,6 @@ def make_step(
         if config.ema:
             average = jax.tree.map(lambda a, p: a + (p - a) * jnp.asarray(1 - config.ema, a.dtype), average, params)
         after = TrainState(params=params, average=average, optimizer=optimizer_state)
-        return after, {"loss": loss / total, "gradient_norm": norm, "masked": masked}
+        return after, {"loss": summed / total, "gradient_norm": norm, "predicted": predicted}
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

@@ -41,7 +41,9 @@ NEAR, FAR = (Agreement(2, 5, (Departure(1, 1, gap, 1e-5),)) for gap in (1e-5, 1e
 
 
 def test_measure():
-    found = measure(DRAFTED, PLAIN, temperature=0.0, batch_size=2, compile_seconds=7.0, agreements=[SAME, NEAR])
+    found = measure(
+        DRAFTED, PLAIN, drafter="x", temperature=0.0, batch_size=2, compile_seconds=7.0, agreements=[SAME, NEAR]
+    )
     # Committed: 2 * 2 + 2 * 1 in the first repeat, 1 + 3 + 2 in the second; rounds: 4 and 3.
     assert found.acceptance_length == pytest.approx(12 / 7)
     assert found.accepted_histogram == [3, 3, 1]
@@ -49,6 +51,9 @@ def test_measure():
     assert found.tokens_per_second == pytest.approx(12 / 1.5)
     assert found.decode_tokens_per_second == pytest.approx(12 / 1.0)
     assert found.speedup == pytest.approx((12 / 1.5) / (12 / 6.0))
+    assert found.round_cost == pytest.approx((1.0 / 7) / (5.0 / 12))  # decode seconds per round, over plain's per step
+    plain_decode = sum(len(answer) for result in PLAIN for answer in result.tokens) / 5.0
+    assert found.decode_tokens_per_second / plain_decode == pytest.approx(found.acceptance_length / found.round_cost)
     assert found.exact_match == 0.5  # the second prompt departs in one repeat
     assert (found.rows_differing, found.near_ties) == (1, 1)
     assert (found.new_tokens, found.rounds, found.draft_length, found.compile_seconds) == (12, 7, 2, 7.0)
@@ -56,11 +61,16 @@ def test_measure():
 
 
 def test_plain_and_sampled():
-    plain = measure(PLAIN, PLAIN, temperature=0.0, batch_size=1, compile_seconds=0.0, agreements=[SAME, SAME])
+    plain = measure(
+        PLAIN, PLAIN, drafter=None, temperature=0.0, batch_size=1, compile_seconds=0.0, agreements=[SAME, SAME]
+    )
+    assert (plain.drafter, plain.round_cost) == (None, 1)
     assert (plain.acceptance_length, plain.speedup, plain.exact_match, plain.acceptance_by_depth) == (1, 1, 1, [])
-    far = measure(DRAFTED, PLAIN, temperature=0.0, batch_size=1, compile_seconds=0.0, agreements=[NEAR, FAR])
+    far = measure(
+        DRAFTED, PLAIN, drafter="x", temperature=0.0, batch_size=1, compile_seconds=0.0, agreements=[NEAR, FAR]
+    )
     assert (far.rows_differing, far.near_ties) == (1, 0)
-    sampled = measure(DRAFTED, PLAIN, temperature=0.7, batch_size=1, compile_seconds=0.0, agreements=None)
+    sampled = measure(DRAFTED, PLAIN, drafter="x", temperature=0.7, batch_size=1, compile_seconds=0.0, agreements=None)
     assert sampled.exact_match is None
     assert (sampled.rows_differing, sampled.near_ties) == (None, None)
     assert sampled.temperature == 0.7
@@ -104,8 +114,12 @@ def test_repeated_windows():
 
 def test_json_and_table():
     methods = {
-        "plain": measure(PLAIN, PLAIN, temperature=0.0, batch_size=1, compile_seconds=0.0, agreements=[SAME]),
-        "x k=2": measure(DRAFTED, PLAIN, temperature=0.0, batch_size=1, compile_seconds=0.0, agreements=[NEAR]),
+        "plain": measure(
+            PLAIN, PLAIN, drafter=None, temperature=0.0, batch_size=1, compile_seconds=0.0, agreements=[SAME]
+        ),
+        "x k=2": measure(
+            DRAFTED, PLAIN, drafter="x", temperature=0.0, batch_size=1, compile_seconds=0.0, agreements=[NEAR]
+        ),
     }
     report = BenchReport(
         methods=methods, machine={"platform": "cpu"}, date="2026-01-02", command="deer-jax bench", target="tiny",
@@ -120,4 +134,5 @@ def test_json_and_table():
     assert all(len(line.rstrip()) <= 80 for line in lines)
     row = next(line.split() for line in lines if "x k=2" in line)
     assert row[:3] == ["x", "k=2", "1.71"]
+    assert row[5] == "0.34"  # what a round costs, in plain steps
     assert row[-5:] == ["12.0", "4.00x", "50.0", "%", "-"]

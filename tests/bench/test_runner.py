@@ -42,10 +42,12 @@ def test_schema(greedy):
     values = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert values.keys() >= {"methods", "machine", "date", "command", "target", "prompts"}
     assert list(values["methods"]) == ["plain", "x k=1", "x k=4"]
+    assert [method["drafter"] for method in values["methods"].values()] == [None, "x", "x"]
     for method in values["methods"].values():
         assert method.keys() >= {
             "draft_length", "temperature", "batch_size", "acceptance_length", "ci95", "tokens_per_second",
-            "decode_tokens_per_second", "speedup", "exact_match", "accepted_histogram", "acceptance_by_depth",
+            "decode_tokens_per_second", "speedup", "round_cost", "exact_match", "accepted_histogram",
+            "acceptance_by_depth",
         }  # fmt: skip
         assert len(method["accepted_histogram"]) == method["draft_length"] + 1
         assert len(method["acceptance_by_depth"]) == method["draft_length"]

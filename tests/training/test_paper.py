@@ -13,6 +13,7 @@ from deer_jax.decoding.sampling import Kind, Knobs
 from deer_jax.decoding.state import idle_state
 from deer_jax.drafters.standalone import StandaloneMethod
 from deer_jax.models.transformer import abstract_params
+from deer_jax.training.objectives import drafter_loss
 from deer_jax.training.recipe import read_recipe
 from deer_jax.training.step import TrainState, make_optimizer, make_step
 from tests.tiny import REAL
@@ -116,12 +117,12 @@ def test_its_steps_trace(attention, labels):
     assert recipe.reading is not None
     method = StandaloneMethod(DRAFTER, dataclasses.replace(recipe.reading, attention=attention), target.vocab_size)
     params = with_entries(abstract_params(DRAFTER), jnp.float32)
-    teacher = {"teacher": target} if labels == "target" else {}
+    loss = drafter_loss(method, target if labels == "target" else None)
     target_params = abstract_params(target, jnp.bfloat16) if labels == "target" else {}
     for stage in recipe.stages:
         optimizer = jax.eval_shape(make_optimizer(stage.optimizer, stage.steps).init, params)
         state = TrainState(params=params, average={}, optimizer=optimizer)
-        run = make_step(method, stage.optimizer, stage.steps, dtype=jnp.bfloat16, **teacher)
+        run = make_step(loss, stage.optimizer, stage.steps, dtype=jnp.bfloat16)
         after, metrics = jax.eval_shape(run, state, batch_of(recipe, stage.corruption, method.cached), target_params)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
         assert metrics["loss"].shape == ()

@@ -1,0 +1,32 @@
+"""deer-jax export: a run's best checkpoint as a Hugging Face folder."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from deer_jax.checkpoints.export import export
+from deer_jax.cli.options import parse
+
+EXAMPLE = "deer-jax export --source runs/mine --output models/mine"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write the best checkpoint of a pretrain or align run as a Hugging Face folder.
+
+    A target becomes a plain model that transformers loads. A drafter becomes its backbone with a 'deer_jax' section in
+    config.json and one more tensor, mask and separator; load_drafter reads it, and so does --drafter of every verb.
+    """
+
+    source: Annotated[Path, "the folder of the run: the output of its recipe", "FOLDER"]
+    output: Annotated[Path, "the folder to make", "FOLDER"]
+    dtype: Annotated[Literal["bfloat16", "float32"], "of the weights; values are rounded to it"] = "bfloat16"
+
+
+def run(argv: Sequence[str]) -> None:
+    options = parse(Options, "export", argv, EXAMPLE)
+    folder = export(options.source, options.output, dtype=options.dtype)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"deer-jax: {folder}: {size / 1e6:,.1f} MB", file=sys.stderr)

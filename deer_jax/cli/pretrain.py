@@ -1,0 +1,50 @@
+"""deer-jax pretrain: train a small target from text."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from deer_jax.cli.common import show
+from deer_jax.cli.options import parse
+from deer_jax.cli.progress import Reporter
+from deer_jax.cli.training import RecipeOptions, asked_to_stop, report_end
+from deer_jax.training.pretrain import PretrainReport, pretrain
+from deer_jax.training.recipe import pretrain_recipe_from
+
+EXAMPLE = "deer-jax pretrain --recipe my-target.yaml --set steps=200 --set output=runs/target"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(RecipeOptions):
+    """Train a small autoregressive target from folders of text, with a tokenizer of its own.
+
+    For demonstrations, tests and research; a real target comes from Hugging Face. The run's folder gets checkpoints,
+    metrics.jsonl, TensorBoard files, and prompts for the next steps: prompts.jsonl from the training texts and
+    held_out.jsonl from those kept apart. Ctrl-C writes a checkpoint and stops; the same command goes on. Then:
+    deer-jax export --source OUTPUT --output FOLDER.
+    """
+
+
+def run(argv: Sequence[str]) -> None:
+    options = parse(Options, "pretrain", argv, EXAMPLE)
+    recipe = pretrain_recipe_from(options.read(), str(options.recipe))
+    with asked_to_stop() as stopping, Reporter("pretraining, steps") as reporter:
+        report = pretrain(recipe, progress=reporter.show, should_stop=stopping.is_set)
+    if report.evaluations:
+        show(table(report))
+    report_end(options, report)
+
+
+def table(report: PretrainReport) -> Table:
+    """The held-out loss of each evaluation of this call."""
+    tokens = next(iter(report.evaluations.values())).tokens
+    caption = f"on {tokens:,} held-out tokens"
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
+    for name in ("step", "loss (nats/token)", "bits per byte"):
+        result.add_column(name, justify="right")
+    for step, found in report.evaluations.items():
+        mark = " best" if step == report.best else ""
+        result.add_row(f"{step:,}{mark}", f"{found.loss:.3f}", f"{found.bits_per_byte:.3f}")
+    return result

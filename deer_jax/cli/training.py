@@ -1,0 +1,74 @@
+"""What the verbs that train share: a recipe's options, stopping on request, and the last line."""
+
+import dataclasses
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from deer_jax.cli.common import check_distinct, check_writable, write_json
+from deer_jax.config import read_yaml
+from deer_jax.training.loop import TrainReport
+from deer_jax.training.recipe import with_settings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """recipe"""
+
+    recipe: Annotated[Path, "the YAML file that says what to train, on what, and how"]
+    set: Annotated[
+        tuple[str, ...], "replace a value of the recipe, as in stages.0.steps=100; repeatable", "KEY=VALUE"
+    ] = ()
+    json: Annotated[Path | None, "write the final numbers to this file"] = None
+
+    def read(self) -> dict[str, Any]:
+        """The recipe's plain values."""
+        check_distinct([self.json], [self.recipe])
+        check_writable(self.json)
+        return with_settings(read_yaml(self.recipe), self.set)
+
+
+def report_end(options: RecipeOptions, report: TrainReport) -> None:
+    """Write the numbers, and say on one line what was done; KeyboardInterrupt, with its line, if it is not finished."""
+    if options.json:
+        write_json(options.json, dataclasses.asdict(report) | {"output": str(report.output)})
+    if not report.finished:
+        raise KeyboardInterrupt(
+            f"step {report.step:,} of {report.steps:,} is written to {report.output}; the same command goes on from it"
+        )
+    speed = "nothing was left to do"
+    if report.seconds:
+        waiting = 100 * report.data_seconds / report.seconds
+        speed = f"{report.tokens / report.seconds:,.0f} tokens/s, {waiting:.1f} % of the time waiting for examples"
+    best = "" if report.best is None else f"; the best checkpoint is that of step {report.best:,}"
+    print(f"deer-jax: {report.output}: {report.step:,} steps done, {speed}{best}", file=sys.stderr)
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets; a second one interrupts at once."""
+    event = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {each: signal.getsignal(each) for each in signals}
+
+    def ask(number, frame):
+        if event.is_set():
+            raise KeyboardInterrupt("the same command goes on from the newest checkpoint")
+        event.set()
+        print(
+            "deer-jax: stopping when this step or evaluation is done; once more stops at once",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    for each in signals:
+        signal.signal(each, ask)
+    try:
+        yield event
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

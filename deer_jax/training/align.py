@@ -1,0 +1,232 @@
+"""Alignment: a drafter learns to say what its target would, through DEER's two stages."""
+
+import dataclasses
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deer_jax.checkpoints.drafters import describe_drafter, load_drafter, place_drafter, usable_drafter
+from deer_jax.checkpoints.load import compute_dtype, load_target
+from deer_jax.checkpoints.runs import DRAFTER, claim
+from deer_jax.config import InputError
+from deer_jax.data.answers import AnswerFiles
+from deer_jax.data.examples import example_batches
+from deer_jax.data.tokenizer import Tokenizer
+from deer_jax.decoding.answers import target_digest
+from deer_jax.drafters.standalone import StandaloneDrafter
+from deer_jax.models.target import Target
+from deer_jax.models.transformer import Params
+from deer_jax.sharding import MeshShape, make_mesh
+from deer_jax.training.acceptance import Acceptance, measure, read_held_out, survey
+from deer_jax.training.loop import Progress, StagePlan, Trainer, TrainReport, stage_seed
+from deer_jax.training.objectives import drafter_loss
+from deer_jax.training.recipe import INESSENTIAL, Recipe, Stage, read_recipe, recipe_from, to_mapping
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AlignReport(TrainReport):
+    """What a call of `align` did; `load_drafter` reads its output.
+
+    Attributes:
+      evaluations: by step, in order, those of this call.
+    """
+
+    evaluations: dict[int, list[Acceptance]]
+
+
+def align(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> AlignReport:
+    """Train a drafter through the stages of a recipe, or go on with the run in its output folder.
+
+    Args:
+      recipe: a Recipe, its plain values, or a YAML file of them.
+      progress: called after every step, and during evaluations.
+      should_stop: asked after every step; True writes a checkpoint and returns.
+
+    Raises:
+      InputError: anything wrong with the recipe or the files it names, before any work is done; a full disk.
+    """
+    if isinstance(recipe, str | Path):
+        recipe = read_recipe(recipe)
+    elif not isinstance(recipe, Recipe):
+        recipe = recipe_from(recipe, "recipe")
+    show = progress or (lambda *_: None)
+    work = _Alignment(recipe, show)
+    claim(
+        Path(recipe.output), to_mapping(recipe), work.facts(), kind=DRAFTER,
+        essential=essential, describe=lambda folder: describe_drafter(folder, work.drafter),
+    )  # fmt: skip
+    stop = should_stop or (lambda: False)
+    with Trainer(work, recipe, mesh=work.mesh, dtype=work.dtype, show=show, should_stop=stop) as run:
+        report = run.train()
+    evaluations = {step: found.results for step, found in run.evaluations.items()}
+    return AlignReport(**vars(report), evaluations=evaluations)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """Acceptance at every draft length and temperature; the first one decides."""
+
+    results: list[Acceptance]
+
+    @property
+    def score(self) -> float:
+        return self.results[0].acceptance_length
+
+    def metrics(self) -> dict[str, Any]:
+        return {
+            "acceptance_length": {each.name: each.acceptance_length for each in self.results},
+            "repeated_8grams": {each.name: each.repeated_8grams for each in self.results},
+            "evaluation": [dataclasses.asdict(each) for each in self.results],
+        }
+
+
+class _Alignment:
+    """What `align` trains: a drafter, on its target's answers."""
+
+    def __init__(self, recipe: Recipe, show: Progress):
+        self.recipe = recipe
+        steps = sum(stage.steps for stage in recipe.stages)
+        self.say = lambda note: show(0, steps, note)
+        self.mesh = make_mesh(**dataclasses.asdict(recipe.mesh))
+        self.dtype = compute_dtype(recipe.dtype)
+        show_bytes = lambda done, total: self.say(f"loading, {done:,} of {total:,} bytes")  # noqa: E731
+        self.target = load_target(
+            recipe.target, self.dtype, self.mesh if self.mesh.size > 1 else None, progress=show_bytes
+        )
+        tokenizer = self.target.tokenizer
+        self.records = AnswerFiles(
+            recipe.answers,
+            vocab_size=self.target.config.vocab_size,
+            tokenizer=tokenizer.fingerprint if isinstance(tokenizer, Tokenizer) else None,
+        )
+        self.drafter = load_drafter(
+            recipe.drafter, target=self.target, dtype="float32", config=recipe.reading, progress=show_bytes
+        )
+        self.layers = self.drafter.method.model.layers
+        self.evaluate_every = None if recipe.evaluation is None else recipe.evaluation.every
+        resolved = [with_width(stage, self.drafter) for stage in recipe.stages]
+        self.corruptions = [stage.corruption for stage in resolved]
+        self.stages: Sequence[StagePlan] = [self.plan(stage) for stage in resolved]
+        self.held_out = self.read_data()
+        check(recipe, resolved, self.target, self.drafter, self.records)
+
+    def plan(self, stage: Stage) -> StagePlan:
+        """The stage for the loop."""
+        taught = stage.labels == "target"
+        return StagePlan(
+            name=stage.corruption.stage, steps=stage.steps, optimizer=stage.optimizer,
+            loss=drafter_loss(self.drafter.method, self.target.config if taught else None),
+            fixed=self.target.params if taught else {},
+        )  # fmt: skip
+
+    def read_data(self) -> list[list[int]]:
+        """Every training row once: what is wrong with one is said before any work. The held-out prompts to use."""
+        recipe, evaluation = self.recipe, self.recipe.evaluation
+        self.say("reading the training rows")
+        prompts = read_held_out(self.target, evaluation) if evaluation else []
+        room = recipe.length if self.drafter.method.cached else recipe.length - 1  # for the separator
+        found = survey(self.records, prompts, room)
+        if found.overlong:
+            self.records.leave_out(found.overlong)
+            left_out = f"{len(found.overlong)} prompts leave no room for an answer in length {recipe.length}"
+            warnings.warn(f"{self.records}: {left_out}; their rows are left out", stacklevel=5)
+        kept = [prompt for prompt, met in zip(prompts, found.met, strict=True) if not met]
+        if evaluation and not kept:
+            raise InputError(
+                f"{evaluation.prompts}: all {len(prompts)} prompts occur in training rows; give unseen ones"
+            )
+        if any(found.met):
+            seen = f"{sum(found.met)} prompts occur in training rows and are left out"
+            warnings.warn(f"{evaluation.prompts if evaluation else ''}: {seen}", stacklevel=5)
+        return kept[: evaluation.limit] if evaluation else []
+
+    def facts(self) -> dict[str, Any]:
+        """What must not change between the calls of one run, beside the recipe."""
+        digest = hashlib.sha256()
+        for path in self.records.paths:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return {
+            "answers": len(self.records),
+            "answers_sha256": digest.hexdigest(),
+            "held_out": len(self.held_out),
+            "held_out_sha256": hashlib.sha256(repr(self.held_out).encode()).hexdigest(),
+            "target": target_digest(self.target),
+            "dtype": self.dtype.name,
+        }
+
+    def first_params(self) -> Params:
+        return place_drafter(self.drafter, self.mesh)
+
+    def examples(self, number: int) -> Iterator[dict[str, np.ndarray]]:
+        return example_batches(
+            self.records, self.corruptions[number], bidirectional=not self.drafter.method.cached,
+            length=self.recipe.length, batch=self.recipe.batch, seed=stage_seed(self.recipe.seed, number),
+        )  # fmt: skip
+
+    def evaluate(self, params: Params, show: Callable[[str], Any]) -> _Measured:
+        """Acceptance on the held-out prompts."""
+        assert self.recipe.evaluation is not None
+        drafter = usable_drafter(self.drafter, params, self.target)
+        return _Measured(measure(self.target, drafter, self.held_out, self.recipe.evaluation, self.recipe.seed, show))
+
+
+def with_width(stage: Stage, drafter: StandaloneDrafter) -> Stage:
+    """The stage with its width: that of the drafter's draft length unless the recipe says another."""
+    width = stage.corruption.width or drafter.draft_length
+    return dataclasses.replace(stage, corruption=dataclasses.replace(stage.corruption, width=width))
+
+
+def essential(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a recipe must not change while its run goes on; later versions' new keys count with their defaults."""
+    values = to_mapping(recipe_from(recipe, "recipe.yaml"))
+    for name in INESSENTIAL:
+        del values[name]
+    if values["evaluation"]:
+        del values["evaluation"]["batch_size"]
+    return values
+
+
+def check(
+    recipe: Recipe, stages: list[Stage], target: Target, drafter: StandaloneDrafter, records: AnswerFiles
+) -> None:
+    """InputError for settings of the recipe that this drafter or these answers cannot have."""
+    context, method = drafter.method.model.context, drafter.method
+    if recipe.length > context:
+        raise InputError(f"length {recipe.length} exceeds the drafter's context of {context}; lower length")
+    for number, stage in enumerate(stages):
+        where, width, alone = f"stages[{number}]", stage.corruption.width, recipe.mesh == MeshShape()
+        if stage.labels == "target" and recipe.length > target.config.context:
+            raise InputError(
+                f"{where}: labels: target needs length {recipe.length} within the target's context of "
+                f"{target.config.context}; lower length"
+            )
+        if stage.labels == "target" and target.config.experts and not alone:
+            raise InputError(f"{where}: labels: target of a mixture of experts runs on one device only; use tokens")
+        if not method.cached:
+            continue
+        assert width is not None
+        if width >= recipe.length:
+            raise InputError(
+                f"{where}: a block of width {width} does not fit into texts of length {recipe.length} behind its "
+                f"anchor; width must be below length, which may be up to the context of {context}"
+            )
+        if width < drafter.draft_length:
+            raise InputError(
+                f"{where}: width {width} is less than the draft length {drafter.draft_length}, so the later tokens of "
+                "a draft would not be trained; raise width or lower reading.draft_length"
+            )
+        if stage.corruption.next_token and method.config.head != "shifted":
+            raise InputError(
+                f"{where}: next_token {stage.corruption.next_token:g} trains the shifted head, and this drafter reads "
+                "in place; set next_token: 0"
+            )

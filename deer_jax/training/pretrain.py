@@ -1,0 +1,209 @@
+"""Pretraining: a small autoregressive target from folders of text, with a tokenizer of its own.
+
+For demonstrations, tests and research; a real target comes from Hugging Face. The run's folder gets, beside what every
+run has (see `checkpoints.runs`), beginnings of paragraphs as prompt files: `prompts.jsonl` from the training texts, for
+`answers`, and `held_out.jsonl` from the texts kept apart, for `align` and `bench`.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deer_jax.checkpoints.huggingface import write_description
+from deer_jax.checkpoints.load import compute_dtype, scan_layers
+from deer_jax.checkpoints.runs import TARGET, claim
+from deer_jax.data.bpe import train_bpe
+from deer_jax.data.texts import (
+    Corpus,
+    Document,
+    Windows,
+    passages,
+    read_corpus,
+    tokens_of,
+    window_batches,
+    write_prompts,
+)
+from deer_jax.data.tokenizer import Tokenizer
+from deer_jax.models.transformer import Params, init_params, logical_axes, unstack_layers
+from deer_jax.sharding import make_mesh, placement
+from deer_jax.training.loop import Progress, StagePlan, Trainer, TrainReport, stage_seed
+from deer_jax.training.objectives import next_token_loss
+from deer_jax.training.recipe import INESSENTIAL, PretrainRecipe, pretrain_recipe_from, read_pretrain_recipe, to_mapping
+
+PROMPTS, HELD_OUT = "prompts.jsonl", "held_out.jsonl"
+HELD_OUT_PROMPTS = 128
+PROMPT_LINES = 12
+EVALUATED_WINDOWS = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOutLoss:
+    """How well the texts kept apart are predicted.
+
+    Attributes:
+      loss: nats per token. bits_per_byte: the same in a unit that does not depend on the tokenizer.
+    """
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+
+    @property
+    def score(self) -> float:
+        return -self.loss
+
+    def metrics(self) -> dict[str, Any]:
+        return {"held_out": dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainReport(TrainReport):
+    """What a call of `pretrain` did; `export` makes a target of its output.
+
+    Attributes:
+      evaluations: by step, in order, those of this call.
+    """
+
+    evaluations: dict[int, HeldOutLoss]
+
+
+def pretrain(
+    recipe: PretrainRecipe | Mapping[str, Any] | str | Path,
+    *,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> PretrainReport:
+    """Train a target from text as a recipe says, or go on with the run in its output folder.
+
+    Args:
+      recipe: a PretrainRecipe, its plain values, or a YAML file of them.
+      progress: called after every step, and during evaluations.
+      should_stop: asked after every step; True writes a checkpoint and returns.
+
+    Raises:
+      InputError: anything wrong with the recipe or the texts it names, before any work is done; a full disk.
+    """
+    if isinstance(recipe, str | Path):
+        recipe = read_pretrain_recipe(recipe)
+    elif not isinstance(recipe, PretrainRecipe):
+        recipe = pretrain_recipe_from(recipe, "recipe")
+    show = progress or (lambda *_: None)
+    show(0, recipe.steps, "reading the texts")
+    corpus = read_corpus(recipe.texts, files=recipe.files, exclude=recipe.exclude, held_out=recipe.held_out)
+    if corpus.duplicates:
+        names = ", ".join(corpus.duplicates[:3]) + (", ..." if len(corpus.duplicates) > 3 else "")
+        warnings.warn(f"{len(corpus.duplicates)} texts mostly repeat others and are left out: {names}", stacklevel=2)
+    output = Path(recipe.output)
+    claim(
+        output, to_mapping(recipe), facts(recipe, corpus), kind=TARGET, essential=essential,
+        describe=lambda folder: describe(folder, recipe, corpus, show),
+    )  # fmt: skip
+    for name, texts, count in (
+        (PROMPTS, corpus.training, recipe.prompts),
+        (HELD_OUT, corpus.held_out, HELD_OUT_PROMPTS),
+    ):
+        if texts and not (output / name).exists():
+            write_prompts(output / name, passages(texts, count=count, most=PROMPT_LINES, seed=recipe.seed))
+    work = _Pretraining(recipe, corpus, show)
+    stop = should_stop or (lambda: False)
+    with Trainer(work, recipe, mesh=work.mesh, dtype=work.dtype, show=show, should_stop=stop) as run:
+        report = run.train()
+    return PretrainReport(**vars(report), evaluations=run.evaluations)
+
+
+def facts(recipe: PretrainRecipe, corpus: Corpus) -> dict[str, Any]:
+    """What must not change between the calls of one run, beside the recipe."""
+
+    def digest(documents: Sequence[Document]) -> str:
+        return hashlib.sha256(repr([(each.name, each.text) for each in documents]).encode()).hexdigest()
+
+    return {
+        "texts": len(corpus.training),
+        "characters": sum(len(each.text) for each in corpus.training),
+        "texts_sha256": digest(corpus.training),
+        "held_out": len(corpus.held_out),
+        "held_out_sha256": digest(corpus.held_out),
+        "dtype": compute_dtype(recipe.dtype).name,
+    }
+
+
+def essential(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a recipe must not change while its run goes on; later versions' new keys count with their defaults."""
+    values = to_mapping(pretrain_recipe_from(recipe, "recipe.yaml"))
+    return {name: value for name, value in values.items() if name not in INESSENTIAL}
+
+
+def describe(folder: Path, recipe: PretrainRecipe, corpus: Corpus, show: Progress) -> None:
+    """Learn the tokenizer, and write everything of the target's folder but the weights."""
+    show(0, recipe.steps, "learning the tokenizer")
+    train_bpe((each.text for each in corpus.training), recipe.model.vocab_size, folder)
+    write_description(folder, recipe.model, jnp.dtype("float32"), stop_ids=(0,), bos_id=0)
+
+
+class _Pretraining:
+    """What `pretrain` trains: a model, on windows of text."""
+
+    def __init__(self, recipe: PretrainRecipe, corpus: Corpus, show: Progress):
+        self.recipe = recipe
+        self.mesh = make_mesh(**dataclasses.asdict(recipe.mesh))
+        self.dtype = compute_dtype(recipe.dtype)
+        self.layers = recipe.model.layers
+        show(0, recipe.steps, "reading the texts as tokens")
+        tokenizer = Tokenizer.load(Path(recipe.output) / TARGET)
+        assert tokenizer is not None
+        edge = tokenizer.encode("")[0]
+        self.windows = Windows(tokens_of(corpus.training, tokenizer, edge), recipe.length, edge)
+        self.stages: Sequence[StagePlan] = [
+            StagePlan(
+                name="pretraining", steps=recipe.steps, optimizer=recipe.optimizer, loss=next_token_loss(recipe.model)
+            )
+        ]
+        self.evaluate_every = recipe.evaluate_every if corpus.held_out else None
+        if corpus.held_out:
+            kept_apart = Windows(tokens_of(corpus.held_out, tokenizer, edge), recipe.length, edge)
+            count = min(len(kept_apart), EVALUATED_WINDOWS)
+            # Evenly over all of it, so that no single text decides.
+            rows = [kept_apart[i * len(kept_apart) // count] for i in range(count)]
+            self.held_out = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+            self.held_out_bytes = sum(
+                len(tokenizer.decode(row["tokens"][: row["length"]].tolist()).encode()) for row in rows
+            )
+
+    def first_params(self) -> Params:
+        model, axes = self.recipe.model, logical_axes(self.recipe.model)
+        params = init_params(model, stage_seed(self.recipe.seed, len(self.stages)))
+        return jax.tree.map(lambda x, names: jax.device_put(x, placement(self.mesh, x.shape, names)), params, axes)
+
+    def examples(self, number: int) -> Iterator[dict[str, np.ndarray]]:
+        return window_batches(self.windows, batch=self.recipe.batch, seed=stage_seed(self.recipe.seed, number))
+
+    @functools.cached_property
+    def _loss(self):
+        loss = next_token_loss(self.recipe.model)
+
+        def of(params: Params, batch):
+            params = jax.tree.map(lambda x: x.astype(self.dtype), params)
+            return loss(params if scan_layers() else unstack_layers(params, self.layers), batch, {})
+
+        return jax.jit(of)
+
+    def evaluate(self, params: Params, show: Callable[[str], Any]) -> HeldOutLoss:
+        """The loss on the texts kept apart."""
+        show("evaluating")
+        total, tokens = 0.0, 0
+        rows, batch = len(self.held_out["length"]), self.recipe.batch
+        for first in range(0, rows, batch):
+            part = {name: value[first : first + batch] for name, value in self.held_out.items()}
+            part = {name: np.pad(x, [(0, batch - len(x))] + [(0, 0)] * (x.ndim - 1)) for name, x in part.items()}
+            loss, count = jax.device_get(self._loss(params, part))
+            total, tokens = total + float(loss), tokens + int(count)
+        return HeldOutLoss(loss=total / tokens, bits_per_byte=total / math.log(2) / self.held_out_bytes, tokens=tokens)
