@@ -6,17 +6,23 @@ BIN := $(VENV)/bin
 PIP_INSTALL := "$(BIN)/python" -m pip install --quiet --disable-pip-version-check --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test grid soak lint format clean
+.PHONY: help demo quickstart test docs grid soak lint format clean
 
 help:  ## this list
 	@sed -n -E 's/^([a-z]+):.*## */\1 /p' Makefile | while read -r verb text; do \
-	  printf '  make %-8s %s\n' "$$verb" "$$text"; done
+	  printf '  make %-10s %s\n' "$$verb" "$$text"; done
 
 demo: $(VENV)/.demo  ## decode with the bundled pair, beside plain decoding
 	"$(BIN)/deer-jax" demo
 
+quickstart: $(VENV)/.demo  ## everything, small: text, target, answers, drafter, numbers, export (15 minutes)
+	"$(BIN)/deer-jax" pipeline --steps configs/quickstart.yaml --output runs/quickstart
+
 test: lint  ## format, lint and type checks, then all tests
 	"$(BIN)/python" -m pytest -n $(WORKERS)
+
+docs: $(VENV)/.test  ## write docs/api.md from the docstrings and options
+	"$(BIN)/python" docs/make_api.py
 
 grid: $(VENV)/.test  ## the exactness grid: speculative against plain decoding over many settings
 	"$(BIN)/python" benchmarks/exactness_grid.py

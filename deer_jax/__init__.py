@@ -8,7 +8,7 @@ from deer_jax.config import DrafterConfig, InputError
 from deer_jax.decoding.answers import AnswersReport, answers
 from deer_jax.decoding.engine import decode
 from deer_jax.decoding.state import DecodeResult, DecodeStats
-from deer_jax.decoding.stream import stream
+from deer_jax.decoding.stream import stream, stream_blocks
 from deer_jax.demo import demo_pair
 from deer_jax.drafters.standalone import StandaloneDrafter, drafter_from_target
 from deer_jax.models.target import Target
@@ -37,4 +37,5 @@ __all__ = [
     "pretrain",
     "save_drafter",
     "stream",
+    "stream_blocks",
 ]

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from deer_jax.models.transformer import turned
+
 
 def softmax(x):
     """Over the last axis."""
@@ -116,7 +118,7 @@ def forward(config, params, tokens, positions=None, visible=None):
     visible = np.broadcast_to(np.tril(np.ones((T, T), bool)), (B, T, T)) if visible is None else visible
     x = np.asarray(params["embed"], np.float64)[tokens]
     for i in range(config.layers):
-        w = {name: np.asarray(value, np.float64) for name, value in params["layers"][i].items()}
+        w = {name: np.asarray(turned(name, value), np.float64) for name, value in params["layers"][i].items()}
         h = rms_norm(x, w["input_norm"], config.norm_eps)
         split = {}
         for name, heads in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads)):

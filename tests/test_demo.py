@@ -1,28 +1,84 @@
-"""The demonstration pair: the same on every call, decoding exactly, and honest about its weights."""
+"""The bundled pair: small, the same on every call, trained, exact; and the verb that shows it."""
 
 import jax
 import numpy as np
+import pytest
 
+import deer_jax
+from deer_jax import demo_pair
+from deer_jax.cli import demo
 from deer_jax.cli import main as cli
-from deer_jax.demo import PROMPTS, ByteTokenizer, demo_pair
+from deer_jax.data.sources import read_prompts
+from deer_jax.demo import FOLDER, PROMPTS
+
+LARGEST = 12e6  # bytes
 
 
-def test_byte_tokenizer():
-    tokenizer = ByteTokenizer()
-    assert tokenizer.encode("é!") == [195, 169, 33]
-    assert tokenizer.decode([195, 169, 33]) == "é!"
-    assert tokenizer.decode([195, 33]) == "\ufffd!"
+@pytest.fixture(scope="module")
+def pair():
+    return demo_pair()
 
 
-def test_the_pair_is_always_the_same():
-    jax.tree.map(np.testing.assert_array_equal, demo_pair()[0].params, demo_pair()[0].params)
-    jax.tree.map(np.testing.assert_array_equal, demo_pair()[1].params, demo_pair()[1].params)
+@pytest.fixture(scope="module")
+def prompts() -> list:
+    return [prompt.content for prompt in read_prompts(PROMPTS, limit=8)]
 
 
-def test_command(capsys, monkeypatch):
+def test_it_is_small_and_always_the_same(pair):
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < LARGEST
+    again = demo_pair()
+    for one, other in zip(pair, again, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+
+
+def test_its_drafts_are_better_than_an_untrained_drafters_and_its_answers_exact(pair, prompts):
+    target, drafter = pair
+    untrained = deer_jax.drafter_from_target(target, drafter.method.config, layers=(0, 5))
+    plain = deer_jax.decode(target, prompts, max_new_tokens=32)
+    found = {}
+    for name, each in (("trained", drafter), ("untrained", untrained)):
+        result = deer_jax.decode(target, prompts, drafter=each, draft_length=8, max_new_tokens=32)
+        assert result.tokens == plain.tokens
+        found[name] = result.stats.acceptance_length
+    assert found["trained"] > found["untrained"] + 0.3
+
+
+@pytest.fixture
+def short(monkeypatch, tmp_path):
+    """The verb's work, cut to what a test needs; it runs in a folder of its own."""
+    monkeypatch.setattr(demo, "NEW_TOKENS", 12)
+    monkeypatch.setattr(demo, "MEASURED", 2)
+    monkeypatch.setattr(demo, "DRAFT_LENGTHS", (4,))
     monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_verb_shows_answers_a_table_and_a_picture(short, capsys):
     assert cli.main(["demo"]) == 0
     out = capsys.readouterr().out
-    assert "weights of this pair are random" in out
-    assert out.count("token for token the same") == len(PROMPTS)
-    assert "untrained k=4" in out
+    assert out.count("the same tokens as plain decoding's") == demo.SHOWN
+    assert "drafter k=4" in out
+    assert (short / "deer_jax_demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_verb_takes_prompts(short, capsys):
+    assert cli.main(["demo", "--prompt", "class Stack:\n    def push", "--picture", "own.png"]) == 0
+    out = capsys.readouterr().out
+    assert "class Stack:" in out
+    assert out.count("the same tokens as plain decoding's") == 1
+    assert (short / "own.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--prompt", ""], "--prompt is empty: give some text"),
+        (["--picture", "picture.txt"], "picture.txt must end in .png"),
+        (["--picture", "nowhere/a.png"], "no folder"),
+        (["--prompts", "x"], "unknown option '--prompts', did you mean '--prompt'?"),
+    ],
+)
+def test_wrong_arguments(short, capsys, argv, line):
+    assert cli.main(["demo", *argv]) == 2
+    assert line in capsys.readouterr().err

@@ -3,6 +3,8 @@
 Weights are [out, in] on both sides, so a table only renames; layers and experts are stacked by the reader.
 """
 
+import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -294,6 +296,15 @@ def write_config(
             "mlp_only_layers": [],
         }
     return values
+
+
+def check_family(config: ModelConfig) -> None:
+    """InputError for a shape that no folder of its family can say, such as Qwen3 without its norms of heads."""
+    said = config_from(write_config(config, "float32"), "model")
+    for field in dataclasses.fields(ModelConfig):
+        mine, theirs = (json.dumps(getattr(each, field.name), default=repr) for each in (config, said))
+        if mine != theirs:
+            raise InputError(f"model: {field.name} must be {theirs} in the {config.family} family, got {mine}")
 
 
 def stop_field(stop_ids: Sequence[int]) -> int | list[int] | None:

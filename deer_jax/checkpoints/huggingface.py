@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from deer_jax.checkpoints.families import Slot, config_from, stop_field, tensor_slots, write_config
 from deer_jax.config import InputError, ModelConfig
 from deer_jax.data.tokenizer import copy_tokenizer
-from deer_jax.models.transformer import Params
+from deer_jax.models.transformer import Params, turned
 from deer_jax.sharding import placement
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -236,7 +236,8 @@ def load_params(
     def place(slot: Slot, piece: jax.Array) -> None:
         if slot.group != "experts" and not (slot.group == "layers" and scan):
             home = params if not slot.group else params.setdefault("layers", {}).setdefault(slot.index[0], {})
-            home[slot.name] = piece.astype(dtype)
+            piece = piece.astype(dtype)
+            home[slot.name] = turned(slot.name, piece) if slot.group == "layers" else piece
             return
         home = params.setdefault(slot.group, {})
         stack = (config.layers, config.experts)[: len(slot.index)]
@@ -280,8 +281,9 @@ def _tensor(params: Params, slot: Slot) -> np.ndarray:
     home: dict[Any, Any] = params[slot.group] if slot.group else params
     index = slot.index
     if slot.group == "layers" and slot.name not in home:
-        home, index = home[index[0]], ()
-    value = home[slot.name]
+        value, index = turned(slot.name, home[index[0]][slot.name]), ()
+    else:
+        value = home[slot.name]
     if index:
         value = value[index] if isinstance(value, np.ndarray) else _pick(value, _traced(index))
     value = np.ascontiguousarray(jax.device_get(value))

@@ -119,7 +119,7 @@ def is_run(folder: Path, kind: str) -> bool:
 
 
 def read_best(folder: Path, shapes: Params) -> Params:
-    """The parameters to decode with, of the run's best checkpoint, or its newest if acceptance was never measured.
+    """The parameters to decode with, of the run's best checkpoint, or its newest if none was measured.
 
     shapes: the parameters as shapes, float32, stacked. Where an average of the parameters was kept, it is read.
     """
@@ -128,7 +128,7 @@ def read_best(folder: Path, shapes: Params) -> Params:
     with contextlib.closing(orbax):
         found = [_checkpoint(each) for each in orbax.checkpoints]
         if not found:
-            raise InputError(f"{folder}: the run has no checkpoint yet; align writes the first one later")
+            raise InputError(f"{folder}: the run has no checkpoint yet; training writes the first one later")
         best = best_of(found) or found[-1]
         part = "average" if (folder / CHECKPOINTS / str(best.step) / "average").is_dir() else "params"
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -1,39 +1,100 @@
-"""deer-jax demo: a pair in memory, decoding beside plain decoding."""
+"""deer-jax demo: the bundled pair at work, beside plain decoding."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from rich.text import Text
 
 from deer_jax.bench.report import table
 from deer_jax.bench.runner import bench
-from deer_jax.cli.common import show
+from deer_jax.cli.common import check_writable, show
 from deer_jax.cli.options import parse
 from deer_jax.cli.progress import Reporter
+from deer_jax.config import InputError
+from deer_jax.data.sources import read_prompts
 from deer_jax.decoding.engine import decode
+from deer_jax.decoding.stream import stream_blocks
 from deer_jax.demo import PROMPTS, demo_pair
+from deer_jax.drafters.protocol import Drafter
+from deer_jax.models.target import Target
 
-NEW_TOKENS = 48
+SHOWN = 3  # prompts whose answers are shown
+MEASURED = 8
+NEW_TOKENS = 64
+DRAFT_LENGTHS = (2, 4, 8)
+BLOCKS = ("black on #9ad1f5", "black on #f5d08a")  # of one round and the next; blue and orange differ for everyone
+EXAMPLE = 'deer-jax demo --prompt "class Stack:"'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Decode a few prompts with a small pair, beside plain decoding. It takes no options."""
+    """Decode a few prompts with the bundled pair, round by round, then measure it beside plain decoding.
+
+    The target has 2.8 M parameters and has read the standard library's source; the prompts are from modules that it has
+    not read. Under a minute on two cores. No option is needed.
+    """
+
+    prompt: Annotated[tuple[str, ...], "a prompt of your own, Python source to go on with; repeatable"] = ()
+    picture: Annotated[Path, "the picture to write: speed, and what a round costs, by draft length"] = Path(
+        "deer_jax_demo.png"
+    )
 
 
 def run(argv: Sequence[str]) -> None:
-    parse(Options, "demo", argv, "deer-jax demo")
+    options = parse(Options, "demo", argv, EXAMPLE)
+    check_writable(options.picture)
+    if options.picture.suffix != ".png":
+        raise InputError(f"--picture: {options.picture} must end in .png")
+    if not all(options.prompt):
+        raise InputError("--prompt is empty: give some text")
     target, drafter = demo_pair()
-    print("The weights of this pair are random: its text is noise and its speed says nothing about a trained pair.")
-    drafted = decode(target, PROMPTS, drafter=drafter, max_new_tokens=NEW_TOKENS)
-    plain = decode(target, PROMPTS, max_new_tokens=NEW_TOKENS)
-    for i, prompt in enumerate(PROMPTS):
-        answers = [result.texts[i] if result.texts else "" for result in (plain, drafted)]
-        same = drafted.tokens[i] == plain.tokens[i]
-        print(f"\nprompt   {prompt!r}\nplain    {answers[0]!r}\ndrafted  {answers[1]!r}")
-        print(f"         {plain.stats.rounds[i]} rounds plain, {drafted.stats.rounds[i]} drafted, ", end="")
-        print("token for token the same" if same else "DIFFERENT")
+    bundled = [prompt.content for prompt in read_prompts(PROMPTS)]
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    legend = Text("Accepted drafts are coloured", style="bold")
+    legend.append(", each round in another colour than the one before; the target's own token follows uncoloured.\n")
+    console.print(legend)
+    for prompt in options.prompt or bundled[:SHOWN]:
+        show_blocks(console, target, drafter, prompt)
     with Reporter("measuring, runs") as reporter:
         report = bench(
-            target, PROMPTS, drafters={drafter.name: drafter}, max_new_tokens=NEW_TOKENS, batch_size=len(PROMPTS),
-            progress=reporter.show,
+            target, list(options.prompt) or bundled[:MEASURED], drafters={"drafter": drafter},
+            draft_lengths=DRAFT_LENGTHS, max_new_tokens=NEW_TOKENS, repeats=2, progress=reporter.show,
+            command="deer-jax demo",
         )  # fmt: skip
     show(table(report))
+    faster = max(report.methods.values(), key=lambda method: method.speedup)
+    best = (
+        "plain decoding is the fastest here" if faster.drafter is None else f"k = {faster.draft_length} is the fastest"
+    )
+    print(
+        f"On this machine {best}: a draft length pays where tau is above its round/step. A CPU pays for every further "
+        "row of a pass; an accelerator reads the weights once for all of them (docs/numbers.md)."
+    )
+    from deer_jax.bench import plots  # only here: matplotlib looks for fonts and a folder of its own
+
+    try:
+        plots.speed(report).savefig(options.picture, dpi=plots.DPI)
+    except OSError as error:
+        raise InputError(f"{options.picture}: cannot be written: {error.strerror}") from None
+    print(options.picture)
+
+
+def show_blocks(console: Console, target: Target, drafter: Drafter, prompt: str) -> None:
+    """One answer as its rounds commit it, and what it took."""
+    assert target.tokenizer is not None
+    console.print(Text(prompt, style="dim"), end="")
+    tokens, rounds = [], 0
+    for rounds, block in enumerate(stream_blocks(target, prompt, drafter=drafter, max_new_tokens=NEW_TOKENS), 1):
+        tokens += block
+        text = Text(target.tokenizer.decode(block[:-1]), style=BLOCKS[rounds % 2])
+        console.print(
+            text.append(target.tokenizer.decode(block[-1:]), style="default on default"), end="", soft_wrap=True
+        )
+    plain = decode(target, prompt, max_new_tokens=NEW_TOKENS)
+    same = "the same tokens as plain decoding's" if tokens == plain.tokens[0] else "DIFFERENT from plain decoding"
+    line = f"\n\n{len(tokens)} tokens in {rounds} rounds (plain: {plain.stats.rounds[0]}), {same}\n"
+    console.print(Text(line, style="italic"))

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from deer_jax.checkpoints.export import export
+from deer_jax.cli.common import ConfigOptions
 from deer_jax.cli.options import parse
 
 EXAMPLE = "deer-jax export --source runs/mine --output models/mine"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(ConfigOptions):
     """Write the best checkpoint of a pretrain or align run as a Hugging Face folder.
 
     A target becomes a plain model that transformers loads. A drafter becomes its backbone with a 'deer_jax' section in

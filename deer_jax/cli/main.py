@@ -20,6 +20,7 @@ VERBS = {
     "answers": "let a target answer prompts: the training set of its drafter",
     "align": "train a drafter for a target from its answers",
     "bench": "measure acceptance length and speed of drafters against plain decoding",
+    "pipeline": "run several of these one after the other, from one file",
     "export": "write a run's best checkpoint as a Hugging Face folder",
 }
 HELP = """\

@@ -33,4 +33,5 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     )
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EDGE, "eos_token": EDGE}
+    config |= {"split_special_tokens": True}  # a text that spells EDGE out does not end there
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

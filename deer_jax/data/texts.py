@@ -82,6 +82,8 @@ def read_corpus(
     # What is kept apart comes first, so that a training text that repeats it is the one that goes.
     kept_apart, first = _without_duplicates(kept_apart, set())
     training, more = _without_duplicates(rest, {line for each in kept_apart for line in _lines(each)})
+    if not training:
+        raise InputError(f"{', '.join(sources)}: every text to train on repeats one of held_out; keep fewer apart")
     return Corpus(training, kept_apart, first + more)
 
 
@@ -155,7 +157,9 @@ def window_batches(windows: Windows, *, batch: int, seed: int):
 
 
 def passages(documents: Sequence[Document], *, count: int, most: int, seed: int) -> list[str]:
-    """`count` beginnings of paragraphs, for prompts: one to `most` lines each, ending inside a paragraph.
+    """`count` beginnings of paragraphs, for prompts: one to `most` lines each.
+
+    They end without a newline: a tokenizer joins it with the indentation behind it, so alone it reads as something else.
 
     A paragraph follows an empty line. Documents have a share of the passages in proportion to their paragraphs; fewer
     than `count` come back if there are no more.
@@ -172,12 +176,18 @@ def passages(documents: Sequence[Document], *, count: int, most: int, seed: int)
         lines, first = starts[at]
         piece = "".join(lines[first : first + int(rng.integers(1, most + 1))]).rstrip()
         if len(piece) >= SHORT_LINE:
-            found[piece + "\n"] = None
+            found[piece] = None
         if len(found) == count:
             break
     return list(found)
 
 
 def write_prompts(path: Path, texts: Sequence[str]) -> None:
-    """A prompt file that every verb reads."""
-    path.write_text("".join(json.dumps({"id": i, "prompt": text}) + "\n" for i, text in enumerate(texts)), "utf-8")
+    """A prompt file that every verb reads: all of it, or nothing."""
+    partial = path.with_name(f".{path.name}.partial")
+    rows = (json.dumps({"id": i, "prompt": text}) + "\n" for i, text in enumerate(texts))
+    try:
+        partial.write_text("".join(rows), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""One answer in pieces of text, shown while it is made."""
+"""One answer while it is made: as pieces of text, or round by round as blocks of tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -30,27 +30,69 @@ def stream(
     """Pieces of one answer as they are committed; joined they equal the text of `decode` with the same arguments."""
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, draft_temperature=draft_temperature)
     if target.tokenizer is None:
-        raise InputError(f"{target.name} has no tokenizer, so there is no text to stream: use decode")
-    encoded = encode_prompts(target, prompt, template_arguments)
-    if len(encoded) != 1:
-        raise InputError(f"stream takes one prompt, got {len(encoded)}: use decode")
+        raise InputError(f"{target.name} has no tokenizer, so there is no text to stream: use stream_blocks")
+    encoded = _one(encode_prompts(target, prompt, template_arguments))
     engine, limits = prepare(target, encoded, drafter, draft_length, max_new_tokens, sampling, seed, 1, ignore_stop)
     return _pieces(engine, encoded, limits, () if ignore_stop else target.stop_ids)
 
 
-def _pieces(engine: Engine, encoded: list[list[int]], limits: list[int], stop_ids: Sequence[int]) -> Iterator[str]:
+def stream_blocks(
+    target: Target,
+    prompt: Any,
+    *,
+    drafter: Drafter | None = None,
+    draft_length: int | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    draft_temperature: float | None = None,
+    seed: int = 0,
+    ignore_stop: bool = False,
+    template_arguments: Mapping[str, Any] | None = None,
+) -> Iterator[list[int]]:
+    """The tokens that each round commits, as soon as it has; joined they equal the tokens of `decode`.
+
+    The last token of a round is the target's own, those before it are accepted drafts, unless a stop token or
+    `max_new_tokens` ends the answer inside the block. The host waits after every round, so this is for looking at, not
+    for speed.
+
+        k = 4:  [12, 7, 31], [5], [9, 9, 40, 2, 8]   2 drafts accepted, none, all 4
+    """
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, draft_temperature=draft_temperature)
+    encoded = _one(encode_prompts(target, prompt, template_arguments))
+    engine, limits = prepare(target, encoded, drafter, draft_length, max_new_tokens, sampling, seed, 1, ignore_stop)
+    return _rounds(engine, encoded, limits, 1)
+
+
+def _one(encoded: list[list[int]]) -> list[list[int]]:
+    if len(encoded) != 1:
+        raise InputError(f"streaming takes one prompt, got {len(encoded)}: use decode")
+    return encoded
+
+
+def _rounds(engine: Engine, encoded: list[list[int]], limits: list[int], rounds: int) -> Iterator[list[int]]:
+    """The tokens of every so many rounds, to the end of the answer."""
     engine.admit(encoded, limits, [0], [0])
-    shown, done, tokenizer = "", False, engine.target.tokenizer
-    assert tokenizer is not None
+    seen, done = len(encoded[0]), False
     while not done:
-        after = engine.segment(ROUNDS_PER_PIECE)
-        done = bool(after["done"][0])
-        tokens = after["tokens"][0, len(encoded[0]) : after["length"][0]].tolist()
-        if not done:  # bytes may still become part of a character, or be found to be none
-            tokens = tokens[: tokenizer.settled(tokens)]
-        text = answer_text(engine.target, tokens, stop_ids)
-        if not done:
-            text = text.rstrip("\ufffd")  # the start of a character whose other bytes are still to come
+        after = engine.segment(rounds)
+        done, length = bool(after["done"][0]), int(after["length"][0])
+        yield after["tokens"][0, seen:length].tolist()
+        seen = length
+
+
+def _pieces(engine: Engine, encoded: list[list[int]], limits: list[int], stop_ids: Sequence[int]) -> Iterator[str]:
+    tokenizer = engine.target.tokenizer
+    assert tokenizer is not None
+    shown, tokens = "", []
+    for fresh in _rounds(engine, encoded, limits, ROUNDS_PER_PIECE):
+        tokens += fresh
+        # Bytes may still become part of a character, or be found to be none.
+        text = answer_text(engine.target, tokens[: tokenizer.settled(tokens)], stop_ids)
+        text = text.rstrip("\ufffd")  # the start of a character whose other bytes are still to come
         if len(text) > len(shown):
             yield text[len(shown) :]
             shown = text
+    if rest := answer_text(engine.target, tokens, stop_ids)[len(shown) :]:
+        yield rest

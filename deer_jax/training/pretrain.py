@@ -17,10 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from deer_jax.checkpoints.huggingface import write_description
 from deer_jax.checkpoints.load import compute_dtype, scan_layers
 from deer_jax.checkpoints.runs import TARGET, claim
+from deer_jax.config import InputError
 from deer_jax.data.bpe import train_bpe
 from deer_jax.data.texts import (
     Corpus,
@@ -97,6 +99,7 @@ def pretrain(
     elif not isinstance(recipe, PretrainRecipe):
         recipe = pretrain_recipe_from(recipe, "recipe")
     show = progress or (lambda *_: None)
+    mesh = make_mesh(**dataclasses.asdict(recipe.mesh))
     show(0, recipe.steps, "reading the texts")
     corpus = read_corpus(recipe.texts, files=recipe.files, exclude=recipe.exclude, held_out=recipe.held_out)
     if corpus.duplicates:
@@ -113,9 +116,9 @@ def pretrain(
     ):
         if texts and not (output / name).exists():
             write_prompts(output / name, passages(texts, count=count, most=PROMPT_LINES, seed=recipe.seed))
-    work = _Pretraining(recipe, corpus, show)
+    work = _Pretraining(recipe, corpus, mesh, show)
     stop = should_stop or (lambda: False)
-    with Trainer(work, recipe, mesh=work.mesh, dtype=work.dtype, show=show, should_stop=stop) as run:
+    with Trainer(work, recipe, mesh=mesh, dtype=work.dtype, show=show, should_stop=stop) as run:
         report = run.train()
     return PretrainReport(**vars(report), evaluations=run.evaluations)
 
@@ -143,18 +146,31 @@ def essential(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(folder: Path, recipe: PretrainRecipe, corpus: Corpus, show: Progress) -> None:
-    """Learn the tokenizer, and write everything of the target's folder but the weights."""
+    """Learn the tokenizer, and write everything of the target's folder but the weights.
+
+    Raises InputError if the texts do not fill a batch: here the recipe may still change.
+    """
     show(0, recipe.steps, "learning the tokenizer")
     train_bpe((each.text for each in corpus.training), recipe.model.vocab_size, folder)
     write_description(folder, recipe.model, jnp.dtype("float32"), stop_ids=(0,), bos_id=0)
+    tokenizer, tokens = Tokenizer.load(folder), 0
+    assert tokenizer is not None
+    for each in corpus.training:
+        tokens += len(tokenizer.plain(each.text)) + 1
+        if tokens > (recipe.batch - 1) * (recipe.length - 1):
+            return
+    raise InputError(
+        f"the texts have {tokens:,} tokens, too few for a batch of {recipe.batch} windows of {recipe.length}; lower "
+        "batch or length"
+    )
 
 
 class _Pretraining:
     """What `pretrain` trains: a model, on windows of text."""
 
-    def __init__(self, recipe: PretrainRecipe, corpus: Corpus, show: Progress):
+    def __init__(self, recipe: PretrainRecipe, corpus: Corpus, mesh: Mesh, show: Progress):
         self.recipe = recipe
-        self.mesh = make_mesh(**dataclasses.asdict(recipe.mesh))
+        self.mesh = mesh
         self.dtype = compute_dtype(recipe.dtype)
         self.layers = recipe.model.layers
         show(0, recipe.steps, "reading the texts as tokens")

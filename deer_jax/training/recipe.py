@@ -9,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from deer_jax.checkpoints.families import check_family
 from deer_jax.config import DrafterConfig, InputError, ModelConfig, Sampling, from_mapping, nearest, read_yaml
 from deer_jax.diffusion.corruption import Corruption
 from deer_jax.sharding import MeshShape
@@ -184,6 +185,7 @@ class PretrainRecipe(RunSettings):
             raise InputError(f"length must be in 2..{self.model.context}, the model's context, got {self.length}")
         if not self.texts:
             raise InputError("texts is empty: name at least one folder")
+        check_family(self.model)
 
 
 CORRUPTION = {field.name for field in dataclasses.fields(Corruption)}

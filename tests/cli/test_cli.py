@@ -138,7 +138,7 @@ def test_shipped_configs_are_read(path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("", "name a verb first: demo, decode, answers, "),
+        ("", "name a verb first: demo, decode, pretrain, answers, align, bench, "),
         ("--drafter x", "name a verb first"),
         ("decod", "unknown verb 'decod', did you mean 'decode'?"),
         ("demo --speed", "unknown option '--speed'"),

@@ -13,7 +13,7 @@ from deer_jax.config import Sampling
 from deer_jax.decoding.engine import Engine
 from deer_jax.drafters.protocol import Context
 from deer_jax.drafters.standalone import MASK, SEPARATOR
-from deer_jax.models.transformer import bind, unstack_layers
+from deer_jax.models.transformer import bind, turned, unstack_layers
 from tests import reference
 from tests.tiny import random_params, tiny
 
@@ -238,7 +238,7 @@ def test_chosen_layers_in_the_given_order(family):
     np.testing.assert_allclose(results[0], from_scratch(drafter, text), rtol=0, atol=1e-4)
     for i, layer in enumerate(layers):
         for name, weight in params["layers"].items():
-            np.testing.assert_array_equal(drafter.params["layers"][i][name], weight[layer])
+            np.testing.assert_array_equal(drafter.params["layers"][i][name], turned(name, weight[layer]))
 
 
 @pytest.mark.parametrize("layers", [(), (0, 2), (-1,)])
