@@ -3,6 +3,7 @@
 How both were made, and how they fare, stands in pair/README.md.
 """
 
+import dataclasses
 from pathlib import Path
 
 from deer_jax.checkpoints.drafters import load_drafter
@@ -16,5 +17,5 @@ PROMPTS = FOLDER / "held_out.jsonl"
 
 def demo_pair() -> tuple[Target, StandaloneDrafter]:
     """The bundled target and its drafter; nothing is downloaded."""
-    target = load_target(FOLDER / "target")
-    return target, load_drafter(FOLDER / "drafter", target=target)
+    target = dataclasses.replace(load_target(FOLDER / "target"), name="bundled target")
+    return target, dataclasses.replace(load_drafter(FOLDER / "drafter", target=target), name="bundled drafter")

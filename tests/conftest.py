@@ -17,24 +17,26 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 ROOT = Path(__file__).resolve().parent.parent
+CACHE, CACHE_BYTES = ROOT / ".cache" / "xla", 2**30
+DEVICES = 4
 DATA = Path(os.environ.get("DEER_JAX_DATA") or ROOT.parent / "shared" / "data")
 
 # For the tests alone: the programs that tests start run as users run them.
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", DEVICES)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 # Most of the time of the tests is compilation: what was compiled before is read from disk. The bound on the size also
 # makes JAX lock the folder, which workers that write the same entry need.
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "xla"))
-jax.config.update("jax_compilation_cache_max_size", 2**30)
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def pytest_report_header() -> str:
     found = "found" if DATA.is_dir() else "not found, tests that read it are skipped (set DEER_JAX_DATA)"
-    return f"jax {jax.__version__} on 4 virtual CPU devices; data: {DATA}, {found}"
+    return f"jax {jax.__version__} on {DEVICES} virtual CPU devices; data: {DATA}, {found}"
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +54,20 @@ def stories_dir(data_dir: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """For programs that tests start: they find what the tests compiled, and write nothing there, as they may be killed
+    or find no room."""
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(CACHE_BYTES),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9",
+        # A compiled program is for this many devices and this precision.
+        "JAX_NUM_CPU_DEVICES": str(DEVICES),
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    }
 
 
 @pytest.fixture

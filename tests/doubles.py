@@ -1,4 +1,4 @@
-"""Drafters for tests: what they propose is read from tables, so it can be right, wrong or anything between."""
+"""Drafters whose proposals are read from tables, so right, wrong or anything between; and a tokenizer of a few pieces."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -101,3 +101,23 @@ def table_drafters(
     second[:, 1:] = np.argsort(-logits[:, :-1], axis=-1, kind="stable")[..., 1]
     tables = {"right": right, "wrong": (right + 1) % V, "half": half, "second": second}
     return {name: table_drafter(table, V) for name, table in tables.items()}
+
+
+class Pieces:
+    """A tokenizer whose tokens are pieces of UTF-8, not always whole characters; `special` ids have no text."""
+
+    def __init__(self, pieces: dict[int, bytes], special: tuple[int, ...] = (), vocab_size: int = 48):
+        self.pieces, self.special, self.vocab_size = pieces, special, vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) % self.vocab_size for letter in text]
+
+    def encode_chat(self, messages, **template_arguments) -> list[int]:
+        return self.encode("".join(message["content"] for message in messages))
+
+    def decode(self, ids) -> str:
+        joined = b"".join(self.pieces.get(token, b"?") for token in ids if token not in self.special)
+        return joined.decode("utf-8", errors="replace")
+
+    def settled(self, ids) -> int:
+        return len(ids)

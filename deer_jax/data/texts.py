@@ -67,7 +67,7 @@ def read_corpus(
             try:
                 text = path.read_text(encoding="utf-8")
             except UnicodeDecodeError:
-                raise InputError(f"{path}: not UTF-8; name it in exclude") from None
+                raise InputError(f"{path}: not UTF-8; name it in exclude, or what is to be read in files") from None
             except OSError as error:
                 raise InputError(f"{path}: cannot be read: {error.strerror}") from None
             if not text.strip():
@@ -159,10 +159,9 @@ def window_batches(windows: Windows, *, batch: int, seed: int):
 def passages(documents: Sequence[Document], *, count: int, most: int, seed: int) -> list[str]:
     """`count` beginnings of paragraphs, for prompts: one to `most` lines each.
 
-    They end without a newline: a tokenizer joins it with the indentation behind it, so alone it reads as something else.
-
-    A paragraph follows an empty line. Documents have a share of the passages in proportion to their paragraphs; fewer
-    than `count` come back if there are no more.
+    A paragraph follows an empty line. A passage ends without a newline: a tokenizer joins it with the indentation that
+    follows, so alone it would read as something else. Documents have a share of the passages in proportion to their
+    paragraphs; fewer than `count` come back if there are no more.
     """
     starts = []
     for document in documents:

@@ -1,7 +1,6 @@
 """deer-jax align as a user meets it: messages of one line, interruptions, a full disk."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -17,6 +16,12 @@ from tests.training import runs
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return runs.prepare(tmp_path_factory.mktemp("verb"))
+
+
+def endless(folder, output, **changes):
+    """A recipe of more steps than a test waits for."""
+    stages = [runs.recipe(folder)["stages"][0] | {"steps": 5000}]
+    return runs.recipe(folder, output, stages=stages, evaluation=None, **changes)
 
 
 def command(path, *options):
@@ -70,11 +75,10 @@ def test_help(capsys):
     assert "the same command goes on, also after a" in capsys.readouterr().out
 
 
-def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(folder):
-    stages = [runs.recipe(folder)["stages"][0] | {"steps": 5000}]
-    values = runs.recipe(folder, "stopped", stages=stages, evaluation=None, checkpoint_every=1)  # mostly in a save
-    path = runs.write(values)
-    process = subprocess.Popen(command(path), stderr=subprocess.PIPE, text=True)
+def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(folder, environment):
+    path = runs.write(endless(folder, "stopped", checkpoint_every=1))  # mostly in a save
+    kept = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}  # the next test reads what is compiled here
+    process = subprocess.Popen(command(path), stderr=subprocess.PIPE, text=True, env=environment | kept)
     metrics = folder / "stopped" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 5):
         time.sleep(0.02)
@@ -89,27 +93,9 @@ def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(folder):
     assert max(kept) == int(found[1])
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(folder):
-    values = runs.recipe(folder, "full", evaluation=None)
-    path = runs.write(values)
-
-    little_room = ["sh", "-c", 'ulimit -f 20 && exec "$@"', "sh"]
-    done = subprocess.run(little_room + command(path), capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if "deer-jax: error" in line]
-    assert re.search(
-        r"full/checkpoints: the checkpoint of step 2 cannot be written: File too large; earlier ones", line
-    )
-    assert "Traceback" not in done.stderr
-    done = subprocess.run(command(path), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_no_room_for_the_metrics_is_one_line_too(folder):
-    stages = [runs.recipe(folder)["stages"][0] | {"steps": 400}]
-    values = runs.recipe(folder, "no_room", evaluation=None, checkpoint_every=1000, stages=stages)
+def test_no_room_for_the_metrics_is_one_line(folder, environment):
+    values = endless(folder, "no_room", checkpoint_every=1000)
     little_room = ["sh", "-c", 'ulimit -f 16 && exec "$@"', "sh"]
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": ""}  # it has its own words about a full disk
     done = subprocess.run(
         little_room + command(runs.write(values)),
         capture_output=True,
@@ -122,3 +108,19 @@ def test_no_room_for_the_metrics_is_one_line_too(folder):
     errors = [line for line in done.stderr.splitlines() if "aligning" not in line]
     assert len(errors) == 1
     assert re.search(r"error: .*no_room: metrics cannot be written: File too large; make room, then", errors[0])
+
+
+def test_a_full_disk_is_one_line_too_and_the_run_goes_on_when_there_is_room(folder, environment):
+    values = runs.recipe(folder, "full", evaluation=None)
+    path = runs.write(values)
+
+    little_room = ["sh", "-c", 'ulimit -f 20 && exec "$@"', "sh"]
+    done = subprocess.run(little_room + command(path), capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "deer-jax: error" in line]
+    assert re.search(
+        r"full/checkpoints: the checkpoint of step 2 cannot be written: File too large; earlier ones", line
+    )
+    assert "Traceback" not in done.stderr
+    done = subprocess.run(command(path), capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr

@@ -10,27 +10,10 @@ from pathlib import Path
 import pytest
 
 from deer_jax import decode, load_target
-from deer_jax.checkpoints.huggingface import save_folder
 from deer_jax.cli import main as cli
 from deer_jax.cli.options import parse
-from tests.tiny import random_params, tiny
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
-
-
-@pytest.fixture(autouse=True)
-def no_compilation_cache(monkeypatch):
-    """JAX's settings are the process's own: the other tests shall not find theirs changed."""
-    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny random target without a tokenizer."""
-    config = tiny("llama", layers=1)
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    save_folder(path, config, random_params(config))
-    return str(path)
 
 
 @pytest.fixture
@@ -41,16 +24,10 @@ def ids(tmp_path):
     return str(path)
 
 
-def run(capsys, *argv: str) -> tuple[int, str, str]:
-    status = cli.main(argv)
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
-
-
-def test_decode_to_files(capsys, tmp_path, folder, ids):
+def test_decode_to_files(run, tmp_path, folder, ids):
     output, numbers = tmp_path / "answers.jsonl", tmp_path / "numbers.json"
     status, out, err = run(
-        capsys, "decode", "--target", folder, "--drafter", "from-target", "--prompts", ids, "--draft-length", "3",
+        "decode", "--target", folder, "--drafter", "from-target", "--prompts", ids, "--draft-length", "3",
         "--max-new-tokens", "9", "--output", str(output), "--json", str(numbers),
     )  # fmt: skip
     assert (status, out) == (0, "")
@@ -65,24 +42,24 @@ def test_decode_to_files(capsys, tmp_path, folder, ids):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "ids.jsonl", "numbers.json"]
 
 
-def test_decode_prints_answers(capsys, stories_dir):
+def test_decode_prints_answers(run, stories_dir):
     arguments = ["decode", "--target", str(stories_dir), "--prompt", "Once upon a time", "--max-new-tokens", "12"]
-    status, out, err = run(capsys, *arguments)
+    status, out, err = run(*arguments)
     assert status == 0
     header, text = out.split("\n", 1)
     assert header == "== 1 (12 tokens, 12 rounds)"
     assert "τ 1.00" in err
-    status, streamed, _ = run(capsys, *arguments, "--stream", "--drafter", "from-target:0,1", "--draft-length", "2")
+    status, streamed, _ = run(*arguments, "--stream", "--drafter", "from-target:0,1", "--draft-length", "2")
     assert (status, streamed) == (0, text)
 
 
-def test_bench(capsys, tmp_path, folder, ids):
+def test_bench(run, tmp_path, folder, ids):
     numbers = tmp_path / "report.json"
     argv = [
         "bench", "--target", folder, "--drafter", "mine=from-target", "--drafter", "from-target:0", "--draft-lengths",
         "2", "--prompts", ids, "--max-new-tokens", "6", "--batch-size", "2", "--repeats", "1", "--json", str(numbers),
     ]  # fmt: skip
-    status, out, err = run(capsys, *argv)
+    status, out, err = run(*argv)
     assert status == 0
     assert all(line.startswith("deer-jax: ") for line in err.splitlines())
     values = json.loads(numbers.read_text(encoding="utf-8"))
@@ -91,16 +68,16 @@ def test_bench(capsys, tmp_path, folder, ids):
     assert all(name in out for name in values["methods"])
 
 
-def test_config_file(capsys, tmp_path, folder, ids):
+def test_config_file(run, tmp_path, folder, ids):
     config = tmp_path / "run.yaml"
     config.write_text(
         f"target: {folder}\nprompts: {ids}\ndrafter: null\nmax-new-tokens: 7\nlimit: 1\nignore_stop: true\n",
         encoding="utf-8",
     )
-    status, out, _ = run(capsys, "decode", "--config", str(config))
+    status, out, _ = run("decode", "--config", str(config))
     assert status == 0
     assert out.splitlines()[0] == "== a (7 tokens, 7 rounds)"
-    status, out, _ = run(capsys, "decode", "--config", str(config), "--max-new-tokens", "3", "--limit", "2")
+    status, out, _ = run("decode", "--config", str(config), "--max-new-tokens", "3", "--limit", "2")
     assert [line for line in out.splitlines() if "==" in line] == [
         "== a (3 tokens, 3 rounds)",
         "== b (3 tokens, 3 rounds)",
@@ -185,12 +162,12 @@ def test_shipped_configs_are_read(path):
         ("bench --target T --prompts P --drafter from-target:7", "the target has layers 0..0"),
     ],
 )
-def test_wrong_arguments_are_one_line(capsys, monkeypatch, tmp_path, folder, ids, argv, message):
+def test_wrong_arguments_are_one_line(run, monkeypatch, tmp_path, folder, ids, argv, message):
     monkeypatch.chdir(tmp_path)
     arguments = [
         ids if word == "P" else word.replace("T", folder, 1) if word[:1] == "T" else word for word in argv.split()
     ]
-    status, out, err = run(capsys, *arguments)
+    status, out, err = run(*arguments)
     assert (status, out) == (2, "")
     assert err.startswith("deer-jax: error: ")
     assert err.count("\n") == 1
@@ -207,52 +184,52 @@ def test_wrong_arguments_are_one_line(capsys, monkeypatch, tmp_path, folder, ids
         ("a: [1", "run.yaml: not valid YAML"),
     ],
 )
-def test_wrong_config_files_are_one_line(capsys, monkeypatch, tmp_path, text, message):
+def test_wrong_config_files_are_one_line(run, monkeypatch, tmp_path, text, message):
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text(text, encoding="utf-8")
-    status, _, err = run(capsys, "decode", "--config", "run.yaml", "--target", "t", "--prompt", "a")
+    status, _, err = run("decode", "--config", "run.yaml", "--target", "t", "--prompt", "a")
     assert status == 2
     assert err.startswith(f"deer-jax: error: {message}")
     assert err.count("\n") == 1
 
 
-def test_damaged_prompt_files_are_one_line(capsys, tmp_path, folder):
+def test_damaged_prompt_files_are_one_line(run, tmp_path, folder):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": \n', encoding="utf-8")
-    status, _, err = run(capsys, "decode", "--target", folder, "--prompts", str(path))
+    status, _, err = run("decode", "--target", folder, "--prompts", str(path))
     assert status == 2
     assert err.startswith(f"deer-jax: error: {path}:2: not valid JSON")
     assert err.count("\n") == 1
 
 
 @pytest.mark.filterwarnings("default")
-def test_warnings_are_one_line(capsys, monkeypatch):
+def test_warnings_are_one_line(run, monkeypatch):
     monkeypatch.setattr(cli, "_run", lambda argv: warnings.warn("two\nlines", stacklevel=1) or 0)
-    assert run(capsys) == (0, "", "deer-jax: warning: two lines\n")
+    assert run() == (0, "", "deer-jax: warning: two lines\n")
 
 
 @pytest.mark.parametrize("option", ["--output", "--json"])
-def test_sources_are_never_written_over(capsys, tmp_path, folder, ids, option):
+def test_sources_are_never_written_over(run, tmp_path, folder, ids, option):
     link, config = tmp_path / "link", tmp_path / "run.yaml"
     link.symlink_to(ids)
     config.write_text("limit: 1\n", encoding="utf-8")
     before = Path(ids).read_text(encoding="utf-8")
     for path in (link, config):
         arguments = ["--target", folder, "--prompts", ids, "--config", str(config), option, str(path)]
-        status, _, err = run(capsys, "decode", *arguments)
+        status, _, err = run("decode", *arguments)
         assert status == 2
         assert err.startswith(f"deer-jax: error: {path}: is read or written under another option too")
     assert (link.is_symlink(), Path(ids).read_text(encoding="utf-8")) == (True, before)
     arguments = ["--target", folder, "--drafter", "from-target", "--prompts", ids, "--json", str(link)]
-    assert run(capsys, "bench", *arguments)[0] == 2
+    assert run("bench", *arguments)[0] == 2
 
 
-def test_interrupted(capsys, monkeypatch):
+def test_interrupted(run, monkeypatch):
     def interrupted(argv):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_run", interrupted)
-    status, _, err = run(capsys)
+    status, _, err = run()
     assert status == 130
     assert err.startswith("deer-jax: interrupted: ")
     assert err.count("\n") == 1
@@ -274,8 +251,8 @@ def test_help_of_every_verb(capsys, verb):
     assert f"example:\n  deer-jax {verb}" in out
 
 
-def test_version(capsys):
-    status, out, _ = run(capsys, "--version")
+def test_version(run):
+    status, out, _ = run("--version")
     assert status == 0
     assert out.strip()[0].isdigit()
 

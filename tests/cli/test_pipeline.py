@@ -11,11 +11,6 @@ MODEL = {"family": "llama", "vocab_size": 300, "width": 16, "layers": 1, "heads"
          "mlp_width": 16, "context": 32, "tied": True}  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch):
-    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
-
-
 @pytest.fixture
 def steps(tmp_path):
     """A file that pretrains for two steps and exports."""

@@ -95,7 +95,8 @@ def test_a_wrong_line_is_named_when_it_is_met(tmp_path):
 
 
 def test_fewer_records_than_a_batch(answers):
-    with pytest.raises(InputError, match=f"^{re.escape(str(answers))}: 11 records are fewer than a batch of 12$"):
+    line = f"{answers}: 11 records are fewer than a batch of 12; lower batch"
+    with pytest.raises(InputError, match=f"^{re.escape(line)}$"):
         stream(answers, batch=12)
 
 

@@ -17,7 +17,7 @@ STEPS = 60
 
 
 @pytest.mark.filterwarnings("ignore:.*2 prompts occur in training rows:UserWarning")
-def test_kill_9(tmp_path):
+def test_kill_9(tmp_path, environment):
     folder = runs.prepare(tmp_path)
     stage = runs.recipe(folder)["stages"][0] | {"steps": STEPS // 2}
     stages = [stage, stage | {"stage": "refinement", "ema": 0.9}]
@@ -30,7 +30,7 @@ def test_kill_9(tmp_path):
     metrics, kills, rng = folder / "killed" / "metrics.jsonl", 0, random.Random(0)
     # Kills are spread over the run, each a little after the step it waits for: in a step, an evaluation or a save.
     for number in range(1, KILLS + 1):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         wanted = number * (STEPS - 2) // (KILLS + 1)
         while process.poll() is None and steps_logged(metrics) < wanted:
             time.sleep(0.01)
@@ -39,7 +39,7 @@ def test_kill_9(tmp_path):
         _, said = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), said
         kills += process.returncode != 0
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert kills >= (KILLS + 1) // 2  # a quick machine may finish first
     runs.assert_same_run(runs.everything(killed, STEPS), runs.everything(whole, STEPS))

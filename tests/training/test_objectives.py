@@ -15,10 +15,9 @@ from deer_jax.drafters.standalone import MASK, SEPARATOR, StandaloneDrafter, Sta
 from deer_jax.models.layers import logits
 from deer_jax.models.transformer import unstack_layers
 from deer_jax.training import objectives
-from deer_jax.training.objectives import SoftLabels, block_loss, cut_loss, teach, weighted_cross_entropy
+from deer_jax.training.objectives import block_loss, cut_loss, teach, weighted_cross_entropy
 from tests import reference
 from tests.tiny import random_params, tiny
-from tests.training.naive import naive_cross_entropy
 
 V, T, W, M = 48, 16, 4, 3
 SMALL = {"vocab_size": V, "width": 16, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 24}
@@ -279,75 +278,6 @@ def test_ids_the_drafter_does_not_share_teach_nothing(attention):
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def rows_of(count, used, dtype=np.float32, seed=0):
-    """hidden, head, labels, weights with `used` weights that are not zero, at random places."""
-    rng = np.random.default_rng(seed)
-    hidden, head = rng.normal(size=(count, 8)), rng.normal(size=(20, 8))
-    weights = np.zeros(count, np.float32)
-    weights[rng.choice(count, used, replace=False)] = rng.uniform(0.1, 3, used)
-    labels = rng.integers(0, 20, count).astype(np.int32)
-    return jnp.asarray(hidden, dtype), jnp.asarray(head, dtype), jnp.asarray(labels), jnp.asarray(weights)
-
-
-CASES = [(13, 13, 4), (13, 8, 4), (13, 5, 1), (13, 6, 512), (13, 0, 4), (1, 1, 4)]
-
-
-def gradients(rows):
-    # A function of its own, so that nothing compiled for another chunk is found.
-    return jax.jit(jax.value_and_grad(lambda *rows: 2.5 * weighted_cross_entropy(*rows), (0, 1)))(*rows)
-
-
-naive_gradients = jax.jit(jax.grad(lambda *rows: 2.5 * naive_cross_entropy(*rows), (0, 1)))
-
-
-@pytest.mark.parametrize(("count", "used", "chunk"), CASES)
-def test_weighted_cross_entropy(monkeypatch, count, used, chunk):
-    monkeypatch.setattr(objectives, "CHUNK_ROWS", chunk)
-    rows = rows_of(count, used)
-    hidden, head, labels, weights = (np.asarray(x, np.float64) for x in rows)
-    value, to_hidden, to_head = 0.0, np.zeros_like(hidden), np.zeros_like(head)
-    for x, label, weight, into in zip(hidden, labels.astype(int), weights, to_hidden, strict=True):
-        p = reference.softmax(head @ x)
-        value -= weight * np.log(p[label])
-        error = weight * (p - np.eye(20)[label])
-        into += head.T @ error
-        to_head += np.outer(error, x)
-    found, ours = gradients(rows)
-    np.testing.assert_allclose(found, 2.5 * value, rtol=1e-5)
-    for a, plain, b in zip(ours, (to_hidden, to_head), naive_gradients(*rows), strict=True):
-        np.testing.assert_allclose(a, 2.5 * plain, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(ours[0][weights == 0], 0)
-    if count == 1:  # without a gradient
-        np.testing.assert_allclose(weighted_cross_entropy(*rows), value, rtol=1e-5)
-
-
-@pytest.mark.parametrize("teachers", [15, 20, 23])
-def test_weighted_cross_entropy_with_soft_labels(monkeypatch, teachers):
-    """A teacher of fewer, as many and more ids; two ids that the drafter does not share."""
-    monkeypatch.setattr(objectives, "CHUNK_ROWS", 4)
-    rows = rows_of(13, 8)
-    rng = np.random.default_rng(5)
-    theirs, their_head = rng.normal(size=(13, 6)), rng.normal(size=(teachers, 6))
-    allowed = np.ones(20, bool)
-    allowed[[3, 7]] = False
-    soft = SoftLabels(*(jnp.asarray(x, jnp.float32) for x in (theirs, their_head)), jnp.asarray(allowed))
-    hidden, head, _, weights = (np.asarray(x, np.float64) for x in rows)
-    value, to_hidden, to_head = 0.0, np.zeros_like(hidden), np.zeros_like(head)
-    for x, y, weight, into in zip(hidden, theirs, weights, to_hidden, strict=True):
-        wanted, shared = np.zeros(20), np.flatnonzero(allowed[: min(teachers, 20)])
-        wanted[shared] = reference.softmax((their_head @ y)[shared])
-        p = reference.softmax(head @ x)
-        value -= weight * (wanted * np.log(p)).sum()
-        into += weight * head.T @ (p - wanted)
-        to_head += weight * np.outer(p - wanted, x)
-    one = jax.jit(jax.value_and_grad(lambda *rows: weighted_cross_entropy(*rows, soft), (0, 1)))
-    found, (by_hidden, by_head) = one(*rows)
-    np.testing.assert_allclose(found, value, rtol=1e-5)
-    np.testing.assert_allclose(by_hidden, to_hidden, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(by_head, to_head, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("attention", ["block_causal", "bidirectional"])
 def test_with_a_teacher_the_labels_are_what_it_says_at_the_place(attention):
     """The teacher's distribution for a token is that after the true text before it, whatever the drafter sees."""
@@ -384,25 +314,3 @@ def test_with_a_teacher_the_labels_are_what_it_says_at_the_place(attention):
 
 def unstacked(config, params):
     return unstack_layers(params, config.layers)
-
-
-def test_labels_of_weightless_rows_may_be_anything(monkeypatch):
-    monkeypatch.setattr(objectives, "CHUNK_ROWS", 4)
-    hidden, head, labels, weights = rows_of(9, 5)
-    wild = jnp.where(weights == 0, 1000, labels)
-    expected, found = gradients((hidden, head, labels, weights)), gradients((hidden, head, wild, weights))
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_weighted_cross_entropy_in_bfloat16(monkeypatch):
-    monkeypatch.setattr(objectives, "CHUNK_ROWS", 16)
-    rows = rows_of(40, 30, jnp.bfloat16)
-    exact = tuple(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in rows)
-    value, ours = gradients(rows)
-    expected, theirs = gradients(exact)
-    assert value.dtype == np.float32
-    np.testing.assert_allclose(value, expected, rtol=1e-4)  # logits are accumulated in float32
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.dtype == jnp.bfloat16
-        np.testing.assert_allclose(a.astype(np.float32), b, rtol=0.02, atol=0.01 * float(np.abs(b).max()))
