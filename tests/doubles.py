@@ -1,4 +1,4 @@
-"""Drafters whose proposals are read from tables, so right, wrong or anything between; and a tokenizer of a few pieces."""
+"""Drafters whose proposals are read from tables, so right, wrong or anything between; and a small tokenizer."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -52,6 +52,16 @@ def recipe(folder: Path, output: str = "run", **changes) -> dict:
     } | changes  # fmt: skip
 
 
+def averaged(folder: Path) -> list[dict]:
+    """The two stages with an average in both, so that one compiled step serves both."""
+    return [stage | {"ema": 0.5} for stage in recipe(folder)["stages"]]
+
+
+def long(folder: Path) -> list[dict]:
+    """Two stages of thirty steps each."""
+    return [stage | {"steps": 30} for stage in recipe(folder)["stages"]]
+
+
 def write(values: dict) -> Path:
     """The recipe as a file beside its output."""
     path = Path(values["output"] + ".yaml")

@@ -19,10 +19,8 @@ STEPS = 60
 @pytest.mark.filterwarnings("ignore:.*2 prompts occur in training rows:UserWarning")
 def test_kill_9(tmp_path, environment):
     folder = runs.prepare(tmp_path)
-    stage = runs.recipe(folder)["stages"][0] | {"steps": STEPS // 2}
-    stages = [stage, stage | {"stage": "refinement", "ema": 0.9}]
     evaluation = runs.recipe(folder)["evaluation"] | {"every": 10}
-    changes = {"stages": stages, "evaluation": evaluation, "checkpoint_every": 2}
+    changes = {"stages": runs.long(folder), "evaluation": evaluation, "checkpoint_every": 2}
     whole, killed = (runs.recipe(folder, name, **changes) for name in ("whole", "killed"))
     deer_jax.align(whole)
 

@@ -287,6 +287,7 @@ def test_with_a_teacher_the_labels_are_what_it_says_at_the_place(attention):
     batch.pop("total")
     teacher_config = tiny("llama", vocab_size=V)
     teacher = random_params(teacher_config, 9)
+    unstacked = unstack_layers(teacher, teacher_config.layers)
     width = batch["tokens"].shape[1]
 
     @jax.jit
@@ -298,9 +299,7 @@ def test_with_a_teacher_the_labels_are_what_it_says_at_the_place(attention):
     expected = 0.0
     for b, tokens in enumerate(batch["tokens"]):
         causal = np.tril(np.ones((width, width), bool))[None]
-        says = reference.softmax(
-            reference.forward(teacher_config, unstacked(teacher_config, teacher), [tokens], visible=causal)[0]
-        )
+        says = reference.softmax(reference.forward(teacher_config, unstacked, [tokens], visible=causal)[0])
         for where in np.argwhere(batch["masked"][b]):
             place = where[0] if bidirectional else batch["anchor"][b, where[0]] + 1 + where[1]
             ours = rows[(b, *where)].astype(np.float64)
@@ -310,7 +309,3 @@ def test_with_a_teacher_the_labels_are_what_it_says_at_the_place(attention):
             for p in np.flatnonzero(batch["text_weight"][b]):
                 expected -= batch["text_weight"][b, p] * (says[p] * np.log(reference.softmax(text[p]))).sum()
     assert losses(drafter.params, teacher) == pytest.approx(expected, rel=1e-5)
-
-
-def unstacked(config, params):
-    return unstack_layers(params, config.layers)

@@ -81,9 +81,8 @@ def assert_close(one, other, atol):
         np.testing.assert_allclose(a, b, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("parts", [2, 8])
-def test_the_split_into_micro_batches_changes_nothing(drafter, whole, parts):
-    for (params, metrics), (expected, expected_metrics) in zip(run(drafter, make_batch(parts), 2), whole, strict=False):
+def test_the_split_into_micro_batches_changes_nothing(drafter, whole):
+    for (params, metrics), (expected, expected_metrics) in zip(run(drafter, make_batch(4), 2), whole, strict=False):
         assert_close(params, expected, 1e-5)
         assert metrics == pytest.approx(expected_metrics, rel=1e-5)
 
