@@ -203,6 +203,8 @@ def check(
     context, method = drafter.method.model.context, drafter.method
     if recipe.length > context:
         raise InputError(f"length {recipe.length} exceeds the drafter's context of {context}; lower length")
+    if len(records) < recipe.batch:  # before the output becomes a run, whose batch could not be changed
+        raise InputError(f"{records}: {len(records)} records are fewer than a batch of {recipe.batch}; lower batch")
     for number, stage in enumerate(stages):
         where, width, alone = f"stages[{number}]", stage.corruption.width, recipe.mesh == MeshShape()
         if stage.labels == "target" and recipe.length > target.config.context:

@@ -91,7 +91,7 @@ def test_stream_refuses_what_it_cannot_do(target, no_work):
     with pytest.raises(InputError, match="no tokenizer, so there is no text to stream"):
         stream(target, [[1]])
     spoken = dataclasses.replace(target, tokenizer=Pieces({}))
-    with pytest.raises(InputError, match="stream takes one prompt, got 2"):
+    with pytest.raises(InputError, match="streaming takes one prompt, got 2"):
         stream(spoken, ["a", "b"])
     with pytest.raises(InputError, match="top_p"):
         stream(spoken, "a", top_p=2.0)

@@ -243,8 +243,10 @@ def test_a_row_that_is_no_answer_is_noticed_before_any_work(folder, tmp_path):
 def test_another_recipe_or_other_answers_are_refused_with_the_differences(folder, whole, tmp_path):
     values, _ = whole
     changed = values | {"seed": 3, "stages": [values["stages"][0] | {"learning_rate": 2e-2}, values["stages"][1]]}
-    message = re.escape(f"{folder / 'whole'}: holds another run: stages.0.learning_rate was 0.01, is 0.02; ")
-    with pytest.raises(InputError, match=rf"\A{message}seed was 0, is 3\. Name another output[^\n]*\Z"):
+    message = re.escape(f"{folder / 'whole'}: holds another run: seed was 0, is 3; ")
+    with pytest.raises(
+        InputError, match=rf"\A{message}stages\.0\.learning_rate was 0\.01, is 0\.02\. Name another output[^\n]*\Z"
+    ):
         align(changed)
     run = shutil.copytree(folder / "whole", tmp_path / "run")
     answers = tmp_path / "answers.jsonl"
