@@ -1,5 +1,6 @@
 """Settings for every test: no accelerator, no network, strict JAX; and where the data is."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,11 +28,16 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# Most of the time of the tests is compilation: what was compiled before is read from disk. The bound on the size also
-# makes JAX lock the folder, which workers that write the same entry need.
+# Most of the time of the tests is compilation. XLA's own passes are left as they are, the program it arrives at is the
+# same; the machine code made of that is less optimised. What was compiled before is read from disk; the bound on the
+# size also makes JAX lock the folder, which workers that write the same entry need.
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+# A tenth of what is left went into looking for garbage: tracing makes many objects.
+gc.set_threshold(20_000, 20)
 
 
 def pytest_report_header() -> str:
@@ -64,10 +70,19 @@ def environment() -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
         "JAX_COMPILATION_CACHE_MAX_SIZE": str(CACHE_BYTES),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9",
-        # A compiled program is for this many devices and this precision.
+        # A compiled program is for these settings.
         "JAX_NUM_CPU_DEVICES": str(DEVICES),
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
+
+
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """Programs are optimised as for users: for tests that run longer than they compile."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

@@ -218,7 +218,7 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
             values["stages"] = tuple(_stage(stage, f"stages[{i}]") for i, stage in enumerate(stages))
         return _build(Recipe, values, "recipe")
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{where}: {str(error).removeprefix('recipe: ')}") from None
 
 
 def read_pretrain_recipe(path: str | Path) -> PretrainRecipe:
@@ -245,7 +245,7 @@ def pretrain_recipe_from(values: Mapping[str, Any], where: str) -> PretrainRecip
                 values[name] = [values[name]]
         return _build(PretrainRecipe, values, "recipe")
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{where}: {str(error).removeprefix('recipe: ')}") from None
 
 
 def _stage(values: Any, where: str) -> Stage:

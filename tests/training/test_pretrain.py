@@ -196,17 +196,17 @@ def test_another_recipe_or_other_texts_are_refused_with_the_differences(folder, 
         ({"model": {"heads": 3, "kv_heads": 2}}, "recipe: model: heads (3) must be a multiple of kv_heads (2)"),
         ({"model": {"layers": "two"}}, "recipe: model: layers must be a whole number, got 'two'"),
         ({"model": {"family": "gpt"}}, "recipe: model: family must be one of llama, qwen2, qwen3, qwen3_moe, got "),
-        ({"model": {"family": "qwen3"}}, "recipe: recipe: model: qk_norm must be true in the qwen3 family, got false"),
-        ({"model": {"experts": 2, "experts_per_token": 1, "expert_width": 8}}, "recipe: recipe: model: experts must"),
+        ({"model": {"family": "qwen3"}}, "recipe: model: qk_norm must be true in the qwen3 family, got false"),
+        ({"model": {"experts": 2, "experts_per_token": 1, "expert_width": 8}}, "recipe: model: experts must"),
         ({"model": {"rope": {"kinds": "yarn"}}}, "recipe: model: rope: unknown key 'kinds', did you mean 'kind'?"),
         ({"mesh": {"fdsp": 2}}, "recipe: mesh: unknown key 'fdsp', did you mean 'fsdp'?"),
-        ({"length": 65}, "recipe: recipe: length must be in 2..64, the model's context, got 65"),
-        ({"length": 1}, "recipe: recipe: length must be in 2..64"),
-        ({"steps": 0}, "recipe: recipe: steps must be at least 1, got 0"),
-        ({"batch": 3}, "recipe: recipe: batch (3) must be a multiple of accumulate (2)"),
-        ({"learning_rate": 0}, "recipe: recipe: learning_rate must be positive, got 0.0"),
-        ({"texts": []}, "recipe: recipe: texts is empty: name at least one folder"),
-        ({"texts": 7}, "recipe: recipe: texts must be a list, got 7"),
+        ({"length": 65}, "recipe: length must be in 2..64, the model's context, got 65"),
+        ({"length": 1}, "recipe: length must be in 2..64"),
+        ({"steps": 0}, "recipe: steps must be at least 1, got 0"),
+        ({"batch": 3}, "recipe: batch (3) must be a multiple of accumulate (2)"),
+        ({"learning_rate": 0}, "recipe: learning_rate must be positive, got 0.0"),
+        ({"texts": []}, "recipe: texts is empty: name at least one folder"),
+        ({"texts": 7}, "recipe: texts must be a list, got 7"),
         ({"texts": "{folder}/none"}, "{folder}/none: no such folder or file, and not 'stdlib'"),
         ({"files": "*.txt", "held_out": []}, "{folder}/texts: no text to train on; check files, exclude and held_out"),
         ({"held_out": "psi.py"}, "held_out: psi.py matches no text of {folder}/texts"),
@@ -246,7 +246,7 @@ def test_every_family_has_its_recipe(family):
     values = {"texts": "t", "output": "o", "steps": 1, "model": model}
     assert pretrain_recipe_from(values, "here").model == REAL[family]
     for name in ("qk_norm", "qkv_bias"):
-        with pytest.raises(InputError, match=rf"\Ahere: recipe: model: {name} must be (true|false) in the {family} "):
+        with pytest.raises(InputError, match=rf"\Ahere: model: {name} must be (true|false) in the {family} "):
             pretrain_recipe_from(values | {"model": model | {name: not model[name]}}, "here")
 
 
@@ -328,5 +328,5 @@ def test_a_recipe_is_written_as_it_is_read(tmp_path):
     assert isinstance(hash(recipe), int)
     least = {name: values[name] for name in ("texts", "output", "model", "steps")} | {"length": 64}
     assert isinstance(pretrain_recipe_from(least, "least"), PretrainRecipe)
-    with pytest.raises(InputError, match=r"\Aempty: recipe: missing output, texts, model, steps\Z"):
+    with pytest.raises(InputError, match=r"\Aempty: missing output, texts, model, steps\Z"):
         pretrain_recipe_from({}, "empty")
