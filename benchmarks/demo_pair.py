@@ -19,7 +19,7 @@ from deer_jax.decoding.prompts import encode_prompts
 from deer_jax.demo import PROMPTS
 
 LENGTHS = (2, 4, 8, 16)
-UNTRAINED_LAYERS = (0, 5)
+UNTRAINED_LAYERS = (0, 2, 5)
 
 
 def main():

@@ -29,7 +29,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence |
     devices = list(jax.devices() if devices is None else devices)
     count = data * fsdp * tensor
     if min(data, fsdp, tensor) < 1 or count > len(devices):
-        raise InputError(f"a {data}x{fsdp}x{tensor} mesh needs {count} devices, {len(devices)} are there")
+        remedy = f"set JAX_NUM_CPU_DEVICES={count}" if devices[0].platform == "cpu" else "choose a smaller one"
+        raise InputError(f"a {data}x{fsdp}x{tensor} mesh needs {count} devices, {len(devices)} are there; {remedy}")
     grid = np.array(devices[:count]).reshape(data, fsdp, tensor)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
