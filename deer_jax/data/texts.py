@@ -8,7 +8,7 @@ import dataclasses
 import fnmatch
 import json
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +156,10 @@ def window_batches(windows: Windows, *, batch: int, seed: int):
     return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
-def passages(documents: Sequence[Document], *, count: int, most: int, seed: int) -> list[str]:
-    """`count` beginnings of paragraphs, for prompts: one to `most` lines each.
+def passages(
+    documents: Sequence[Document], *, count: int, most: int, seed: int, fits: Callable[[str], bool] = lambda _: True
+) -> list[str]:
+    """`count` beginnings of paragraphs, for prompts: one to `most` lines each; those that do not fit are left out.
 
     A paragraph follows an empty line. A passage ends without a newline: a tokenizer joins it with the indentation that
     follows, so alone it would read as something else. Documents have a share of the passages in proportion to their
@@ -174,7 +176,7 @@ def passages(documents: Sequence[Document], *, count: int, most: int, seed: int)
     for at in rng.permutation(len(starts)):
         lines, first = starts[at]
         piece = "".join(lines[first : first + int(rng.integers(1, most + 1))]).rstrip()
-        if len(piece) >= SHORT_LINE:
+        if len(piece) >= SHORT_LINE and fits(piece):
             found[piece] = None
         if len(found) == count:
             break

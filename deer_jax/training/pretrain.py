@@ -44,6 +44,7 @@ from deer_jax.training.recipe import INESSENTIAL, PretrainRecipe, pretrain_recip
 PROMPTS, HELD_OUT = "prompts.jsonl", "held_out.jsonl"
 HELD_OUT_PROMPTS = 128
 PROMPT_LINES = 12
+PROMPT_SHARE = 0.75  # of the context at most, so that an answer has room
 EVALUATED_WINDOWS = 64
 
 
@@ -110,12 +111,19 @@ def pretrain(
         output, to_mapping(recipe), facts(recipe, corpus), kind=TARGET, essential=essential,
         describe=lambda folder: describe(folder, recipe, corpus, show),
     )  # fmt: skip
+    tokenizer = Tokenizer.load(output / TARGET)
+    assert tokenizer is not None
+    room = PROMPT_SHARE * recipe.model.context
     for name, texts, count in (
         (PROMPTS, corpus.training, recipe.prompts),
         (HELD_OUT, corpus.held_out, HELD_OUT_PROMPTS),
     ):
         if texts and not (output / name).exists():
-            write_prompts(output / name, passages(texts, count=count, most=PROMPT_LINES, seed=recipe.seed))
+            found = passages(
+                texts, count=count, most=PROMPT_LINES, seed=recipe.seed,
+                fits=lambda text: len(tokenizer.encode(text)) <= room,
+            )  # fmt: skip
+            write_prompts(output / name, found)
     work = _Pretraining(recipe, corpus, mesh, show)
     stop = should_stop or (lambda: False)
     with Trainer(work, recipe, mesh=mesh, dtype=work.dtype, show=show, should_stop=stop) as run:

@@ -162,7 +162,8 @@ class PretrainRecipe(RunSettings):
       length: tokens per training window.
       optimizer: its keys stand beside the others: learning_rate, warmup, ...
       evaluate_every: steps between evaluations on the texts kept apart.
-      prompts: beginnings of paragraphs of the training texts to write as prompts.
+      prompts: beginnings of paragraphs of the training texts to write as prompts, none longer than three quarters of
+        the context.
     """
 
     texts: tuple[str, ...]

@@ -14,7 +14,7 @@ from deer_jax import InputError
 from deer_jax.checkpoints.huggingface import load_params, read_config
 from deer_jax.checkpoints.runs import TARGET, is_run, read_best
 from deer_jax.config import ModelConfig
-from deer_jax.data.texts import Document, Windows, tokens_of
+from deer_jax.data.texts import Document, Windows, passages, tokens_of
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.models.transformer import abstract_params, bind, unstack_layers
 from deer_jax.training.metrics import read_metrics
@@ -141,8 +141,14 @@ def test_prompts_are_beginnings_of_paragraphs(whole, folder):
     prompts, held_out = read("prompts.jsonl"), read("held_out.jsonl")
     assert len(set(prompts)) == 20
     assert all(any(prompt in text for text in training) for prompt in prompts)
-    assert len(held_out) == 16  # all there are
-    assert all(prompt in pretraining.text("omega") for prompt in held_out)
+    # All there are that leave a quarter of the context for an answer.
+    tokenizer = Tokenizer.load(folder / "whole" / "target")
+    assert tokenizer is not None
+    starts = passages([Document("omega", pretraining.text("omega"))], count=99, most=12, seed=0)
+    fitting = [p for p in starts if len(tokenizer.encode(p)) <= 48]
+    assert len(fitting) < len(starts) == 16
+    assert sorted(held_out) == sorted(fitting)
+    assert all(len(tokenizer.encode(prompt)) <= 48 for prompt in prompts)
     assert all(prompt.startswith("def step_") for prompt in prompts + held_out)
 
 
