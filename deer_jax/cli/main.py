@@ -71,6 +71,8 @@ def _run(argv: Sequence[str]) -> int:
         raise InputError(f"unknown verb '{verb}', {nearest(verb, VERBS)}")
     else:
         keep_compiled_programs()
+        # Nobody needs to be told that transformers found no PyTorch: only its tokenizers are used.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         importlib.import_module(f"deer_jax.cli.{verb}").run(argv[1:])
     return 0
 
