@@ -152,7 +152,7 @@ def test_errors_are_one_line_with_place_and_remedy(tmp_path, changes, message):
 
 
 def test_missing_keys_and_files(tmp_path):
-    with pytest.raises(InputError, match=r"recipe\.yaml: recipe: missing output, target, answers, stages$"):
+    with pytest.raises(InputError, match=r"recipe\.yaml: missing output, target, answers, stages$"):
         read(tmp_path, "")
     with pytest.raises(InputError, match=r"none\.yaml: no such file$"):
         read_recipe(tmp_path / "none.yaml")
