@@ -8,8 +8,8 @@ nested dict:
     experts: gate, up [L, E, F, D], down [L, E, D, F] (mixture of experts only; always stacked)
 
 and `bind` merges it back into modules inside the jitted function. Weights are [out, in], as in Hugging Face folders,
-but for the projections of unrolled layers, which are [in, out]: on CPU a round of a model of a few million parameters is
-faster by an eighth that way (larger ones lose: BENCHMARKS.md, "What a round costs").
+but for the projections of unrolled layers, which are [in, out]: on CPU a round of a model of a few million parameters
+is faster by an eighth that way (larger ones lose: BENCHMARKS.md, "What a round costs").
 """
 
 import functools
