@@ -124,7 +124,7 @@ def pretrain(
                 fits=lambda text: len(tokenizer.encode(text)) <= room,
             )  # fmt: skip
             write_prompts(output / name, found)
-    work = _Pretraining(recipe, corpus, mesh, show)
+    work = _Pretraining(recipe, corpus, tokenizer, mesh, show)
     stop = should_stop or (lambda: False)
     with Trainer(work, recipe, mesh=mesh, dtype=work.dtype, show=show, should_stop=stop) as run:
         report = run.train()
@@ -176,14 +176,12 @@ def describe(folder: Path, recipe: PretrainRecipe, corpus: Corpus, show: Progres
 class _Pretraining:
     """What `pretrain` trains: a model, on windows of text."""
 
-    def __init__(self, recipe: PretrainRecipe, corpus: Corpus, mesh: Mesh, show: Progress):
+    def __init__(self, recipe: PretrainRecipe, corpus: Corpus, tokenizer: Tokenizer, mesh: Mesh, show: Progress):
         self.recipe = recipe
         self.mesh = mesh
         self.dtype = compute_dtype(recipe.dtype)
         self.layers = recipe.model.layers
         show(0, recipe.steps, "reading the texts as tokens")
-        tokenizer = Tokenizer.load(Path(recipe.output) / TARGET)
-        assert tokenizer is not None
         edge = tokenizer.encode("")[0]
         self.windows = Windows(tokens_of(corpus.training, tokenizer, edge), recipe.length, edge)
         self.stages: Sequence[StagePlan] = [

@@ -217,9 +217,9 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
             if not isinstance(stages, list):
                 raise InputError(f"stages must be a list, got {stages!r}")
             values["stages"] = tuple(_stage(stage, f"stages[{i}]") for i, stage in enumerate(stages))
-        return _build(Recipe, values, "recipe")
+        return _build(Recipe, values, where)
     except InputError as error:
-        raise InputError(f"{where}: {str(error).removeprefix('recipe: ')}") from None
+        raise _placed(error, where) from None
 
 
 def read_pretrain_recipe(path: str | Path) -> PretrainRecipe:
@@ -237,16 +237,16 @@ def pretrain_recipe_from(values: Mapping[str, Any], where: str) -> PretrainRecip
                 raise InputError(f"unknown key '{key}', {nearest(str(key), known)}")
         default = dataclasses.asdict(PRETRAIN_OPTIMIZER)
         given = {key: values.pop(key) for key in OPTIMIZER & values.keys()}
-        values["optimizer"] = _build(OptimizerConfig, default | given, "recipe")
+        values["optimizer"] = _build(OptimizerConfig, default | given, where)
         for name, kind in (("model", ModelConfig), ("mesh", MeshShape)):
             if name in values:
                 values[name] = _build(kind, values[name], name)
         for name in ("texts", "files", "exclude", "held_out"):
             if isinstance(values.get(name), str):
                 values[name] = [values[name]]
-        return _build(PretrainRecipe, values, "recipe")
+        return _build(PretrainRecipe, values, where)
     except InputError as error:
-        raise InputError(f"{where}: {str(error).removeprefix('recipe: ')}") from None
+        raise _placed(error, where) from None
 
 
 def _stage(values: Any, where: str) -> Stage:
@@ -274,7 +274,12 @@ def _build(cls, values: Any, where: str):
     try:
         return from_mapping(cls, values, where)
     except InputError as error:
-        raise InputError(str(error) if str(error).startswith(f"{where}: ") else f"{where}: {error}") from None
+        raise _placed(error, where) from None
+
+
+def _placed(error: InputError, where: str) -> InputError:
+    """The error with the place where it is, said once."""
+    return error if str(error).startswith(f"{where}: ") else InputError(f"{where}: {error}")
 
 
 def _convert(kind: Any, value: Any, what: str) -> Any:
