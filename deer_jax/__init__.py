@@ -4,13 +4,14 @@ from deer_jax.bench.runner import bench
 from deer_jax.checkpoints.drafters import load_drafter, save_drafter
 from deer_jax.checkpoints.export import export
 from deer_jax.checkpoints.load import load_target
-from deer_jax.config import DrafterConfig, InputError
+from deer_jax.config import DrafterConfig
 from deer_jax.decoding.answers import AnswersReport, answers
 from deer_jax.decoding.engine import decode
 from deer_jax.decoding.state import DecodeResult, DecodeStats
 from deer_jax.decoding.stream import stream, stream_blocks
 from deer_jax.demo import demo_pair
 from deer_jax.drafters.standalone import StandaloneDrafter, drafter_from_target
+from deer_jax.errors import InputError, RunError
 from deer_jax.models.target import Target
 from deer_jax.training.align import AlignReport, align
 from deer_jax.training.pretrain import PretrainReport, pretrain
@@ -23,6 +24,7 @@ __all__ = [
     "DrafterConfig",
     "InputError",
     "PretrainReport",
+    "RunError",
     "StandaloneDrafter",
     "Target",
     "align",

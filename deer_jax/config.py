@@ -1,4 +1,4 @@
-"""Configuration: small frozen dataclasses, their validation, and YAML in and out.
+"""Configuration: small frozen dataclasses, their validation.
 
 Everything here is hashable, so a configuration can be a static argument of a jitted function. A function takes the
 smallest of these that it reads.
@@ -9,16 +9,11 @@ import difflib
 import math
 import numbers
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from deer_jax.errors import InputError
 
 LEAST_TEMPERATURE = 1e-6
-
-
-class InputError(ValueError):
-    """Wrong input from the user: one line that names the value and the remedy. The command line exits with 2."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -187,20 +182,3 @@ def from_mapping(cls, values: Mapping[str, Any], where: str):
         return cls(**values)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; a file that holds something else is an error with its line."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected keys and values, found {type(values).__name__}")
-    return values

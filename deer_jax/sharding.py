@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deer_jax.config import InputError
+from deer_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from deer_jax.config import DrafterConfig, InputError, Sampling
+from deer_jax.config import DrafterConfig, Sampling
+from deer_jax.errors import InputError
 
 
 @pytest.mark.parametrize(

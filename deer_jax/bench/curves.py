@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from deer_jax.checkpoints.runs import RECIPE
-from deer_jax.config import InputError, read_yaml
+from deer_jax.errors import InputError
+from deer_jax.formats import read_yaml
 from deer_jax.training.metrics import FILE, read_metrics
 
 

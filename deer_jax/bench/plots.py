@@ -24,7 +24,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLoc
 
 from deer_jax.bench.curves import Curve
 from deer_jax.bench.report import BenchReport, MethodReport
-from deer_jax.config import InputError
+from deer_jax.errors import InputError
 
 DPI = 150
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 
 from deer_jax.bench.report import PLAIN, BenchReport, measure
-from deer_jax.config import InputError
 from deer_jax.decoding.agreement import Agreement, compare_greedy
 from deer_jax.decoding.engine import decode
 from deer_jax.decoding.prompts import encode_prompts
 from deer_jax.decoding.state import DecodeResult
 from deer_jax.drafters.protocol import Drafter
+from deer_jax.errors import InputError
 from deer_jax.models.target import Target
 
 Progress = Callable[[int, int, str], None]  # finished runs, all runs, the method that runs next
@@ -118,7 +118,7 @@ def bench(
         prompts=len(encoded),
         repeats=repeats,
         settings={
-            "dtype": str(target.params["embed"].dtype),
+            "dtype": str(target.dtype),
             "max_new_tokens": max_new_tokens,
             "top_k": top_k,
             "top_p": top_p,

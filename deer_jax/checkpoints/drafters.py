@@ -17,16 +17,17 @@ from deer_jax.checkpoints.huggingface import (
     Progress,
     load_params,
     read_config,
-    read_json,
     resolve_folder,
     save_folder,
     write_description,
 )
 from deer_jax.checkpoints.load import check_vocabulary, compute_dtype, scan_layers
 from deer_jax.checkpoints.runs import DRAFTER, is_run, read_best
-from deer_jax.config import DrafterConfig, InputError, from_mapping
+from deer_jax.config import DrafterConfig, from_mapping
 from deer_jax.data.tokenizer import Tokenizer, differing_ids
 from deer_jax.drafters.standalone import MASK, StandaloneDrafter, StandaloneMethod, drafter_from_target, new_entries
+from deer_jax.errors import InputError
+from deer_jax.formats import read_json
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params, abstract_params, is_stacked, logical_axes, stack_layers, unstack_layers
 from deer_jax.sharding import placement
@@ -66,7 +67,7 @@ def load_drafter(
         dtype = compute_dtype(dtype)
         return dataclasses.replace(drafter, params=jax.tree.map(lambda x: x.astype(dtype), drafter.params))
     folder = resolve_folder(source)
-    dtype = compute_dtype(target.params["embed"].dtype if dtype is None else dtype)
+    dtype = compute_dtype(target.dtype if dtype is None else dtype)
     run, folder = (folder, folder / DRAFTER) if is_run(folder, DRAFTER) else (None, folder)
     model, tokenizer = read_config(folder), Tokenizer.load(folder)
     check_vocabulary(tokenizer, model.vocab_size, folder)
@@ -148,7 +149,7 @@ def place_drafter(drafter: StandaloneDrafter, mesh: Mesh, dtype=jnp.float32) -> 
 
 def usable_drafter(drafter: StandaloneDrafter, params: Params, target: Target, dtype=None) -> StandaloneDrafter:
     """The drafter with parameters that training holds, as decoding beside the target wants them."""
-    dtype = target.params["embed"].dtype if dtype is None else dtype
+    dtype = target.dtype if dtype is None else dtype
     if target.mesh is not None:
         params = place_drafter(dataclasses.replace(drafter, params=params), target.mesh, dtype)
     else:

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from deer_jax.checkpoints.drafters import SECTION, SPECIAL
-from deer_jax.checkpoints.huggingface import read_config, read_json, read_stop_ids, save_folder
+from deer_jax.checkpoints.huggingface import read_config, read_stop_ids, save_folder
 from deer_jax.checkpoints.load import compute_dtype
 from deer_jax.checkpoints.runs import DRAFTER, TARGET, is_run, read_best
-from deer_jax.config import InputError
 from deer_jax.data.tokenizer import Tokenizer
+from deer_jax.errors import InputError
+from deer_jax.formats import read_json
 from deer_jax.models.transformer import abstract_params
 
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from deer_jax.config import InputError, ModelConfig, Rope
+from deer_jax.config import ModelConfig, Rope
+from deer_jax.errors import InputError
 from deer_jax.models.transformer import Weight, expert_weights, layer_weights, outer_weights
 
 ARCHITECTURES = {

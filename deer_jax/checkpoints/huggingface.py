@@ -23,8 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from deer_jax.checkpoints.families import Slot, config_from, stop_field, tensor_slots, write_config
-from deer_jax.config import InputError, ModelConfig
-from deer_jax.data.tokenizer import copy_tokenizer
+from deer_jax.config import ModelConfig
+from deer_jax.data.tokenizer import COMPANIONS, VOCABULARIES, copy_tokenizer
+from deer_jax.digests import Stamp
+from deer_jax.errors import InputError
+from deer_jax.formats import read_json
 from deer_jax.models.transformer import Params, turned
 from deer_jax.sharding import placement
 
@@ -60,19 +63,6 @@ def resolve_folder(path_or_id: str | Path) -> Path:
             f"{path_or_id}: no such folder, and it could not be downloaded from the Hugging Face hub ({first}); "
             "check the spelling and the network, or give a local folder"
         ) from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; anything else is an InputError."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; is {path.parent} a Hugging Face model folder?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -135,6 +125,15 @@ def read_headers(folder: Path) -> dict[str, Header]:
                 piece = tensors.get_slice(key)
                 headers[key] = Header(file, tuple(piece.get_shape()), str(piece.get_dtype()))
     return headers
+
+
+def deciding_files(folder: Path) -> tuple[Stamp, ...]:
+    """What of a model's folder decides its answers: weights, configuration, stop ids and tokenizer, as they are now."""
+    weights = sorted({header.file for header in read_headers(folder).values()})
+    others = ("config.json", "generation_config.json", *VOCABULARIES, *COMPANIONS)
+    return tuple(
+        Stamp.of(path) for path in (*weights, *(folder / name for name in others if (folder / name).is_file()))
+    )
 
 
 def check_headers(

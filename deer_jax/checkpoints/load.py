@@ -6,9 +6,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from deer_jax.checkpoints.huggingface import Progress, load_params, read_config, read_stop_ids, resolve_folder
-from deer_jax.config import InputError
+from deer_jax.checkpoints.huggingface import (
+    Progress,
+    deciding_files,
+    load_params,
+    read_config,
+    read_stop_ids,
+    resolve_folder,
+)
 from deer_jax.data.tokenizer import Tokenizer
+from deer_jax.digests import Digests
+from deer_jax.errors import InputError
 from deer_jax.models.target import Target
 
 DTYPES = ("bfloat16", "float32")
@@ -42,7 +50,12 @@ def check_vocabulary(tokenizer: Tokenizer | None, vocab_size: int, folder: Path)
 
 
 def load_target(
-    path_or_id: str | Path, dtype=None, mesh: Mesh | None = None, *, progress: Progress | None = None
+    path_or_id: str | Path,
+    dtype=None,
+    mesh: Mesh | None = None,
+    *,
+    progress: Progress | None = None,
+    digests: Digests | None = None,
 ) -> Target:
     """The target in a Hugging Face folder, local or on the hub.
 
@@ -50,6 +63,7 @@ def load_target(
       dtype: "bfloat16" or "float32"; None is float32 on CPU and bfloat16 elsewhere.
       mesh: devices to shard the parameters over; None is the default device.
       progress: called with the bytes read so far and their total.
+      digests: computes what `Target.digest` needs while the weights are loaded; None leaves it for when it is asked.
 
     Raises InputError, one line, for whatever is wrong with the folder.
     """
@@ -58,6 +72,9 @@ def load_target(
     config, stop_ids = read_config(folder), read_stop_ids(folder)
     tokenizer = Tokenizer.load(folder)
     check_vocabulary(tokenizer, config.vocab_size, folder)
+    files = deciding_files(folder)
+    for stamp in files if digests is not None else ():
+        digests.begin(stamp)
     params, _ = load_params(folder, config, dtype, scan=scan_layers(), mesh=mesh, progress=progress)
     return Target(
         config=config,
@@ -66,4 +83,6 @@ def load_target(
         stop_ids=stop_ids,
         name=Path(path_or_id).name or str(path_or_id),
         mesh=mesh,
+        files=files,
+        digests=Digests() if digests is None else digests,
     )

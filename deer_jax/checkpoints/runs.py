@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import yaml
 from orbax.checkpoint import v1 as ocp
 
-from deer_jax.config import InputError, read_yaml
+from deer_jax.errors import InputError
+from deer_jax.formats import read_yaml
 from deer_jax.models.transformer import Params
 
 RECIPE, FACTS, CHECKPOINTS = "recipe.yaml", "facts.json", "checkpoints"

@@ -9,8 +9,8 @@ from typing import Annotated
 from deer_jax.cli.common import ConfigOptions, PromptOptions, TargetOptions, check_distinct, check_writable
 from deer_jax.cli.options import parse
 from deer_jax.cli.progress import Reporter
-from deer_jax.config import InputError
 from deer_jax.decoding.answers import AnswersReport, answers
+from deer_jax.errors import InputError
 
 EXAMPLE = (
     "deer-jax answers --target models/stories260k --prompts stories.jsonl --temperatures 0,0.7,1 --output answers.jsonl"

@@ -22,7 +22,7 @@ from deer_jax.cli.common import (
 )
 from deer_jax.cli.options import parse
 from deer_jax.cli.progress import Reporter
-from deer_jax.config import InputError
+from deer_jax.errors import InputError
 
 EXAMPLE = (
     "deer-jax bench --target models/stories260k --drafter from-target --draft-lengths 1,4,8 "

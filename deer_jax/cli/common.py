@@ -14,9 +14,10 @@ from rich.table import Table
 from deer_jax.checkpoints.drafters import FROM_TARGET, load_drafter
 from deer_jax.checkpoints.load import load_target
 from deer_jax.cli.progress import Reporter
-from deer_jax.config import DrafterConfig, InputError, Sampling
+from deer_jax.config import DrafterConfig, Sampling
 from deer_jax.data.sources import Prompt, as_chat, read_prompts, template_arguments
 from deer_jax.drafters.protocol import Drafter
+from deer_jax.errors import InputError
 from deer_jax.models.target import Target
 
 DRAFTER_HELP = (

@@ -22,11 +22,11 @@ from deer_jax.cli.common import (
 )
 from deer_jax.cli.options import parse
 from deer_jax.cli.progress import Reporter
-from deer_jax.config import InputError
 from deer_jax.data.sources import Prompt
 from deer_jax.decoding.engine import decode
 from deer_jax.decoding.state import DecodeResult
 from deer_jax.decoding.stream import stream
+from deer_jax.errors import InputError
 
 EXAMPLE = 'deer-jax decode --target models/stories260k --drafter from-target --prompt "Once upon a time"'
 

@@ -14,12 +14,12 @@ from deer_jax.bench.runner import bench
 from deer_jax.cli.common import check_writable, show
 from deer_jax.cli.options import parse
 from deer_jax.cli.progress import Reporter
-from deer_jax.config import InputError
 from deer_jax.data.sources import read_prompts
 from deer_jax.decoding.engine import decode
 from deer_jax.decoding.stream import stream_blocks
 from deer_jax.demo import PROMPTS, demo_pair
 from deer_jax.drafters.protocol import Drafter
+from deer_jax.errors import InputError
 from deer_jax.models.target import Target
 
 SHOWN = 3  # prompts whose answers are shown; the last one is sampled, as greedy text of so small a model soon loops

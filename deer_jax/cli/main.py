@@ -11,7 +11,8 @@ from pathlib import Path
 
 import jax
 
-from deer_jax.config import InputError, nearest
+from deer_jax.config import nearest
+from deer_jax.errors import InputError
 
 VERBS = {
     "demo": "decode with a small pair, beside plain decoding",

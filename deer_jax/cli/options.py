@@ -18,7 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from deer_jax.config import InputError, nearest, read_yaml
+from deer_jax.config import nearest
+from deer_jax.errors import InputError
+from deer_jax.formats import read_yaml
 
 Options = TypeVar("Options")
 

@@ -15,7 +15,9 @@ from rich.table import Table
 
 from deer_jax.cli.common import show, write_json, write_text
 from deer_jax.cli.options import parse
-from deer_jax.config import InputError, nearest, read_yaml
+from deer_jax.config import nearest
+from deer_jax.errors import InputError
+from deer_jax.formats import read_yaml
 
 EXAMPLE = "deer-jax pipeline --steps configs/quickstart.yaml --output runs/quickstart"
 VERBS = {"pretrain": "--recipe", "answers": "--config", "align": "--recipe", "bench": "--config", "export": "--config"}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from deer_jax.cli.common import check_distinct, check_writable, write_json
-from deer_jax.config import read_yaml
+from deer_jax.formats import read_yaml
 from deer_jax.training.loop import TrainReport
 from deer_jax.training.recipe import with_settings
 

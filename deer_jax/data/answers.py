@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from deer_jax.config import InputError
+from deer_jax.errors import InputError
 
 
 class AnswerFiles:

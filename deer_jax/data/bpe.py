@@ -7,7 +7,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from deer_jax.config import InputError
+from deer_jax.errors import InputError
 
 EDGE = "<|endoftext|>"  # opens every text and ends every document; id 0
 LEAST = 257  # every byte and the edge

@@ -11,9 +11,9 @@ from typing import Any
 import grain
 import numpy as np
 
-from deer_jax.config import InputError
 from deer_jax.data.answers import AnswerFiles
 from deer_jax.diffusion.corruption import Corruption, corrupt_blocks, corrupt_cut
+from deer_jax.errors import InputError
 
 GOLDEN = 0.6180339887498949  # multiples of it modulo 1 fill the unit interval evenly
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from deer_jax.config import InputError
+from deer_jax.errors import InputError
 
 # The first of these whose fields a line has says what the line is.
 KINDS = (

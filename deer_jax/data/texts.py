@@ -15,8 +15,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from deer_jax.config import InputError
 from deer_jax.data.tokenizer import Tokenizer
+from deer_jax.errors import InputError
 
 STDLIB = "stdlib"
 REPEATED = 0.5  # a document of which more lines than this share stand in earlier ones is a duplicate

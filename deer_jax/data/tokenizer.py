@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deer_jax.config import InputError
+from deer_jax.errors import InputError
 
 # What holds a vocabulary, and what may lie beside it.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")

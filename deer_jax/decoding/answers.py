@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from deer_jax.config import InputError, Sampling
+from deer_jax.config import Sampling
 from deer_jax.data.answers import AnswerWriter
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.decoding.engine import ROUNDS_PER_SEGMENT, Engine, capacity_for, check_run, serve
 from deer_jax.decoding.prompts import encode_prompts
+from deer_jax.errors import InputError
 from deer_jax.models.target import Target
 
 Progress = Callable[[int, int, float], None]  # finished answers, all of them, tokens per second of this run

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deer_jax.config import InputError, Sampling
+from deer_jax.config import Sampling
 from deer_jax.decoding import loop
 from deer_jax.decoding.prompts import encode_prompts
 from deer_jax.decoding.sampling import Kind, Knobs
 from deer_jax.decoding.state import DecodeResult, DecodeState, DecodeStats, idle_state
 from deer_jax.drafters.protocol import Drafter
+from deer_jax.errors import InputError
 from deer_jax.models.cache import cache_bytes
 from deer_jax.models.target import Target
 from deer_jax.sharding import replicated
@@ -74,7 +75,7 @@ class Engine:
         drafter_state = (
             self.plan.drafter.init_state(self.params[1], self.slots, self.capacity) if self.plan.drafter else ()
         )
-        dtype = self.target.params["embed"].dtype
+        dtype = self.target.dtype
         state = idle_state(self.target.config, self.slots, self.capacity, self.plan.k, dtype, drafter_state)
         return state if self.target.mesh is None else jax.device_put(state, replicated(self.target.mesh))
 
@@ -168,7 +169,7 @@ def check_memory(target: Target, drafter: Drafter | None, slots: int, capacity: 
     """Refuse caches that do not fit beside what a device already holds. On a mesh every device holds all of them."""
 
     def needed(slots: int) -> int:
-        total = cache_bytes(target.config, slots, capacity, target.params["embed"].dtype)
+        total = cache_bytes(target.config, slots, capacity, target.dtype)
         return total + (drafter.method.state_bytes(drafter.params, slots, capacity) if drafter else 0)
 
     available = free_bytes([jax.devices()[0]] if target.mesh is None else target.mesh.devices.flat)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from deer_jax.config import ModelConfig
+from deer_jax.decoding.accept import Verdict, accept_greedy, accept_sampled
 from deer_jax.decoding.sampling import Kind, Knobs, pick_draft
 from deer_jax.decoding.state import DecodeState
-from deer_jax.decoding.verify import Verdict, accept_greedy, accept_sampled
 from deer_jax.drafters.protocol import Draft, Method
 from deer_jax.models.cache import write_cache, write_rows
 from deer_jax.models.transformer import Params, bind, prefill_rows

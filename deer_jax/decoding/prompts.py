@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from deer_jax.config import InputError
+from deer_jax.errors import InputError
 from deer_jax.models.target import Target
 
 

@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from deer_jax.config import InputError, Sampling
+from deer_jax.config import Sampling
 from deer_jax.decoding.engine import Engine, answer_text, prepare
 from deer_jax.decoding.prompts import encode_prompts
 from deer_jax.drafters.protocol import Drafter
+from deer_jax.errors import InputError
 from deer_jax.models.target import Target
 
 ROUNDS_PER_PIECE = 2

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from deer_jax.config import InputError
+from deer_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

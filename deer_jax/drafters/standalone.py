@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deer_jax.config import DrafterConfig, InputError, ModelConfig
+from deer_jax.config import DrafterConfig, ModelConfig
 from deer_jax.drafters.protocol import Context, Draft, Pick
+from deer_jax.errors import InputError
 from deer_jax.models.cache import KVCache, cache_bytes, empty_cache, write_cache
 from deer_jax.models.target import Target, Tokenizer, check_tokens
 from deer_jax.models.transformer import Params, Transformer, bind, is_stacked, prefill_rows

@@ -1,7 +1,9 @@
 """A target: configuration, parameters, tokenizer and stop ids, ready to decode."""
 
 import dataclasses
+import datetime
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -10,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from deer_jax.config import InputError, ModelConfig
+from deer_jax.config import ModelConfig
+from deer_jax.digests import Digests, Stamp, combined
+from deer_jax.errors import InputError
 from deer_jax.models.transformer import Params, bind
 
 
@@ -34,11 +38,21 @@ def check_tokens(tokens, vocab_size: int) -> np.ndarray:
     return tokens.astype(np.int32)
 
 
+def params_digests(params: Params) -> dict[str, str]:
+    """SHA-256 of every parameter, by its path; one at a time comes to the host."""
+    return {
+        jax.tree_util.keystr(path): hashlib.sha256(np.ascontiguousarray(jax.device_get(x)).view(np.uint8)).hexdigest()
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
 class Tokenizer(Protocol):
     """What decoding needs of a tokenizer; `data.tokenizer.Tokenizer` is the one for Hugging Face folders."""
 
     def encode(self, text: str) -> list[int]: ...
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template_arguments: Any) -> list[int]: ...
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, now: datetime.datetime | None = None, **template_arguments: Any
+    ) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def settled(self, ids: Sequence[int]) -> int:
         """How many leading ids have a text that later ids cannot change, but for an incomplete last character."""
@@ -55,6 +69,8 @@ class Target:
       stop_ids: generation ends with the first of these.
       name: where it came from.
       mesh: the devices its parameters lie on; None is the default device.
+      files: what of its folder decides its answers, as it was when it was loaded; () for one made in memory.
+      digests: of these files.
     """
 
     config: ModelConfig
@@ -63,6 +79,25 @@ class Target:
     stop_ids: tuple[int, ...] = ()
     name: str = "target"
     mesh: Mesh | None = None
+    files: tuple[Stamp, ...] = ()
+    digests: Digests = dataclasses.field(default_factory=Digests)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the parameters and the computation."""
+        return self.params["embed"].dtype
+
+    def digest(self) -> str:
+        """SHA-256, hexadecimal, of all that decides its answers: weights, configuration, stop ids, tokenizer, dtype.
+
+        Of files by their content, without their folder's name; of a target made in memory by its parameters.
+        """
+        parts: dict[str, Any] = {"dtype": self.dtype.name, "stop_ids": list(self.stop_ids), "config": self.config}
+        for stamp in self.files:
+            parts[f"file {stamp.path.name}"] = self.digests.of(stamp)
+        if not self.files:
+            parts |= params_digests(self.params)
+        return combined(parts)
 
     def logits(self, tokens) -> jax.Array:
         """float32 [B, T, V] of tokens int [B, T]: one full forward, for checks and research."""

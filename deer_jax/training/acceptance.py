@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from deer_jax.config import InputError
 from deer_jax.data.answers import AnswerFiles
 from deer_jax.data.sources import read_prompts, template_arguments
 from deer_jax.decoding.acceptance import acceptance_by_depth, acceptance_interval, repeated_windows
 from deer_jax.decoding.engine import decode
 from deer_jax.decoding.prompts import encode_prompts
 from deer_jax.drafters.protocol import Drafter
+from deer_jax.errors import InputError
 from deer_jax.models.target import Target
 from deer_jax.training.recipe import Evaluation
 

@@ -12,12 +12,12 @@ import numpy as np
 from deer_jax.checkpoints.drafters import describe_drafter, load_drafter, place_drafter, usable_drafter
 from deer_jax.checkpoints.load import compute_dtype, load_target
 from deer_jax.checkpoints.runs import DRAFTER, claim
-from deer_jax.config import InputError
 from deer_jax.data.answers import AnswerFiles
 from deer_jax.data.examples import example_batches
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.decoding.answers import target_digest
 from deer_jax.drafters.standalone import StandaloneDrafter
+from deer_jax.errors import InputError
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params
 from deer_jax.sharding import MeshShape, make_mesh

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from deer_jax.checkpoints.load import scan_layers
 from deer_jax.checkpoints.runs import DAMAGED, Checkpoints, best_of
-from deer_jax.config import InputError
+from deer_jax.errors import InputError
 from deer_jax.models.transformer import Params
 from deer_jax.sharding import batch_placement
 from deer_jax.training.metrics import MetricsLog, read_metrics

@@ -10,7 +10,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore
 from tensorboardX.summary import scalar
 
-from deer_jax.config import InputError
+from deer_jax.errors import InputError
 
 FILE, FOLDER = "metrics.jsonl", "tensorboard"
 

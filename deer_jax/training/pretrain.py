@@ -22,7 +22,6 @@ from jax.sharding import Mesh
 from deer_jax.checkpoints.huggingface import write_description
 from deer_jax.checkpoints.load import compute_dtype, scan_layers
 from deer_jax.checkpoints.runs import TARGET, claim
-from deer_jax.config import InputError
 from deer_jax.data.bpe import train_bpe
 from deer_jax.data.texts import (
     Corpus,
@@ -35,6 +34,7 @@ from deer_jax.data.texts import (
     write_prompts,
 )
 from deer_jax.data.tokenizer import Tokenizer
+from deer_jax.errors import InputError
 from deer_jax.models.transformer import Params, init_params, logical_axes, unstack_layers
 from deer_jax.sharding import make_mesh, placement
 from deer_jax.training.loop import Progress, StagePlan, Trainer, TrainReport, stage_seed

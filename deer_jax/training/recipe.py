@@ -10,8 +10,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from deer_jax.checkpoints.families import check_family
-from deer_jax.config import DrafterConfig, InputError, ModelConfig, Sampling, from_mapping, nearest, read_yaml
+from deer_jax.config import DrafterConfig, ModelConfig, Sampling, from_mapping, nearest
 from deer_jax.diffusion.corruption import Corruption
+from deer_jax.errors import InputError
+from deer_jax.formats import read_yaml
 from deer_jax.sharding import MeshShape
 from deer_jax.training.step import OptimizerConfig
 

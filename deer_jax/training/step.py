@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from deer_jax.config import InputError
+from deer_jax.errors import InputError
 from deer_jax.models.transformer import Params, unstack_layers
 from deer_jax.training.objectives import Loss
 

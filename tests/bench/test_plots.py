@@ -12,8 +12,8 @@ from deer_jax.bench.curves import read_curves
 from deer_jax.bench.report import BenchReport, MethodReport
 from deer_jax.cli import bench as verb
 from deer_jax.cli import main as cli
-from deer_jax.config import InputError
 from deer_jax.decoding.acceptance import acceptance_by_depth
+from deer_jax.errors import InputError
 
 LONG = "a-drafter-with-a-long-name/of_several-parts/" * 2
 

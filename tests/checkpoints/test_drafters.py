@@ -12,8 +12,9 @@ from tokenizers import models
 
 import deer_jax
 from deer_jax.checkpoints.huggingface import save_folder
-from deer_jax.config import DrafterConfig, InputError
+from deer_jax.config import DrafterConfig
 from deer_jax.data.tokenizer import Tokenizer
+from deer_jax.errors import InputError
 from tests.tiny import random_params, tiny
 
 V, MASK = 40, 30

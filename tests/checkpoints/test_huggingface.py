@@ -21,7 +21,8 @@ from deer_jax.checkpoints.huggingface import (
     save_folder,
 )
 from deer_jax.checkpoints.load import compute_dtype, load_target
-from deer_jax.config import InputError, Rope
+from deer_jax.config import Rope
+from deer_jax.errors import InputError
 from tests.tiny import REAL, random_params, tiny
 
 LLAMA = {
@@ -327,5 +328,5 @@ def test_loading_a_target_without_tokenizer(good):
     target = load_target(str(good), "bfloat16")
     assert target.tokenizer is None
     assert target.stop_ids == ()
-    assert target.params["embed"].dtype == jnp.bfloat16
+    assert target.dtype == jnp.bfloat16
     assert target.logits([[1, 2, 3]]).shape == (1, 3, 96)

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from deer_jax.config import InputError
 from deer_jax.data.answers import AnswerWriter
+from deer_jax.errors import InputError
 
 SETTINGS = {"seed": 0, "temperatures": [0.0, 0.7], "prefix": None}
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from deer_jax.config import InputError
 from deer_jax.data.sources import Prompt, as_chat, read_prompts
+from deer_jax.errors import InputError
 
 
 def write(path, *rows):

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from deer_jax.config import InputError
 from deer_jax.data.tokenizer import Tokenizer, copy_tokenizer, differing_ids
+from deer_jax.errors import InputError
 
 CHAT = [{"role": "user", "content": "hi"}]
 

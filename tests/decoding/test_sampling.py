@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from deer_jax.config import Sampling
+from deer_jax.decoding.accept import Verdict, accepted_prefix
 from deer_jax.decoding.loop import commit, first_stop
 from deer_jax.decoding.sampling import Kind, Knobs, keys_for, largest_threshold, log_probabilities
 from deer_jax.decoding.state import idle_state
-from deer_jax.decoding.verify import Verdict, accepted_prefix
 from tests.decoding.processed import processed
 from tests.tiny import tiny
 

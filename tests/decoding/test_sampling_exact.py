@@ -15,7 +15,7 @@ import pytest
 from scipy import stats
 
 from deer_jax import DrafterConfig, Target, decode, drafter_from_target
-from deer_jax.decoding import engine, loop, sampling, verify
+from deer_jax.decoding import accept, engine, loop, sampling
 from deer_jax.decoding.sampling import ACCEPT, DRAFT, RESAMPLE, log_probabilities
 from deer_jax.drafters.protocol import Draft
 from tests.decoding.processed import processed
@@ -176,7 +176,7 @@ def planted_accept(logits, draft, *, length, prompt_index, rounds, kind, knobs, 
         choice = choice.at[:, j].set(jnp.where(keep, token, drawn))
         running = running & keep
         accepted = accepted + running.astype(jnp.int32)
-    return verify.Verdict(choice, accepted)
+    return accept.Verdict(choice, accepted)
 
 
 def wrong_temperature(logits, first, *, context, rounds, kind, knobs):
@@ -213,18 +213,18 @@ MISTAKES = {
     "residual-of-p": accept_with("residual-of-p"),
     "bonus-of-the-position-before": accept_with("bonus-of-the-position-before"),
     "q-of-another-temperature": [(loop, "pick_draft", wrong_temperature)],
-    "continue-after-a-rejection": [(verify, "accepted_prefix", keep_behind_a_rejection)],
-    "coin-of-the-draft": [(verify, "keys_for", functools.partial(shared_purpose, uses=DRAFT, instead_of=ACCEPT))],
-    "redraw-of-the-draft": [(verify, "keys_for", functools.partial(shared_purpose, uses=DRAFT, instead_of=RESAMPLE))],
-    "redraw-of-the-coin": [(verify, "keys_for", functools.partial(shared_purpose, uses=ACCEPT, instead_of=RESAMPLE))],
-    "keys-without-the-position": [(verify, "keys_for", without_position), (sampling, "keys_for", without_position)],
+    "continue-after-a-rejection": [(accept, "accepted_prefix", keep_behind_a_rejection)],
+    "coin-of-the-draft": [(accept, "keys_for", functools.partial(shared_purpose, uses=DRAFT, instead_of=ACCEPT))],
+    "redraw-of-the-draft": [(accept, "keys_for", functools.partial(shared_purpose, uses=DRAFT, instead_of=RESAMPLE))],
+    "redraw-of-the-coin": [(accept, "keys_for", functools.partial(shared_purpose, uses=ACCEPT, instead_of=RESAMPLE))],
+    "keys-without-the-position": [(accept, "keys_for", without_position), (sampling, "keys_for", without_position)],
 }
 # Right although it looks different. A second writing of the test; and keys without the round: the numbers of a draft
 # behind a rejection decided nothing, so using them again correlates nothing as long as tokens are judged one by one.
 # (Verification of whole blocks would break this, which is why the round is in the key; `test_sampling` has it there.)
 HARMLESS = {
     "second-writing": accept_with(""),
-    "keys-without-the-round": [(verify, "keys_for", without_round), (sampling, "keys_for", without_round)],
+    "keys-without-the-round": [(accept, "keys_for", without_round), (sampling, "keys_for", without_round)],
 }
 LEVEL_EACH = LEVEL / (len(CASES) + len(MISTAKES) + len(HARMLESS))
 

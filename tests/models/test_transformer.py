@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deer_jax.config import InputError
+from deer_jax.errors import InputError
 from deer_jax.models.cache import KVCache, write_cache
 from deer_jax.models.target import Target, full_logits
 from deer_jax.models.transformer import bind, is_stacked, unstack_layers

@@ -1,0 +1,42 @@
+"""What goes wrong, as one line each: by whom it can be mended, and the command line's exit status."""
+
+
+class InputError(ValueError):
+    """Wrong input from the user: one line that names the value and the remedy. The command line exits with 2."""
+
+
+class PromptError(InputError):
+    """One of several prompts is wrong.
+
+    Attributes:
+      index: its place in the list, from 0; reason: what is wrong with it. Who knows where the prompt came from says so
+        instead of the index.
+    """
+
+    def __init__(self, index: int, reason: str):
+        super().__init__(f"prompts[{index}]: {reason}")
+        self.index, self.reason = index, reason
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on although its input was right: a full disk, a damaged checkpoint, a loss that is not
+    finite. One line; the command line exits with 1."""
+
+
+class NotFiniteError(RunError):
+    """The logits for a prompt are not finite.
+
+    Attributes:
+      index: the prompt's place in the list, from 0; reason: which model's, and the tensor that is the cause where one
+        is found.
+    """
+
+    def __init__(self, index: int, reason: str):
+        super().__init__(f"prompts[{index}]: {reason}")
+        self.index, self.reason = index, reason
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What an error says, on one line of at most `most` characters; its kind where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."
