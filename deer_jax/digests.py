@@ -99,7 +99,7 @@ class Digests:
         return found.hexdigest()
 
 
-def _usable(known: Any) -> dict[str, list[Any]]:
+def _usable(known: Any) -> dict[str, Any]:
     """The records of a file that anybody may have edited."""
     if not isinstance(known, Mapping):
         return {}

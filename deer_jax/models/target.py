@@ -41,7 +41,9 @@ def check_tokens(tokens, vocab_size: int) -> np.ndarray:
 def params_digests(params: Params) -> dict[str, str]:
     """SHA-256 of every parameter, by its path; one at a time comes to the host."""
     return {
-        jax.tree_util.keystr(path): hashlib.sha256(np.ascontiguousarray(jax.device_get(x)).view(np.uint8)).hexdigest()
+        jax.tree_util.keystr(path): hashlib.sha256(
+            np.ascontiguousarray(jax.device_get(x)).view(np.uint8).data
+        ).hexdigest()
         for path, x in jax.tree_util.tree_leaves_with_path(params)
     }
 
