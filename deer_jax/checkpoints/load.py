@@ -73,8 +73,9 @@ def load_target(
     tokenizer = Tokenizer.load(folder)
     check_vocabulary(tokenizer, config.vocab_size, folder)
     files = deciding_files(folder)
-    for stamp in files if digests is not None else ():
-        digests.begin(stamp)
+    if digests is not None:
+        for stamp in files:
+            digests.begin(stamp)
     params, _ = load_params(folder, config, dtype, scan=scan_layers(), mesh=mesh, progress=progress)
     return Target(
         config=config,
