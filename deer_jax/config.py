@@ -163,6 +163,14 @@ class ModelConfig:
         if self.experts and self.expert_width < 1:
             raise InputError(f"expert_width must be at least 1, got {self.expert_width}")
 
+    def described(self) -> str:
+        """In a few words: ``llama, 5 layers of width 64, 512 tokens, context 512``."""
+        experts = f", {self.experts} experts" if self.experts else ""
+        return (
+            f"{self.family}, {self.layers} layers of width {self.width}{experts}, {self.vocab_size} tokens, "
+            f"context {self.context}"
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DrafterConfig:

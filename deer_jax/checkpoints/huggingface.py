@@ -239,6 +239,7 @@ def save_folder(
     extra: Mapping[str, Any] | None = None,
     extra_config: Mapping[str, Any] | None = None,
     max_shard_bytes: float = 5e9,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a folder that transformers and `load_params` read: all of it, or nothing.
 
@@ -247,27 +248,24 @@ def save_folder(
       tokenizer_source: the folder whose tokenizer files are copied.
       extra: further tensors by key; extra_config: further entries of config.json.
       max_shard_bytes: weights beyond this are split over several files with an index.
+      finish: called with the folder when all of this is in it, before it takes its place.
 
     Raises InputError if `folder` exists and is not an empty folder, RunError for values that are not finite.
     """
     folder = Path(folder)
     with new_folder(folder) as partial:
-        write_weights(partial, config, params, extra=extra, max_shard_bytes=max_shard_bytes)
+        _write_weights(partial, config, params, extra, max_shard_bytes)
         write_description(
             partial, config, params["embed"].dtype, tokenizer_source=tokenizer_source, stop_ids=stop_ids, bos_id=bos_id,
             extra_config=extra_config,
         )  # fmt: skip
+        if finish is not None:
+            finish(partial)
 
 
-def write_weights(
-    folder: Path,
-    config: ModelConfig,
-    params: Params,
-    *,
-    extra: Mapping[str, Any] | None = None,
-    max_shard_bytes: float = 5e9,
+def _write_weights(
+    folder: Path, config: ModelConfig, params: Params, extra: Mapping[str, Any] | None, max_shard_bytes: float
 ) -> None:
-    """The weights of a model's folder; the arguments are those of `save_folder`."""
     slots, extra = tensor_slots(config), dict(extra or {})
     dtype = params["embed"].dtype
     sizes = {key: int(np.prod(slot.shape)) * dtype.itemsize for key, slot in slots.items()}

@@ -17,7 +17,7 @@ from deer_jax.checkpoints.huggingface import (
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.digests import Digests, check_unchanged
 from deer_jax.errors import InputError, shown
-from deer_jax.models.target import Target
+from deer_jax.models.target import Target, references
 
 DTYPES = ("bfloat16", "float32")
 
@@ -96,4 +96,5 @@ def load_target(
         mesh=mesh,
         files=files,
         digests=Digests() if digests is None else digests,
+        loaded=references(params, tokenizer),
     )
