@@ -5,6 +5,7 @@ once more finds that it is done.
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from deer_jax.checkpoints.drafters import SECTION, SPECIAL
+from deer_jax.checkpoints.hub import existing_folder, expanded
 from deer_jax.checkpoints.huggingface import read_bos_id, read_config, read_stop_ids, read_values, save_folder
 from deer_jax.checkpoints.load import compute_dtype
 from deer_jax.checkpoints.runs import CHECKPOINTS, DRAFTER, TARGET, best_checkpoint, is_run, read_best
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.digests import combined
-from deer_jax.errors import InputError
+from deer_jax.errors import InputError, named
 from deer_jax.files import Lock, disk_error
 from deer_jax.formats import json_bytes, open_file, read_json
 from deer_jax.models.transformer import abstract_params
@@ -40,8 +42,10 @@ def export(source: str | Path, output: str | Path, *, dtype="bfloat16") -> Path:
     Returns the output's path. Raises InputError if the source is no run or has no checkpoint, if the output holds
     anything else or is being written; RunError for parameters that are not finite, or if the disk is full.
     """
-    source, output, dtype = Path(source).expanduser(), Path(output).expanduser(), compute_dtype(dtype)
-    about = _about(source, dtype)
+    dtype = compute_dtype(dtype)
+    if not os.fspath(output):
+        raise InputError("output is empty: name the folder to make")
+    source, output, about = expanded(source), expanded(output), _about(source, dtype)
     if _is_whole(output, about):
         return output
     try:
@@ -56,29 +60,26 @@ def export(source: str | Path, output: str | Path, *, dtype="bfloat16") -> Path:
 
 def is_exported(source: str | Path, output: str | Path, *, dtype="bfloat16") -> bool:
     """Whether `export` with the same arguments would find its work done."""
-    source, output = Path(source).expanduser(), Path(output).expanduser()
-    return _is_whole(output, _about(source, compute_dtype(dtype)))
+    return _is_whole(expanded(output), _about(source, compute_dtype(dtype)))
 
 
-def _about(source: Path, dtype: jnp.dtype) -> dict[str, Any]:
+def _about(source: str | Path, dtype: jnp.dtype) -> dict[str, Any]:
     """What an export is one of, as `export.json` says it."""
-    kind = _kind(source)
-    step = best_checkpoint(source).step
+    folder = existing_folder(source)
+    kind = next((kind for kind in (DRAFTER, TARGET) if folder and is_run(folder, kind)), None)
+    if folder is None or kind is None:
+        raise InputError(
+            f"{named(source, 200)}: is no folder of a pretrain or align run; give the `output` of its recipe"
+        )
+    step = best_checkpoint(folder).step
     return {
         "format": FORMAT,
         "kind": kind,
-        "source": source.absolute().name,
+        "source": folder.absolute().name,
         "step": step,
-        "checkpoint_sha256": checkpoint_digest(source, step),
+        "checkpoint_sha256": checkpoint_digest(folder, step),
         "dtype": dtype.name,
     }
-
-
-def _kind(source: Path) -> str:
-    for kind in (DRAFTER, TARGET):
-        if is_run(source, kind):
-            return kind
-    raise InputError(f"{source}: is no folder of a pretrain or align run; give the `output` of its recipe")
 
 
 def checkpoint_digest(run: Path, step: int) -> str:

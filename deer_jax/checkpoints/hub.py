@@ -40,7 +40,7 @@ def resolve_folder(path_or_id: str | os.PathLike[str]) -> Path:
         if not HUB_ID.fullmatch(hub_id):
             raise InputError(f"{named(text)}: a model of the Hugging Face hub is written {HUB}OWNER/NAME")
         return _download(hub_id, text)
-    path = _existing(text)
+    path = existing_folder(text)
     if path is not None:
         return path
     if _looks_like_a_path(text):
@@ -58,17 +58,23 @@ def model_name(path_or_id: str | os.PathLike[str]) -> str:
     return Path(path_or_id).name or str(path_or_id)
 
 
-def _existing(text: str) -> Path | None:
-    """The folder at a path; None if nothing is there."""
+def expanded(text: str | os.PathLike[str]) -> Path:
+    """The path, a leading ~ replaced by the home folder."""
     try:
-        path = Path(text).expanduser()
+        return Path(text).expanduser()
+    except RuntimeError:  # ~nobody, or no home at all
+        raise InputError(f"{named(text, 200)}: no such home folder; check the path") from None
+
+
+def existing_folder(text: str | os.PathLike[str]) -> Path | None:
+    """The folder at a path; None if nothing is there."""
+    path = expanded(text)
+    try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise unreadable(named(text, 200), error) from None
-    except RuntimeError:  # ~nobody, or no home at all
-        raise InputError(f"{named(text, 200)}: no such home folder; check the path") from None
     if not stat.S_ISDIR(mode):
         raise InputError(f"{named(text, 200)}: is a file; name the folder of the model")
     return path
