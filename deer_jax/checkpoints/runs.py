@@ -119,6 +119,21 @@ def is_run(folder: Path, kind: str) -> bool:
     return (folder / RECIPE).is_file() and (folder / kind).is_dir()
 
 
+def best_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint that `read_best` reads."""
+    with _quiet():
+        orbax = ocp.training.Checkpointer(str((folder / CHECKPOINTS).absolute()))
+    with contextlib.closing(orbax):
+        return _best(folder, orbax)
+
+
+def _best(folder: Path, orbax: ocp.training.Checkpointer) -> Checkpoint:
+    found = [_checkpoint(each) for each in orbax.checkpoints]
+    if not found:
+        raise InputError(f"{folder}: the run has no checkpoint yet; training writes the first one later")
+    return best_of(found) or found[-1]
+
+
 def read_best(folder: Path, shapes: Params) -> Params:
     """The parameters to decode with, of the run's best checkpoint, or its newest if none was measured.
 
@@ -127,10 +142,7 @@ def read_best(folder: Path, shapes: Params) -> Params:
     with _quiet():
         orbax = ocp.training.Checkpointer(str((folder / CHECKPOINTS).absolute()))
     with contextlib.closing(orbax):
-        found = [_checkpoint(each) for each in orbax.checkpoints]
-        if not found:
-            raise InputError(f"{folder}: the run has no checkpoint yet; training writes the first one later")
-        best = best_of(found) or found[-1]
+        best = _best(folder, orbax)
         part = "average" if (folder / CHECKPOINTS / str(best.step) / "average").is_dir() else "params"
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=here), shapes)

@@ -21,7 +21,7 @@ from deer_jax.errors import InputError
 from deer_jax.models.target import Target
 
 DRAFTER_HELP = (
-    f"a folder, a hub id, or '{FROM_TARGET}': an untrained drafter with the target's own weights "
+    f"a folder, a hub id ([hub:]OWNER/NAME), or '{FROM_TARGET}': an untrained drafter with the target's own weights "
     f"('{FROM_TARGET}:0,2' takes these layers only)"
 )
 
@@ -30,7 +30,7 @@ DRAFTER_HELP = (
 class TargetOptions:
     """target"""
 
-    target: Annotated[str, "the model to decode: a Hugging Face folder or hub id", "FOLDER"]
+    target: Annotated[str, "the model to decode: a Hugging Face folder or hub id ([hub:]OWNER/NAME)", "FOLDER"]
     dtype: Annotated[
         Literal["bfloat16", "float32"] | None, "of the weights; by default float32 on CPU, else bfloat16"
     ] = None

@@ -9,7 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deer_jax.digests import combined
 from deer_jax.errors import InputError
+from deer_jax.formats import read_bytes
 
 # What holds a vocabulary, and what may lie beside it.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
@@ -112,6 +114,11 @@ class Tokenizer:
         """Short hexadecimal digest of the vocabulary: equal for tokenizers whose ids mean the same."""
         entries = json.dumps(sorted(self.vocabulary().items()), ensure_ascii=False)
         return hashlib.sha256(entries.encode()).hexdigest()[:12]
+
+    def digest(self) -> str:
+        """SHA-256, hexadecimal, of its files as they are now."""
+        files = [self.folder / name for name in (*VOCABULARIES, *COMPANIONS) if (self.folder / name).is_file()]
+        return combined({file.name: hashlib.sha256(read_bytes(file)).hexdigest() for file in files})
 
     @functools.cached_property
     def _unsettled_ids(self) -> frozenset[int]:

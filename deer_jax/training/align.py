@@ -62,7 +62,7 @@ def align(
     work = _Alignment(recipe, show)
     claim(
         Path(recipe.output), to_mapping(recipe), work.facts(), kind=DRAFTER,
-        essential=essential, describe=lambda folder: describe_drafter(folder, work.drafter),
+        essential=essential, describe=lambda folder: describe_drafter(folder, work.drafter, work.target.stop_ids),
     )  # fmt: skip
     stop = should_stop or (lambda: False)
     with Trainer(work, recipe, mesh=work.mesh, dtype=work.dtype, show=show, should_stop=stop) as run:
