@@ -110,14 +110,15 @@ def test_right_and_half_right_tables_accept_what_they_should(case, certain):
 
 
 def test_drafts_made_position_by_position(case):
-    """One `pick` for each position: the answer is the same, and where the logits are the same too, so are the rounds."""
+    """One `pick` for each position: the answer is the same, and if the logits are, so are the rounds."""
     target, prompts, plain, _ = case
     n, k, V = 4, 3, target.config.vocab_size
     logits, follows = np.zeros((2, V, k, V))
     for text in ([*prompt, *answer] for prompt, answer in zip(prompts[:n], plain[:n], strict=True)):
-        for at, i in np.ndindex(len(text) - k, k):
-            logits[text[at], i, text[at + i + 1]] += 1  # what stands i + 1 tokens behind this one
+        for at in range(len(text) - 1):
             follows[text[at], :, text[at + 1]] += 1
+            for i, token in enumerate(text[at + 1 : at + 1 + k]):
+                logits[text[at], i, token] += 1  # what stands i + 1 tokens behind this one
     found = {}
     for name, drafter in {
         "at once": anchor_drafter(logits),
