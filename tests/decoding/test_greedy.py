@@ -35,7 +35,7 @@ GRID = [
 
 def make_target(family: str, *, scan: bool, stop_ids=(), **changes) -> Target:
     config = tiny(family, **(SMALL | changes))
-    return Target(config=config, params=random_params(config, 5, scan=scan), stop_ids=stop_ids)
+    return Target(config=config, params=random_params(config, 8, scan=scan), stop_ids=stop_ids)
 
 
 def make_prompts(lengths, vocab_size: int, seed: int = 0) -> list[list[int]]:
@@ -61,6 +61,7 @@ def case():
     stopped = [len(answer) < limit for answer, limit in zip(plain, LIMITS, strict=True)]
     assert any(stopped)
     assert not all(stopped)
+    assert np.median([len(answer) for answer in plain]) > 10  # of one token nothing would be seen
     return target, prompts, plain, table_drafters(target, prompts, plain)
 
 
