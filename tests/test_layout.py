@@ -8,6 +8,8 @@ import pytest
 
 import deer_jax
 
+pytestmark = pytest.mark.representative
+
 PACKAGE = Path(__file__).resolve().parent.parent / "deer_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 400

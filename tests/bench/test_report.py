@@ -42,6 +42,7 @@ SAME = Agreement(2, 6, ())
 NEAR, FAR = (Agreement(2, 5, (Departure(1, 1, gap, 1e-5),)) for gap in (1e-5, 1e-2))
 
 
+@pytest.mark.representative
 def test_measure():
     found = measure(
         DRAFTED, PLAIN, drafter="x", temperature=0.0, batch_size=2, compile_seconds=7.0, agreements=[SAME, NEAR]
@@ -104,6 +105,7 @@ def quantile(values, share):
     return values[int(np.ceil(share * len(values))) - 1]
 
 
+@pytest.mark.representative
 @pytest.mark.parametrize("prompts", UNEQUAL)
 def test_interval_is_that_of_all_resamples_of_the_prompts(prompts, monkeypatch):
     """95 % of them, each a ratio of sums: exact from all 27 or 3,125."""

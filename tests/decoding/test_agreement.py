@@ -26,6 +26,7 @@ def twins():
     return dataclasses.replace(target, params=params), plain, at, twin
 
 
+@pytest.mark.representative
 @pytest.mark.parametrize("difference", [1e-6, 1e-3, 0.5])
 @pytest.mark.parametrize(("share", "near"), [(0.0, True), (1.0, True), (1.9, True), (2.1, False), (20.0, False)])
 def test_a_near_tie_is_a_gap_of_at_most_twice_the_difference(difference, share, near):

@@ -120,6 +120,7 @@ def picked(logits, first, kind, knobs):
     return pick_draft(logits, first, context=context, rounds=ints, kind=kind, knobs=knobs)
 
 
+@pytest.mark.representative
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 0.8)])
 @pytest.mark.parametrize("draft_temperature", [None, 0.4, 1.7])
 def test_drafts_are_drawn_at_the_draft_temperature(draft_temperature, top_k, top_p):
@@ -141,6 +142,7 @@ def test_a_draft_temperature_of_zero_is_the_argmax_and_certain():
     np.testing.assert_array_equal(draft.tokens[:, 0], logits.argmax(axis=-1))
 
 
+@pytest.mark.representative
 def test_every_part_of_a_key_counts():
     """Keys of all combinations of seed, prompt, round, position and purpose differ; the row they are for is no part."""
     seen = set()
@@ -188,6 +190,7 @@ def plain_commit(row, choice, accepted, stop_ids):
     return new
 
 
+@pytest.mark.representative
 @pytest.mark.parametrize("k", [0, 3])
 def test_commit_equals_a_plain_loop(k):
     rng, B, S, stop_ids = np.random.default_rng(k), 60, 24, (2, 5)

@@ -20,6 +20,7 @@ from deer_jax.decoding.sampling import ACCEPT, DRAFT, RESAMPLE, log_probabilitie
 from deer_jax.drafters.protocol import Draft
 from tests.decoding.processed import processed
 from tests.doubles import anchor_drafter, stepwise_drafter, table_drafter
+from tests.fast import representing
 from tests.tiny import random_params, tiny
 
 ROWS = 16384
@@ -240,7 +241,7 @@ HARMLESS = {
 LEVEL_EACH = LEVEL / (len(CASES) + len(MISTAKES) + len(HARMLESS))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", representing(CASES, "fixed"))
 def test_joint_distribution_is_the_targets(name):
     assert CASES[name].p_value() > LEVEL_EACH
 
@@ -266,7 +267,7 @@ def planted_p_value(monkeypatch, label: str, patches) -> float:
     return value
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize("name", representing(MISTAKES, "residual-of-p"))
 def test_planted_mistakes_are_noticed(name, monkeypatch):
     assert planted_p_value(monkeypatch, name, MISTAKES[name]) < LEVEL_EACH
 

@@ -48,6 +48,7 @@ def target() -> Target:
     return Target(config=config, params=random_params(config, 5, scan=False))
 
 
+@pytest.mark.representative
 def test_compilation_is_in_no_speed_of_decode(target, clock):
     for first in (True, False):
         ran, compiled = clock.ran, clock.compiled

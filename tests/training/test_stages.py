@@ -13,6 +13,7 @@ from tests.training import runs
 COMPILING, STEP = 1000.0, 1.0
 
 
+@pytest.mark.representative
 def test_every_stage_and_every_seed_has_a_number_of_its_own():
     numbers = {stage_seed(seed, stage) for seed in (0, 1, 2, 2**32 - 1) for stage in range(5)}
     assert len(numbers) == 4 * 5
