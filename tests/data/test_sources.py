@@ -51,6 +51,7 @@ def test_mbpp_carries_its_tests(tmp_path):
         assert read_prompts(path) == [Prompt("7", expected)]
 
 
+@pytest.mark.representative
 def test_plain_forms(tmp_path):
     messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "hi"}]
     path = write(tmp_path / "a.jsonl", {"prompt": "é"}, "\n", {"messages": messages}, {"id": "x", "tokens": [1, 0]})

@@ -44,6 +44,7 @@ def stories(stories_dir, tmp_path):
     return make
 
 
+@pytest.mark.representative
 def test_plain_text_with_bos(stories_dir):
     tokenizer = Tokenizer.load(stories_dir)
     ids = tokenizer.encode("Once upon a time")
@@ -81,6 +82,7 @@ def test_a_closing_eos_is_not_added(stories):
     assert tokenizer.encode("") == [1]
 
 
+@pytest.mark.representative
 def test_chat_template_with_arguments(qwen):
     thinking = qwen.encode_chat(CHAT)
     short = qwen.encode_chat(CHAT, enable_thinking=False)

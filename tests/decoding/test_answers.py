@@ -101,6 +101,7 @@ def test_an_interrupted_run_ends_with_the_same_answers(target, prompts, whole, t
             break
         except KeyboardInterrupt:
             stops += 1
+            assert stops < 30, "an interrupted run begins anew instead of going on"
             running = json.loads(state.read_text(encoding="utf-8"))["running"]
             resumed |= {whole[int(item)]["temperature"] for item in running}
             for item, tokens in running.items():
