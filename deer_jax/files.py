@@ -30,6 +30,7 @@ WRONG_PATH = frozenset(
 )  # fmt: skip
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL})
 IN_PLACE = ("/dev/", "/proc/")  # what lies there is the system's: /dev/stdout, /dev/fd/63
+MEMORY = "/dev/shm/"  # but files there are files
 NAME_LENGTH = 200  # of what a hidden name keeps of its output's, within the 255 bytes that file systems allow
 
 
@@ -53,7 +54,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         before = replaceable(path)
         if before == "special":
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "wb", buffering=0) as stream:
+            with os.fdopen(_open_special(path), "wb") as stream:
                 yield stream
             return
         sweep(path)
@@ -80,13 +81,45 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise disk_error(path, error) from None
 
 
+def check_file(path: Path) -> None:
+    """InputError or RunError, before any work, where `write_file` would fail; nothing is left of the trial."""
+    try:
+        before = replaceable(path)
+        if before == "special":
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        if before == "file":  # one that is protected is not replaced, although its folder would allow it
+            os.close(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
+        partial, descriptor = _new_partial(path)
+        partial.unlink()
+        os.close(descriptor)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise disk_error(path, error) from None
+
+
+def _open_special(path: Path) -> int:
+    """A device or pipe, to be written to behind what is there. Our own standard streams are not opened once more: what
+    is printed later would be written over it."""
+    found = os.stat(path)
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(found, os.fstat(number)):
+                return os.dup(number)
+    return os.open(path, os.O_WRONLY | os.O_APPEND)
+
+
 def replaceable(path: Path) -> str:
     """What stands where a file is to be written: "nothing", "file", or "special", which is written to in place.
 
     InputError for a folder and for a link, whose end may be anybody's.
     """
     absolute = os.path.abspath(path)
-    if absolute.startswith(IN_PLACE):
+    if absolute.startswith(IN_PLACE) and not absolute.startswith(MEMORY):
+        if stat.S_ISBLK(os.stat(path).st_mode):
+            raise InputError(f"{path}: is a disk; name a file")
         return "special"
     try:
         found = os.lstat(path)
@@ -94,8 +127,8 @@ def replaceable(path: Path) -> str:
         return "nothing"
     if stat.S_ISLNK(found.st_mode):
         raise InputError(f"{path}: is a link to {os.readlink(path)}; name the file itself")
-    if stat.S_ISDIR(found.st_mode):
-        raise InputError(f"{path}: is a folder; name a file")
+    if stat.S_ISDIR(found.st_mode) or stat.S_ISSOCK(found.st_mode) or stat.S_ISBLK(found.st_mode):
+        raise InputError(f"{path}: is a {'folder' if stat.S_ISDIR(found.st_mode) else 'socket or disk'}; name a file")
     return "file" if stat.S_ISREG(found.st_mode) else "special"
 
 
