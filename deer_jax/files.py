@@ -31,7 +31,7 @@ WRONG_PATH = frozenset(
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL})
 IN_PLACE = ("/dev/", "/proc/")  # what lies there is the system's: /dev/stdout, /dev/fd/63
 MEMORY = "/dev/shm/"  # but files there are files
-NAME_LENGTH = 200  # of what a hidden name keeps of its output's, within the 255 bytes that file systems allow
+NAME_LENGTH = 200  # bytes of what a hidden name keeps of its output's, within the 255 bytes that file systems allow
 
 
 def disk_error(path: Path | str, error: OSError | ValueError, remedy: str = "") -> InputError | RunError:
@@ -147,7 +147,11 @@ def _new_partial(path: Path) -> tuple[Path, int]:
 
 
 def _hidden(path: Path, suffix: str) -> Path:
-    return path.absolute().with_name(f".{path.name[:NAME_LENGTH]}.{suffix}")
+    return path.absolute().with_name(f".{_beginning(path.name)}.{suffix}")
+
+
+def _beginning(name: str) -> str:
+    return os.fsdecode(os.fsencode(name)[:NAME_LENGTH])
 
 
 def _flock(descriptor: int) -> bool | None:
@@ -174,7 +178,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 def sweep(path: Path) -> None:
     """Remove what processes that are gone have left of their writing `path`."""
-    ours = re.compile(re.escape(f".{path.name[:NAME_LENGTH]}.partial-") + "[0-9a-f]{8}")
+    ours = re.compile(re.escape(f".{_beginning(path.name)}.partial-") + "[0-9a-f]{8}")
     try:
         found = [entry.path for entry in os.scandir(path.absolute().parent) if ours.fullmatch(entry.name)]
     except OSError:

@@ -102,8 +102,10 @@ def _run(argv: Sequence[str]) -> int:
 
 def meant(word: str) -> str:
     """A hint for a word that is no verb: those spelled like it or described with it, or all of them."""
-    close = difflib.get_close_matches(word.lower(), VERBS, cutoff=0.75)
-    found = [verb for verb, what in VERBS.items() if verb in close or word.lower() in re.findall(r"\w+", what)]
+    word = word.lower()
+    close = difflib.get_close_matches(word, VERBS, cutoff=0.75)
+    described = {verb: re.findall(r"\w+", what) for verb, what in VERBS.items()}
+    found = [word] if word in VERBS else [verb for verb in VERBS if verb in close or word in described[verb]]
     return f"did you mean {' or '.join(map(repr, found))}?" if found else f"valid: {', '.join(VERBS)}"
 
 

@@ -35,7 +35,8 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are `InputError`s."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(message.removeprefix("argument "))
+        message = message.removeprefix("argument ")
+        raise InputError(message if len(message) <= 5 * SHOWN else f"{message[: 5 * SHOWN]}...")
 
 
 class _Once(argparse.Action):
@@ -57,7 +58,7 @@ def _store(action: argparse.Action, parser: argparse.ArgumentParser, namespace: 
     before = getattr(namespace, action.dest, value)
     if before != value:
         parser.error(
-            f"{action.option_strings[0]} is given twice, as {_shown(before)} and {_shown(value)}, but takes one value"
+            f"{action.option_strings[0]} is given twice, as {shown(before)} and {shown(value)}, but takes one value"
         )
     setattr(namespace, action.dest, value)
 
@@ -149,13 +150,13 @@ def _fields(cls: Any) -> tuple[dataclasses.Field, ...]:
 
 def _integer(text: str) -> int:
     if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
-        raise argparse.ArgumentTypeError(f"invalid int value: {_shown(text)}")
+        raise argparse.ArgumentTypeError(f"invalid int value: {shown(text)}")
     return int(text)
 
 
 def _float(text: str) -> float:
     if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text) or not math.isfinite(float(text)):
-        raise argparse.ArgumentTypeError(f"invalid float value: {_shown(text)}")
+        raise argparse.ArgumentTypeError(f"invalid float value: {shown(text)}")
     return float(text)
 
 
@@ -171,12 +172,12 @@ def _numbers(read: Callable[[str], Number], text: str) -> list[Number]:
     try:
         return [read(part.strip()) for part in text.split(",")]
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"invalid comma-separated numbers value: {_shown(text)}") from None
+        raise argparse.ArgumentTypeError(f"invalid comma-separated numbers value: {shown(text)}") from None
 
 
 def _text(text: str) -> str:
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise argparse.ArgumentTypeError(f"is not UTF-8: {_shown(text)}")
+        raise argparse.ArgumentTypeError(f"is not UTF-8: {shown(text)}")
     return text
 
 
@@ -194,12 +195,16 @@ def _source(text: str) -> Source:
         pass
     except (OSError, ValueError) as error:  # ValueError: a NUL
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise argparse.ArgumentTypeError(f"{_shown(text)}: {reason}") from None
+        raise argparse.ArgumentTypeError(f"{shown(text)}: {reason}") from None
     return Source(text)
 
 
-def _shown(value: Any) -> str:
-    text = str(value)
+def shown(value: Any) -> str:
+    """A wrong value as a message quotes it, of a sane length."""
+    try:
+        text = str(value)
+    except ValueError:  # of thousands of digits, which Python does not print
+        return f"an {type(value).__name__} of too many digits"
     return f"'{text}'" if len(text) <= SHOWN else f"'{text[:SHOWN]}...'"
 
 
@@ -219,7 +224,7 @@ def _as_arguments(cls: type, values: Mapping[str, Any]) -> list[str]:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in names:
-            raise InputError(f"unknown key {_shown(key)}, {nearest(name[:SHOWN], names)}")
+            raise InputError(f"unknown key {shown(key)}, {nearest(name[:SHOWN], names)}")
         if name in seen:
             raise InputError(f"the key '{key}' stands twice, also as '{seen[name]}'")
         seen[name] = key
@@ -227,19 +232,19 @@ def _as_arguments(cls: type, values: Mapping[str, Any]) -> list[str]:
             continue
         if hints[name] is bool:
             if not isinstance(value, bool):
-                raise InputError(f"key '{key}': expected true or false, got {_shown(value)}")
+                raise InputError(f"key '{key}': expected true or false, got {shown(value)}")
             arguments.append(_flag(name if value else f"no_{name}"))
             continue
         kind, several = _kind(hints[name])
         if isinstance(value, list | Mapping) and not several:
-            raise InputError(f"key '{key}' takes one value, got {_shown(value)}")
+            raise InputError(f"key '{key}' takes one value, got {shown(value)}")
         if isinstance(value, Mapping):
             if kind in (int, float):
-                raise InputError(f"key '{key}' takes numbers, got {_shown(value)}")
+                raise InputError(f"key '{key}' takes numbers, got {shown(value)}")
             value = [f"{k}={v if isinstance(v, str) else _as_json(v, f'{key}.{k}')}" for k, v in value.items()]
         for entry in value if isinstance(value, list) else [value]:
             if isinstance(entry, bool) or not isinstance(entry, str | int | float):
-                what = f"got {_shown(entry)}, a YAML {type(entry).__name__}; quotes make it text"
+                what = f"got {shown(entry)}, a YAML {type(entry).__name__}; quotes make it text"
                 raise InputError(f"key '{key}': expected text or a number, {what}")
             arguments.append(f"{_flag(name)}={entry if isinstance(entry, str) else _as_json(entry, key)}")
     return arguments
@@ -249,4 +254,4 @@ def _as_json(value: Any, key: Any) -> str:
     try:
         return json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"key {_shown(key)}: {one_line(error)}") from None
+        raise InputError(f"key {shown(key)}: {one_line(error)}") from None

@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from deer_jax.cli.common import show, write_json, write_text
-from deer_jax.cli.options import parse
+from deer_jax.cli.options import parse, shown
 from deer_jax.cli.progress import say
 from deer_jax.config import nearest
 from deer_jax.errors import InputError
@@ -72,20 +72,20 @@ def read_steps(path: Path, output: Path) -> list[tuple[str, dict[str, Any]]]:
     values = read_yaml(path)
     for key in values:
         if key != "steps":
-            raise InputError(f"{path}: unknown key '{key!s:.60}', {nearest(str(key)[:60], ['steps'])}")
+            raise InputError(f"{path}: unknown key {shown(key)}; its one key is steps")
     steps = values.get("steps")
     if not isinstance(steps, list | None):
-        raise InputError(f"{path}: steps must be a list of verbs with their options, got {steps!r:.80}")
+        raise InputError(f"{path}: steps must be a list of verbs with their options, got {shown(steps)}")
     found = []
     for number, step in enumerate(steps or []):
         where = f"{path}: steps[{number}]"
         if not isinstance(step, Mapping) or len(step) != 1:
-            raise InputError(f"{where} must be one verb with its options, got {step!r:.80}")
+            raise InputError(f"{where} must be one verb with its options, got {shown(step)}")
         (verb, given), *_ = step.items()
         if verb not in VERBS:
-            raise InputError(f"{where}: unknown verb '{verb!s:.60}', {nearest(str(verb)[:60], VERBS)}")
+            raise InputError(f"{where}: unknown verb {shown(verb)}, {nearest(shown(verb), VERBS)}")
         if not isinstance(given, Mapping):
-            raise InputError(f"{where}: {verb} must have keys and values, got {given!r:.80}")
+            raise InputError(f"{where}: {verb} must have keys and values, got {shown(given)}")
         options = filled(given, str(output), f"{where}: {verb}")
         if any(Path(text).absolute() == output.absolute() for text in outputs(options)):
             raise InputError(f"{where}: {verb} would write over the pipeline's folder; name one in it: {FOLDER}/run")
@@ -102,18 +102,16 @@ def filled(value: Any, output: str, where: str) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise InputError(f"{where}: the key {key!r:.60} is no text; quotes make it one")
+                raise InputError(f"{where}: the key {shown(key)} is no text; quotes make it one")
         return {key: filled(each, output, f"{where}.{key:.60}") for key, each in value.items()}
     if isinstance(value, list):
         return [filled(each, output, where) for each in value]
     small = isinstance(value, int) and abs(value) < 2**63
     if value is None or small or (isinstance(value, float) and math.isfinite(value)):
         return value
-    raise InputError(f"{where}: expected text or a number, got the {type(value).__name__} {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    return "of too many digits" if isinstance(value, int) else f"{value!s:.60}; quotes make it text"
+    raise InputError(
+        f"{where}: expected text or a number, got {shown(value)}, a YAML {type(value).__name__}; quotes make it text"
+    )
 
 
 def outputs(values: Mapping[str, Any]) -> list[str]:

@@ -64,7 +64,7 @@ def test_every_step_once(steps, tmp_path, capsys):
     ("steps", "line"),
     [
         ([{"pretain": {}}], "steps[0]: unknown verb 'pretain', did you mean 'pretrain'?"),
-        ([{"export": None}], "steps[0]: export must have keys and values, got None"),
+        ([{"export": None}], "steps[0]: export must have keys and values, got 'None'"),
         (["export"], "steps[0] must be one verb with its options, got 'export'"),
         ([{"export": {"sauce": 1}}], "unknown key 'sauce', did you mean 'source'?"),
         ([], "steps is empty: give at least one"),
@@ -80,26 +80,26 @@ def test_wrong_steps(tmp_path, capsys, steps, line):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("steps: 5", "steps must be a list of verbs with their options, got 5"),
+        ("steps: 5", "steps must be a list of verbs with their options, got '5'"),
         ("steps: {export: {}}", "steps must be a list"),
         ("steps: '{output}'", "steps must be a list"),
         ("steps: ['{output}']", "steps[0] must be one verb with its options, got '{output}'"),
-        ("steps: [[export]]", "steps[0] must be one verb with its options, got ['export']"),
+        ("steps: [[export]]", "steps[0] must be one verb with its options, got '['export']'"),
         ("steps: [{export: {}, bench: {}}]", "steps[0] must be one verb"),
         ("steps: [{'{output}': {}}]", "unknown verb '{output}'"),
         ("steps: [{export: '{output}'}]", "export must have keys and values, got '{output}'"),
         ("steps: [{export: {'{output}': 1}}]", "unknown key '{output}'"),
-        ("steps: [{export: {1: x}}]", "steps[0]: export: the key 1 is no text"),
+        ("steps: [{export: {1: x}}]", "steps[0]: export: the key '1' is no text"),
         (
             "steps: [{export: {source: 2024-01-01}}]",
-            "export.source: expected text or a number, got the date 2024-01-01",
+            "export.source: expected text or a number, got '2024-01-01', a YAML date",
         ),
-        ("steps: [{export: {source: .nan}}]", "export.source: expected text or a number, got the float nan"),
+        ("steps: [{export: {source: .nan}}]", "export.source: expected text or a number, got 'nan', a YAML float"),
         ("steps: [{export: {source: {a: 1}, output: x}}]", "key 'source' takes one value"),
         ("steps: [{export: {source: [a, b], output: x}}]", "key 'source' takes one value"),
         ("steps: [{export: {source: x, output: '{output}'}}]", "would write over the pipeline's folder"),
         ("steps: [{export: {source: x, output: '{output}/a/..'}}]", "no folder of a pretrain or align run"),
-        (f"steps: [{{export: {{source: 0x{'f' * 5000}}}}}]", "got the int of too many digits"),
+        (f"steps: [{{export: {{source: 0x{'f' * 5000}}}}}]", "got an int of too many digits"),
     ],
 )
 def test_wrong_values(tmp_path, capsys, text, line):
@@ -224,4 +224,4 @@ def test_another_key(tmp_path, capsys):
     path.write_text("step: []\n")
     status, said = run(path, tmp_path / "out", capsys)
     assert status == 2
-    assert "unknown key 'step', did you mean 'steps'?" in said.err
+    assert "unknown key 'step'; its one key is steps" in said.err
