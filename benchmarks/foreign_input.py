@@ -366,7 +366,7 @@ TEMPLATES = (
     "{{ 1 // 0 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ messages[5].content }}", "{{ undefined.x }}",
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 'x' * 30000000000 }}",
     "{% set n = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
-    "{% for", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}", 
+    "{% for", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}",
     "{{ messages | tojson | length ** 9999999 }}",
     "{{ 10 ** 10 ** 8 }}", "{% include 'x' %}", "{{ messages[0]['content'].encode('utf-16') }}", "", "{{ '\\ud83d' }}",
     "{{ [1] * 10000000000 }}", "{{ 'a'.format(1, 2) }}", "{{ '%s' % () }}", "{{ strftime_now('%Y' * 9999999) }}",

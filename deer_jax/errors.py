@@ -38,6 +38,10 @@ class NotFiniteError(RunError):
         self.index, self.reason = index, reason
 
 
+class Terminated(KeyboardInterrupt):
+    """Asked to stop by SIGTERM; exit status 143."""
+
+
 def one_line(error: BaseException, most: int = 200) -> str:
     """What an error says, on one line of at most `most` characters; its kind where it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -29,11 +29,7 @@ WRONG_PATH = frozenset(
      errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY, errno.EINVAL}
 )  # fmt: skip
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL})
-IN_PLACE = (
-    "/dev/std",
-    "/dev/fd/",
-    "/proc/",
-)  # what lies there is the system's, links included: /dev/stdout, /dev/fd/63
+IN_PLACE = ("/dev/std", "/dev/fd/", "/proc/")  # the system's, links included: /dev/stdout, /dev/fd/63
 NAME_LENGTH = 200  # bytes that a hidden name keeps of its output's, of the 255 that file systems allow
 
 
@@ -57,7 +53,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         before = replaceable(path)
         if before == "special":
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "wb") as stream:
+            with os.fdopen(_open_special(path), "wb") as stream:
                 yield stream
             return
         sweep(path)
@@ -90,6 +86,36 @@ def _is_about(path: Path, error: OSError) -> bool:
     return not names or any(os.fspath(path.parent) in name for name in names)
 
 
+def check_file(path: Path) -> None:
+    """InputError or RunError, before any work, where `write_file` would fail; nothing is left of the trial."""
+    try:
+        before = replaceable(path)
+        if before == "special":
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        if before == "file":  # one that is protected is not replaced, although its folder would allow it
+            os.close(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
+        partial, descriptor = _new_partial(path)
+        partial.unlink()
+        os.close(descriptor)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise disk_error(path, error) from None
+
+
+def _open_special(path: Path) -> int:
+    """A device or pipe, to be written to behind what is there. Our own standard streams are not opened once more: what
+    is printed later would be written over it."""
+    found = os.stat(path)
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(found, os.fstat(number)):
+                return os.dup(number)
+    return os.open(path, os.O_WRONLY | os.O_APPEND)
+
+
 def replaceable(path: Path) -> str:
     """What stands where a file is to be written: "nothing", "file", or "special", which is written to in place.
 
@@ -104,8 +130,8 @@ def replaceable(path: Path) -> str:
         return "nothing"
     if stat.S_ISLNK(found.st_mode):
         raise InputError(f"{path}: is a link to {os.readlink(path)}; name the file itself")
-    if stat.S_ISDIR(found.st_mode):
-        raise InputError(f"{path}: is a folder; name a file")
+    if stat.S_ISDIR(found.st_mode) or stat.S_ISSOCK(found.st_mode) or stat.S_ISBLK(found.st_mode):
+        raise InputError(f"{path}: is a {'folder' if stat.S_ISDIR(found.st_mode) else 'socket or disk'}; name a file")
     return "file" if stat.S_ISREG(found.st_mode) else "special"
 
 
