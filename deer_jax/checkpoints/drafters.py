@@ -21,7 +21,7 @@ from deer_jax.checkpoints.huggingface import (
     save_folder,
     write_description,
 )
-from deer_jax.checkpoints.load import check_vocabulary, compute_dtype, scan_layers
+from deer_jax.checkpoints.load import compute_dtype, scan_layers
 from deer_jax.checkpoints.runs import DRAFTER, is_run, read_best
 from deer_jax.config import DrafterConfig, from_mapping
 from deer_jax.data.tokenizer import Tokenizer, differing_ids
@@ -70,8 +70,9 @@ def load_drafter(
     dtype = compute_dtype(target.dtype if dtype is None else dtype)
     run, folder = (folder, folder / DRAFTER) if is_run(folder, DRAFTER) else (None, folder)
     model, tokenizer = read_config(folder), Tokenizer.load(folder)
-    check_vocabulary(tokenizer, model.vocab_size, folder)
     found, mask = _reading(folder, tokenizer, config)
+    if mask is not None and mask >= model.vocab_size:
+        raise InputError(f"{folder}: {OPEN_DCODER_MASK} is id {mask}, the vocabulary ends at {model.vocab_size - 1}")
     if tokenizer and isinstance(target.tokenizer, Tokenizer):
         differing_ids(target.tokenizer, tokenizer, found.differing_ids)
     method = StandaloneMethod(model, found, target.config.vocab_size)

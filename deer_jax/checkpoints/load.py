@@ -40,15 +40,6 @@ def scan_layers() -> bool:
     return jax.default_backend() != "cpu"
 
 
-def check_vocabulary(tokenizer: Tokenizer | None, vocab_size: int, folder: Path) -> None:
-    """InputError if the tokenizer has ids that the model has no row for."""
-    largest = max(tokenizer.vocabulary().values(), default=-1) if tokenizer else -1
-    if largest >= vocab_size:
-        raise InputError(
-            f"{folder}: the tokenizer has ids up to {largest}, the model's vocabulary ends at {vocab_size - 1}"
-        )
-
-
 def load_target(
     path_or_id: str | Path,
     dtype=None,
@@ -71,7 +62,6 @@ def load_target(
     folder = resolve_folder(path_or_id)
     config, stop_ids = read_config(folder), read_stop_ids(folder)
     tokenizer = Tokenizer.load(folder)
-    check_vocabulary(tokenizer, config.vocab_size, folder)
     files = deciding_files(folder)
     if digests is not None:
         for stamp in files:
