@@ -1,7 +1,7 @@
 """Prompts put together from several fields of a row: "{instruction}\\n{input}".
 
-A backslash and an n are a newline, {{ and }} are braces. Nothing but the name of a field stands in braces. A line of the
-pattern whose fields are all empty is left out.
+A backslash and an n are a newline, {{ and }} are braces. Nothing but the name of a field stands in braces. A line of
+the pattern whose fields are all empty is left out.
 """
 
 import dataclasses
@@ -59,9 +59,8 @@ class Pattern:
 
 def _value(row: Mapping[str, Any], name: str, where: str) -> str:
     if name not in row:
-        raise InputError(
-            f"{where}: no field {shown(name)}, {shown(nearest(name[:50], map(str, row)), 200, quoted=False)}"
-        )
+        hint = shown(nearest(name[:50], row), 200, quoted=False)
+        raise InputError(f"{where}: no field {shown(name)}, {hint}")
     value = row[name]
     if value is None:
         return ""

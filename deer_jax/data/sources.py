@@ -274,12 +274,9 @@ def _check_beside(row: Mapping[str, Any], field: str, beside: Sequence[str], rea
 
 
 def _is_empty(value: Any) -> bool:
-    return (
-        value is None
-        or value is False
-        or (isinstance(value, str) and value.strip() in ("", "[]", "{}"))
-        or value in ([], {})
-    )
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    return value is None or value is False or value in ([], {})
 
 
 def _is_ids(value: Any) -> bool:

@@ -6,6 +6,7 @@ its answer, in JSON:
     {"template": "...", ...}   ->   {"variables": [...]}, {"text": "..."}, {"error": "..."}, {"memory": true}
 """
 
+import contextlib
 import datetime
 import json
 import math
@@ -55,10 +56,8 @@ def memory() -> int:
 def limit(which: int, value: int) -> None:
     """Lower a limit of the process, where the system has it."""
     most = resource.getrlimit(which)[1]
-    try:
+    with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(which, (value if most == resource.RLIM_INFINITY else min(value, most), most))
-    except (OSError, ValueError):
-        pass
 
 
 def answer(utils: Any, request: dict[str, Any]) -> dict[str, Any]:

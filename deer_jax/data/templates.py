@@ -107,7 +107,7 @@ class Renderer:
             line = json.dumps(request).encode() + b"\n"
         except (TypeError, ValueError, RecursionError):
             raise InputError(
-                f"{self._where}: the chat template's arguments must be texts, numbers, lists, mappings"
+                f"{self._where}: the chat template reads texts, numbers, lists and mappings only"
             ) from None
         process = self._running()
         answer, expired = _exchange(process, line, SECONDS)
@@ -122,9 +122,7 @@ class Renderer:
             )
         found = json.loads(answer)
         if "memory" in found:
-            raise InputError(
-                f"{self._where}: the chat template writes or needs more than any chat does; it is not usable"
-            )
+            raise InputError(f"{self._where}: the chat template needs far more memory than a chat can")
         if "error" in found:
             raise InputError(f"{self._where}: the chat template refuses these messages: {found['error']}")
         return found

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ COMPANIONS = (
 )
 READ = (".json", ".jinja", ".model", ".txt")  # whatever transformers opens in a folder ends so
 SENTENCEPIECE = ("sentencepiece", "google.protobuf")  # modules that read a tokenizer.model
+
+PANIC = "PanicException"  # of Rust, which derives from BaseException and has no module to import it from
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -55,7 +58,7 @@ class Tokenizer:
         if not any(os.path.lexists(folder / name) for name in VOCABULARIES):
             return None
         _check_files(folder)
-        with _foreign(f"{folder}: the tokenizer files cannot be used", "download them again"):
+        with _foreign(f"{folder}: the tokenizer files cannot be used", "download them again"), _without_panics():
             from huggingface_hub.errors import StrictDataclassError  # what transformers raises over config.json
             from transformers import AutoTokenizer  # slow to import
 
@@ -66,9 +69,8 @@ class Tokenizer:
                     f"{folder / 'config.json'}: transformers refuses it ({one_line(error)}); correct it or download it "
                     "again"
                 ) from None
-            found = cls(inner, folder)
-            found.vocabulary()
-        return found
+            inner("a"), inner.get_vocab()  # some damage shows only in use
+        return cls(inner, folder)
 
     @functools.cached_property
     def _opening(self) -> list[int]:
@@ -111,6 +113,7 @@ class Tokenizer:
         text = self._renderer.render(
             template, messages, now=now, tools=tools, documents=documents, special=special, arguments=template_arguments
         )
+        check_text(text, f"{self.folder}: the chat template writes no text")
         return self.plain(text)  # the template writes BOS itself
 
     @functools.cached_property
@@ -180,9 +183,33 @@ def _foreign(line: str, remedy: str) -> Iterator[None]:
     except InputError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
             raise
         raise InputError(f"{line} ({type(error).__name__}: {one_line(error)}); {remedy}") from None
+
+
+@contextlib.contextmanager
+def _without_panics() -> Iterator[None]:
+    """Keep back what is written to stderr meanwhile, and drop it if Rust panics: it writes its stack there itself."""
+    try:
+        stderr, held = os.dup(2), tempfile.TemporaryFile()
+    except OSError:  # no stderr, or no room
+        yield
+        return
+    panicked = False
+    with held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            panicked = type(error).__name__ == PANIC
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            if not panicked and held.seek(0, os.SEEK_END):
+                held.seek(0)
+                os.write(2, held.read())
 
 
 def _check_files(folder: Path) -> None:
@@ -204,7 +231,7 @@ def _check_files(folder: Path) -> None:
     missing = [name for name in SENTENCEPIECE if not _installed(name)]
     if missing and not names & {"tokenizer.json", "vocab.json"}:
         raise InputError(
-            f"{folder}: has its tokenizer as {' '.join(names & set(VOCABULARIES))} alone, which sentencepiece reads: "
+            f"{folder}: has its tokenizer as {' and '.join(sorted(names & set(VOCABULARIES)))} alone, which sentencepiece reads: "
             "pip install 'deer_jax[sentencepiece]', or add a tokenizer.json"
         )
 
@@ -258,7 +285,7 @@ def differing_ids(target: Tokenizer, drafter: Tokenizer, allowed: Collection[int
     for token in differing:
         if token not in allowed:
             raise InputError(
-                f"the tokenizers differ at id {token}: {shown(ours[token])} for the target, {shown(theirs[token])} for the "
-                "drafter; a drafter must share its target's tokenizer"
+                f"the tokenizers differ at id {token}: {shown(ours[token])} for the target, {shown(theirs[token])} for "
+                "the drafter; a drafter must share its target's tokenizer"
             )
     return tuple(differing)
