@@ -29,6 +29,7 @@ from deer_jax.data import chats
 from deer_jax.data.chats import Chat, as_chat, check_text, is_chat, shown
 from deer_jax.data.patterns import Pattern, is_pattern
 from deer_jax.data.rows import read_rows
+from deer_jax.data.templates import check_name
 from deer_jax.errors import InputError, NotFiniteError, PromptError, RunError
 from deer_jax.formats import parse_json, parse_yaml
 
@@ -141,6 +142,7 @@ def template_arguments(entries: Sequence[str], where: str) -> dict[str, Any]:
             raise InputError(f"{where}: expected NAME=VALUE, got {shown(text)}")
         if name in found:
             raise InputError(f"{where}: {shown(name)} is given twice")
+        check_name(name, where)
         found[name] = chats.plain(parse_yaml(value, f"{where} {shown(name)}"), f"{where} {shown(name)}")
     return found
 

@@ -106,9 +106,7 @@ class Renderer:
         try:
             line = json.dumps(request).encode() + b"\n"
         except (TypeError, ValueError, RecursionError):
-            raise InputError(
-                f"{self._where}: the chat template reads texts, numbers, lists and mappings only"
-            ) from None
+            raise InputError(f"{self._where}: a chat template reads texts, numbers, lists and mappings only") from None
         process = self._running()
         answer, expired = _exchange(process, line, SECONDS)
         if expired or not answer:

@@ -63,7 +63,7 @@ class Tokenizer:
             from transformers import AutoTokenizer  # slow to import
 
             try:
-                inner = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+                inner: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
             except StrictDataclassError as error:
                 raise InputError(
                     f"{folder / 'config.json'}: transformers refuses it ({one_line(error)}); correct it or download it "
@@ -192,7 +192,7 @@ def _foreign(line: str, remedy: str) -> Iterator[None]:
 def _without_panics() -> Iterator[None]:
     """Keep back what is written to stderr meanwhile, and drop it if Rust panics: it writes its stack there itself."""
     try:
-        stderr, held = os.dup(2), tempfile.TemporaryFile()
+        stderr, held = os.dup(2), tempfile.TemporaryFile()  # noqa: SIM115 - closed below
     except OSError:  # no stderr, or no room
         yield
         return
@@ -230,8 +230,9 @@ def _check_files(folder: Path) -> None:
     names = {path.name for path in paths}
     missing = [name for name in SENTENCEPIECE if not _installed(name)]
     if missing and not names & {"tokenizer.json", "vocab.json"}:
+        found = " and ".join(sorted(names & set(VOCABULARIES)))
         raise InputError(
-            f"{folder}: has its tokenizer as {' and '.join(sorted(names & set(VOCABULARIES)))} alone, which sentencepiece reads: "
+            f"{folder}: has its tokenizer as {found} alone, which sentencepiece reads: "
             "pip install 'deer_jax[sentencepiece]', or add a tokenizer.json"
         )
 
