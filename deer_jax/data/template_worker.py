@@ -1,6 +1,7 @@
 """Renders chat templates, as a program of its own: a template comes from elsewhere and may take any time and memory.
 
-`data.templates` starts it. The first line on stdin is the module path; then each line is a request, each line on stdout
+`data.templates` starts it with the seconds and the bytes that a chat may take. The first line on stdin is the module
+path; then each line is a request, each line on stdout its answer, in JSON:
 its answer, in JSON:
 
     {"template": "...", ...}   ->   {"variables": [...]}, {"text": "..."}, {"error": "..."}, {"memory": true}
@@ -16,19 +17,18 @@ import signal
 import sys
 from typing import Any
 
-MEMORY = 2**31  # bytes above what the program starts with
 MOST_CHARACTERS = 2**26  # of what a template writes
 
 
 def main() -> None:
-    seconds = int(sys.argv[1])
+    seconds, most = int(sys.argv[1]), int(sys.argv[2])
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that waits; its end closes stdin
     sys.path[:] = json.loads(sys.stdin.buffer.readline())
     from transformers.utils import chat_template_utils
 
-    limit(resource.RLIMIT_AS, memory() + MEMORY)
+    limit(resource.RLIMIT_AS, memory() + most)
     answers.write(b"{}\n")
     answers.flush()
     for line in sys.stdin.buffer:

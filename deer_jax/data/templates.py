@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from deer_jax.data.chats import shown
 from deer_jax.errors import InputError, RunError
 
 SECONDS = 10  # that a template has for one chat
+MEMORY = 2**31  # bytes, above what the process starts with
 START_SECONDS = 120  # until the program is up: it imports transformers
 WORKER = Path(__file__).with_name("template_worker.py")
 # What is said about every chat or is no argument of templates.
@@ -133,7 +135,7 @@ class Renderer:
         path = [entry for entry in sys.path if isinstance(entry, str)]
         try:
             process = subprocess.Popen(
-                [sys.executable, "-P", str(WORKER), str(SECONDS + 5)],
+                [sys.executable, "-P", str(WORKER), str(math.ceil(SECONDS) + 5), str(MEMORY)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             )  # fmt: skip
         except (OSError, ValueError) as error:
