@@ -2,7 +2,6 @@
 
 `data.templates` starts it with the seconds and the bytes that a chat may take. The first line on stdin is the module
 path; then each line is a request, each line on stdout its answer, in JSON:
-its answer, in JSON:
 
     {"template": "...", ...}   ->   {"variables": [...]}, {"text": "..."}, {"error": "..."}, {"memory": true}
 """

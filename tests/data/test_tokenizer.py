@@ -231,7 +231,7 @@ def test_a_tokenizer_model_alone_names_what_reads_it(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer_module, "SENTENCEPIECE", ("no_such_module", "no.such.one"))
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e")
     with pytest.raises(
-        InputError, match=r"tokenizer\.model alone, which sentencepiece reads: pip install 'deer_jax\[sen"
+        InputError, match=r"tokenizer\.model alone, which sentencepiece reads: pip install 'deer_jax\[s"
     ):
         Tokenizer.load(tmp_path)
 
