@@ -22,6 +22,7 @@ from deer_jax.cli.common import (
 )
 from deer_jax.cli.options import Source, parse
 from deer_jax.cli.progress import Reporter
+from deer_jax.data.sources import placed
 from deer_jax.errors import InputError
 
 EXAMPLE = (
@@ -67,7 +68,7 @@ def run(argv: Sequence[str]) -> None:
     elif options.curve:
         raise InputError("--curve is drawn into a folder: add --plot FOLDER")
     target, drafters = options.load(list(sources.values()))
-    with Reporter("measuring, runs") as reporter:
+    with placed(prompts), Reporter("measuring, runs") as reporter:
         report = bench(
             target, [prompt.content for prompt in prompts], drafters=dict(zip(sources, drafters, strict=True)),
             draft_lengths=options.draft_lengths, batch_size=options.batch_size, repeats=options.repeats,

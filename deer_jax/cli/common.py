@@ -15,7 +15,8 @@ from deer_jax.checkpoints.load import load_target
 from deer_jax.cli.options import Source
 from deer_jax.cli.progress import Reporter
 from deer_jax.config import DrafterConfig, Sampling
-from deer_jax.data.sources import Prompt, as_chat, read_prompts, template_arguments
+from deer_jax.data.chats import as_chat, is_chat
+from deer_jax.data.sources import Prompt, read_prompts, template_arguments
 from deer_jax.drafters.protocol import Drafter
 from deer_jax.errors import InputError
 from deer_jax.files import check_file, write_file
@@ -80,10 +81,14 @@ class PromptOptions:
     prompt: Annotated[tuple[str, ...], "a prompt; repeatable"] = ()
     prompts: Annotated[
         Path | None,
-        "a .jsonl or .jsonl.gz file: HumanEval, MBPP, GSM8K, MATH, MT-Bench, Spec-Bench, LiveCodeBench, or lines with "
-        "prompt (text), messages (chat) or tokens (ids)",
+        "a .jsonl, .jsonl.gz or JSON array file: HumanEval, MBPP, GSM8K, MATH, MT-Bench, Spec-Bench, LiveCodeBench, "
+        "ShareGPT, Alpaca, or rows with prompt (text), messages (chat) or tokens (ids)",
     ] = None
-    field: Annotated[str | None, "the field of the file that holds the prompt, if it is none of the usual ones"] = None
+    field: Annotated[
+        str | None,
+        "the field of the file that holds the prompt, if it is none of the usual ones, or a pattern of several, as in "
+        "'{instruction}\\n{input}'",
+    ] = None
     limit: Annotated[int | None, "read only the first N prompts of the file"] = None
     chat: Annotated[
         bool, "send each text as a user message through the tokenizer's chat template, not as it stands"
@@ -105,8 +110,11 @@ class PromptOptions:
         else:
             if not all(self.prompt):
                 raise InputError("--prompt is empty: give some text")
-            found = [Prompt(str(i), as_chat(text) if self.chat else text) for i, text in enumerate(self.prompt, 1)]
-        if self.template and not any(isinstance(part, dict) for prompt in found for part in prompt.content[:1]):
+            found = [
+                Prompt(str(i), as_chat(text) if self.chat else text, f"--prompt {i}")
+                for i, text in enumerate(self.prompt, 1)
+            ]
+        if self.template and not any(is_chat(prompt.content) for prompt in found):
             raise InputError("--template has no effect on plain text: add --chat")
         return found
 

@@ -22,7 +22,7 @@ from deer_jax.cli.common import (
 )
 from deer_jax.cli.options import Source, parse
 from deer_jax.cli.progress import Reporter
-from deer_jax.data.sources import Prompt
+from deer_jax.data.sources import Prompt, placed
 from deer_jax.decoding.engine import decode
 from deer_jax.decoding.state import DecodeResult
 from deer_jax.decoding.stream import stream
@@ -56,11 +56,12 @@ def run(argv: Sequence[str]) -> None:
     contents = [prompt.content for prompt in prompts]
 
     if options.stream:
-        for piece in stream(target, contents, **arguments):
-            print(piece, end="", flush=True)
+        with placed(prompts):
+            for piece in stream(target, contents, **arguments):
+                print(piece, end="", flush=True)
         print()
         return
-    with Reporter("decoding") as reporter:
+    with placed(prompts), Reporter("decoding") as reporter:
         result = decode(
             target, contents, **arguments, batch_size=options.batch_size, time_prefill=True,
             progress=lambda done, total, tokens: reporter.show(done, total, f"{tokens:,} tokens"),
