@@ -5,6 +5,10 @@ class InputError(ValueError):
     """Wrong input from the user: one line that names the value and the remedy. The command line exits with 2."""
 
 
+class Terminated(KeyboardInterrupt):
+    """Asked to stop by SIGTERM; exit status 143."""
+
+
 class PromptError(InputError):
     """One of several prompts is wrong.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from deer_jax.config import nearest
-from deer_jax.errors import InputError
+from deer_jax.errors import InputError, RunError, Terminated
 
 VERBS = {
     "demo": "decode with a small pair, beside plain decoding",
@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         _say("error", str(error))
         return 2
+    except RunError as error:
+        _say("error", str(error))
+        return 1
     except BrokenPipeError:  # `... | head` has seen enough; nothing more can be flushed to it at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -56,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv is None:
             # XLA may still be at work on what was interrupted, and taking the interpreter down under it can crash.
             sys.stdout.flush()
-            os._exit(130)
-        return 130
+            os._exit(143 if isinstance(error, Terminated) else 130)
+        return 143 if isinstance(error, Terminated) else 130
 
 
 def _run(argv: Sequence[str]) -> int:

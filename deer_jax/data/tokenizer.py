@@ -1,5 +1,6 @@
 """Text to token ids and back, over the tokenizers of Hugging Face folders."""
 
+import datetime
 import functools
 import hashlib
 import json
@@ -80,16 +81,21 @@ class Tokenizer:
         """Ids of a text to be continued: with BOS if the tokenizer adds one, never with a closing EOS."""
         return self._opening + self.plain(text)
 
-    def encode_chat(self, messages: Messages, **template_arguments) -> list[int]:
+    def encode_chat(
+        self, messages: Messages, *, now: datetime.datetime | None = None, **template_arguments
+    ) -> list[int]:
         """Ids of a chat through the tokenizer's template, up to where the assistant's answer starts.
 
         Args:
           messages: role and content each. template_arguments: passed to the template, such as enable_thinking.
+          now: for templates that write a date; None is the time of the call.
         """
         if not self._inner.chat_template:
             raise InputError(f"{self.folder}: the tokenizer has no chat template; give plain text")
         from jinja2 import TemplateError
 
+        if now is not None:
+            template_arguments["strftime_now"] = now.strftime
         try:
             text = self._inner.apply_chat_template(
                 list(messages), **{**template_arguments, "add_generation_prompt": True, "tokenize": False}

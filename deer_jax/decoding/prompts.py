@@ -1,5 +1,6 @@
 """Prompts in any accepted form, as token ids."""
 
+import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,16 @@ from deer_jax.models.target import Target
 
 
 def encode_prompts(
-    target: Target, prompts: Any, template_arguments: Mapping[str, Any] | None = None
+    target: Target,
+    prompts: Any,
+    template_arguments: Mapping[str, Any] | None = None,
+    now: datetime.datetime | None = None,
 ) -> list[list[int]]:
     """Token ids of each prompt.
 
     prompts: a string, a chat (list of messages with role and content), or a list of strings, chats or token-id lists.
     Strings get BOS if the tokenizer adds one; chats go through the tokenizer's template, which writes its own.
+    now: what a template takes for now; None is the time of the call.
     """
     if isinstance(prompts, str) or _is_chat(prompts):
         prompts = [prompts]
@@ -25,7 +30,8 @@ def encode_prompts(
         raise InputError("prompts is empty: give at least one")
     if all(isinstance(prompt, int | np.integer) for prompt in prompts):
         raise InputError("prompts is one list of token ids: wrap it in a list, [[1, 2, 3]]")
-    return [_encode(target, i, prompt, template_arguments or {}) for i, prompt in enumerate(prompts)]
+    arguments = {**(template_arguments or {}), **({} if now is None else {"now": now})}
+    return [_encode(target, i, prompt, arguments) for i, prompt in enumerate(prompts)]
 
 
 def _is_chat(prompt: Any) -> bool:
