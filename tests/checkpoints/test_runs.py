@@ -1,5 +1,6 @@
 """Run folders: whose they are, and checkpoints that are read only as they were written."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -124,13 +125,9 @@ def test_missing_short_empty_and_foreign_files_are_noticed(one, tmp_path):
     refused(lambda step: (step / name).write_bytes(b""), RunError, "average/.*: damaged: has 0 bytes, not")
     refused(lambda step: (step / name).write_bytes(data.read_bytes()[:-1]), RunError, "average/.*: damaged: has")
     refused(lambda step: (step / "orbax.checkpoint").unlink(), RunError, "orbax.checkpoint: damaged: is missing")
-    refused(
-        lambda step: (step / "average" / ".zarray").touch(), InputError, r"\.zarray: was not written by the run; mov"
-    )
+    refused(lambda step: (step / "average" / ".zarray").touch(), InputError, r"\.zarray: was not written by the run")
     refused(lambda step: (step / RECORD).unlink(), RunError, "5: damaged: has no checkpoint.json")
-    refused(
-        lambda step: (step / RECORD).write_text("{}"), RunError, "checkpoint.json: damaged: is not as it was written"
-    )
+    refused(lambda step: (step / RECORD).write_text("{}"), RunError, r"checkpoint\.json: damaged: is not as it was")
 
 
 def test_a_checkpoint_under_another_steps_name_or_of_another_format(one, tmp_path):
@@ -138,6 +135,16 @@ def test_a_checkpoint_under_another_steps_name_or_of_another_format(one, tmp_pat
     (run / "checkpoints" / "5").rename(run / "checkpoints" / "6")
     with pytest.raises(DamagedError, match="6: damaged: is the checkpoint of step 5"):
         restore(run, 6)
+    later = shutil.copytree(one, tmp_path / "later")
+    path = later / "checkpoints" / "5" / RECORD
+    values = json.loads(path.read_text()) | {"format": 2}
+    del values["sha256"]
+    digest = hashlib.sha256((json.dumps(values, indent=1) + "\n").encode()).hexdigest()
+    path.write_text(json.dumps(values | {"sha256": digest}, indent=1) + "\n")
+    for read in (lambda: restore(later, 5), lambda: read_best(later, PARAMS)):
+        with pytest.raises(RunError, match=r"json: has format 2, this version reads 1; update deer_jax\Z") as error:
+            read()
+        assert not isinstance(error.value, DamagedError)
 
 
 def test_what_the_library_cannot_read_of_whole_files_is_not_called_damage(one):
@@ -154,7 +161,7 @@ def test_damage_at_the_record_of_any_is_not_passed_over_for_another(tmp_path):
     np.testing.assert_array_equal(read_best(tmp_path, PARAMS)["a"], HALF["a"])
     record = tmp_path / "checkpoints" / "1" / RECORD
     record.write_bytes(record.read_bytes().replace(b"5.0", b"0.0"))
-    with pytest.raises(RunError, match="1/checkpoint.json: damaged"):
+    with pytest.raises(RunError, match=r"1/checkpoint\.json: damaged"):
         read_best(tmp_path, PARAMS)
 
 
@@ -199,9 +206,7 @@ def test_paths_whose_checkpoints_could_not_be_read_back_are_refused(tmp_path, mo
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / name)
     for folder in (tmp_path / name / "run", tmp_path / "run" / name):
-        with pytest.raises(
-            InputError, match=r"\A[^\n]*: a path of checkpoints must not have '[^\n]*; choose another\Z"
-        ):
+        with pytest.raises(InputError, match=r"\A[^\n]*: a path of checkpoints must not have '[^\n]*"):
             begin(folder)
     with pytest.raises(InputError, match="a path of checkpoints must not have"):
         begin(type(tmp_path)("run"))  # relative
@@ -277,9 +282,9 @@ def test_a_description_that_fails_binds_nothing(tmp_path):
 
 def test_a_second_process_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path):
     begin(tmp_path / "run")
-    with Lock(tmp_path / "run", inside=True):
-        with pytest.raises(InputError, match=rf"\A[^\n]*run: is being written by process {os.getpid()} on [^\n]*\Z"):
-            begin(tmp_path / "run")
+    message = rf"\A[^\n]*run: is being written by process {os.getpid()} on [^\n]*\Z"
+    with Lock(tmp_path / "run", inside=True), pytest.raises(InputError, match=message):
+        begin(tmp_path / "run")
     (tmp_path / "run" / ".lock").write_text('{"process": 1, "host": "gone", "since": "then"}\n')
     begin(tmp_path / "run")
 
@@ -316,9 +321,9 @@ def mutated(rng, content):
     if kind == 1:
         return content[:start] + content[start + size :]
     if kind == 2:
-        return content[:start] + content[start : start + size] * rng.choice((2, 3, 2000)) + content[start + size :]
+        return content[:start] + content[start : start + size] * rng.choice((2, 3, 200)) + content[start + size :]
     odd = (
-        b"[" * 5000,
+        b"[" * 1000,
         b"9" * 5000,
         b"1e999",
         b"null",
@@ -339,7 +344,7 @@ def test_whatever_stands_in_a_runs_own_files_is_taken_or_refused(tmp_path, name)
     run = tmp_path / "run"
     begin(run)
     sound, rng = (run / name).read_bytes(), random.Random(name)
-    for number in range(150):
+    for number in range(100):
         damaged = mutated(rng, sound)
         (run / name).write_bytes(damaged)
         with taken_or_refused((number, damaged)):
