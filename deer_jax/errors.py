@@ -7,6 +7,10 @@ class InputError(ValueError):
     """Wrong input from the user: one line that names the value and the remedy. The command line exits with 2."""
 
 
+class Terminated(KeyboardInterrupt):
+    """Asked to stop by SIGTERM; exit status 143."""
+
+
 class PromptError(InputError):
     """One of several prompts is wrong.
 
@@ -36,10 +40,6 @@ class NotFiniteError(RunError):
     def __init__(self, index: int, reason: str):
         super().__init__(f"prompts[{index}]: {reason}")
         self.index, self.reason = index, reason
-
-
-class Terminated(KeyboardInterrupt):
-    """Asked to stop by SIGTERM; exit status 143."""
 
 
 def one_line(error: BaseException, most: int = 200) -> str:

@@ -17,9 +17,8 @@ from deer_jax.checkpoints.drafters import SECTION, SPECIAL
 from deer_jax.checkpoints.hub import existing_folder, expanded
 from deer_jax.checkpoints.huggingface import read_bos_id, read_config, read_stop_ids, read_values, save_folder
 from deer_jax.checkpoints.load import compute_dtype
-from deer_jax.checkpoints.runs import CHECKPOINTS, DRAFTER, TARGET, best_checkpoint, is_run, read_best
+from deer_jax.checkpoints.runs import DRAFTER, TARGET, best_checkpoint, is_run, read_best
 from deer_jax.data.tokenizer import Tokenizer
-from deer_jax.digests import combined
 from deer_jax.errors import InputError, named
 from deer_jax.files import Lock, disk_error
 from deer_jax.formats import json_bytes, open_file, read_json
@@ -71,24 +70,15 @@ def _about(source: str | Path, dtype: jnp.dtype) -> dict[str, Any]:
         raise InputError(
             f"{named(source, 200)}: is no folder of a pretrain or align run; give the `output` of its recipe"
         )
-    step = best_checkpoint(folder).step
+    _, record = best_checkpoint(folder)
     return {
         "format": FORMAT,
         "kind": kind,
         "source": folder.absolute().name,
-        "step": step,
-        "checkpoint_sha256": checkpoint_digest(folder, step),
+        "step": record["step"],
+        "checkpoint_sha256": record["sha256"],  # of a record that has the digests of all its files
         "dtype": dtype.name,
     }
-
-
-def checkpoint_digest(run: Path, step: int) -> str:
-    """SHA-256, hexadecimal, of the content of a run's checkpoint."""
-    folder = run / CHECKPOINTS / str(step)
-    if (folder / "checkpoint.json").is_file():  # names the digests of the others
-        return _sha256(folder / "checkpoint.json")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return combined({str(path.relative_to(folder)): _sha256(path) for path in files})
 
 
 def _sha256(file: Path) -> str:

@@ -1,39 +1,51 @@
 """The folder of a training run: what it is, its checkpoints, and the model in it.
 
     recipe.yaml        what the run does, as it was begun
-    facts.json         what a resumed run must find unchanged beside the recipe, such as the digest of its answers
+    identity.json      what else decides its result, such as the digests of its target and answers; see `claims`
     drafter/, target/  config.json and tokenizer of what is trained, without weights: the one or the other
-    checkpoints/STEP/  parameters, their average, optimiser state and position in the data (Orbax)
+    checkpoints/STEP/  parameters, their average, optimiser state and position in the data, as Orbax writes them, and
+                       checkpoint.json: step, score, size and SHA-256 of every file, and the SHA-256 of all this
     metrics.jsonl, tensorboard/
 
-A checkpoint appears under its final name only when it is complete, so a run that is killed has the ones before.
+A checkpoint appears under its final name only when it is complete and on the disk, so a run that is killed has the ones
+before. One whose files are not those that were written is never read.
 """
 
 import contextlib
 import dataclasses
-import json
+import hashlib
 import logging
+import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import secrets
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import yaml
 from orbax.checkpoint import v1 as ocp
 
-from deer_jax.errors import InputError
-from deer_jax.formats import read_yaml
+from deer_jax.errors import InputError, RunError, one_line
+from deer_jax.files import Lock, disk_error, remove, sync_folder, sync_tree, write_file
+from deer_jax.formats import json_bytes, open_file, parse_json, unreadable
 from deer_jax.models.transformer import Params
 
-RECIPE, FACTS, CHECKPOINTS = "recipe.yaml", "facts.json", "checkpoints"
+RECIPE, IDENTITY, CHECKPOINTS, RECORD = "recipe.yaml", "identity.json", "checkpoints", "checkpoint.json"
 DRAFTER, TARGET = "drafter", "target"  # what a run trains, and the folder that describes it
-METRIC = "score"
-OS_ERROR = re.compile(r"os_error_code='(\d+)'|\[Errno \d+\]")
-# What reading a damaged checkpoint raises, in Orbax, tensorstore and grain.
-DAMAGED = (ValueError, KeyError, OSError, TypeError, AttributeError)
+FORMAT = 1  # of checkpoint.json; its own digest is made in the same way in every format
+STEP = re.compile(r"0|[1-9][0-9]{0,17}")
+PARTIAL = re.compile(r"\.[0-9]+\.partial-[0-9a-f]{8}(\.orbax-checkpoint-tmp.*)?")  # Orbax writes beside, as we do
+PATTERN = re.compile(r"[*?\[\]\\]")  # tensorstore takes such names for patterns, and finds nothing
+OS_ERROR = re.compile(r"os_error_code='(\d+)'|\[Errno (\d+)\]")
+THREADS = 4  # that read files for their digests
+GOES_ON = "earlier checkpoints are whole, and the same command goes on from the newest"
+
+
+class DamagedError(RunError):
+    """The files of a checkpoint are not those that were written. One line that names the first of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,66 +63,111 @@ def best_of(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
 
 
 class Checkpoints:
-    """The checkpoints of a run; a context manager. The newest `keep` stay, and the best."""
+    """The checkpoints of a run that this process has locked. The newest `keep` stay, and the best."""
 
-    def __init__(self, folder: Path, *, keep: int):
-        self.folder = (folder / CHECKPOINTS).absolute()  # tensorstore wants no other
-        policies = ocp.training.preservation_policies
-        best = policies.BestN(
-            n=1, get_metric_fn=lambda metrics: metrics[METRIC], keep_checkpoints_without_metrics=False
-        )
-        with _quiet():
-            self._orbax = ocp.training.Checkpointer(
-                str(self.folder),
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),  # pyrefly: ignore
-                cleanup_tmp_directories=True,
-            )
-
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
+    def __init__(self, folder: Path, *, keep: int, lock: Lock):
+        """What processes that are gone have left of their writing is removed."""
+        check_path(folder)
+        self.folder, self._keep, self._lock = (folder / CHECKPOINTS).absolute(), keep, lock
+        lock.check()
         try:
-            with _quiet():
-                self._orbax.close()
-        except (OSError, ValueError):
-            if error is None:  # closing says again what a save has said before
-                raise
+            self.folder.mkdir(exist_ok=True)
+            for entry in os.scandir(self.folder):
+                if PARTIAL.fullmatch(entry.name):
+                    remove(Path(entry.path))
+        except OSError as error:
+            raise disk_error(self.folder, error) from None
 
     def newest_first(self) -> list[Checkpoint]:
-        return [_checkpoint(found) for found in reversed(self._orbax.checkpoints)]
+        """Those whose checkpoint.json is sound."""
+        return [Checkpoint(step, record["score"]) for step, record in self._records() if record is not None]
+
+    def steps(self) -> list[int]:
+        """Of all, newest first, the damaged ones too."""
+        return _steps(self.folder)
+
+    def _records(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        for step in self.steps():
+            try:
+                yield step, read_record(self.folder / str(step))
+            except DamagedError:
+                yield step, None
 
     def save(self, step: int, parts: Mapping[str, Any], score: float | None) -> None:
-        """Write a checkpoint and wait for it. InputError, one line, where the disk does not take it."""
-        metrics: Any = None if score is None else {METRIC: score}
+        """Write a checkpoint and wait for it, then remove those that are to stay no longer.
+
+        Raises RunError, one line, where the disk does not take it, or the run's folder is no longer there.
+        """
+        self._lock.check()
+        final = self.folder / str(step)
+        partial = self._partial(step)
         try:
+            if os.path.lexists(final):
+                raise RunError(f"{final}: is already there; move it away, then the same command goes on")
             with _quiet():
-                self._orbax.save_checkpointables(step, dict(parts), force=True, overwrite=True, metrics=metrics)
-        except (OSError, ValueError) as error:
-            reason = _system_reason(error)
-            if reason is None:
-                raise
-            raise InputError(
-                f"{self.folder}: the checkpoint of step {step} cannot be written: {reason}; earlier ones are whole: "
-                "make room, then the same command goes on from the newest"
-            ) from None
+                ocp.save_checkpointables(str(partial), dict(parts))
+            record = {"format": FORMAT, "step": step, "score": score, "files": _describe(partial)}
+            write_file(partial / RECORD, _record_bytes(record))
+            sync_tree(partial)
+            self._lock.check()
+            partial.rename(final)
+            sync_folder(self.folder)
+        except BaseException as error:
+            self._give_up(partial)
+            if isinstance(error, OSError | ValueError) and not isinstance(error, InputError):
+                failure = _system_error(error)
+                if failure is not None:
+                    raise disk_error(final, failure, GOES_ON) from None
+            raise
+        self._remove_old()
+
+    def _partial(self, step: int) -> Path:
+        return self.folder / f".{step}.partial-{secrets.token_hex(4)}"
+
+    def _give_up(self, partial: Path) -> None:
+        """Remove what was begun; RunError if the run's folder was taken away meanwhile, which Orbax makes again."""
+        with contextlib.suppress(OSError):
+            for path in self.folder.glob(f"{partial.name}*"):
+                remove(path)
+        try:
+            self._lock.check()
+        except RunError:
+            with contextlib.suppress(OSError):  # what holds anything stays
+                self.folder.rmdir()
+                self.folder.parent.rmdir()
+            raise
+
+    def _remove_old(self) -> None:
+        found = self.newest_first()
+        best = best_of(found)
+        for each in found[self._keep :]:
+            if each != best:
+                partial = self._partial(each.step)
+                try:
+                    (self.folder / str(each.step)).rename(partial)  # half of one is no checkpoint, nor a damaged one
+                except OSError as error:
+                    raise disk_error(self.folder / str(each.step), error) from None
+                remove(partial)
 
     def restore(self, step: int, parts: Mapping[str, Any]) -> dict[str, Any]:
         """The parts of a checkpoint: arrays like the abstract ones given, iterators moved to where they were.
 
-        Raises one of DAMAGED where the checkpoint cannot be read.
+        Raises DamagedError where its files are not those that were written, and RunError where they are, but cannot be
+        read as these parts.
         """
-        # One at a time: of several, Orbax leaves those behind a damaged one waiting, which Python complains about.
-        with _quiet():
-            return {name: self._orbax.load_checkpointables(step, {name: like})[name] for name, like in parts.items()}
+        folder = self.folder / str(step)
+        verify(folder, read_record(folder))
+        return {name: _load(folder, name, like) for name, like in parts.items()}
 
     def set_aside(self, step: int) -> Path:
         """Rename a damaged checkpoint, so that its step can be written again; where it is now."""
         source, number = self.folder / str(step), 1
-        while (aside := self.folder.parent / f"damaged-{step}-{number}").exists():
+        while os.path.lexists(aside := self.folder.parent / f"damaged-{step}-{number}"):
             number += 1
-        source.replace(aside)
-        self._orbax.reload()
+        try:
+            source.rename(aside)
+        except OSError as error:
+            raise disk_error(aside, error) from None
         return aside
 
 
@@ -119,56 +176,174 @@ def is_run(folder: Path, kind: str) -> bool:
     return (folder / RECIPE).is_file() and (folder / kind).is_dir()
 
 
-def best_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint that `read_best` reads."""
-    with _quiet():
-        orbax = ocp.training.Checkpointer(str((folder / CHECKPOINTS).absolute()))
-    with contextlib.closing(orbax):
-        return _best(folder, orbax)
+def check_path(folder: Path) -> None:
+    """InputError if checkpoints written to a folder could not be read back."""
+    where = str(folder.absolute())
+    if found := PATTERN.search(where):
+        raise InputError(f"{folder}: a path of checkpoints must not have {found[0]!r} in it ({where}); choose another")
+    try:
+        where.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{folder}: a path of checkpoints must be UTF-8; choose another") from None
 
 
-def _best(folder: Path, orbax: ocp.training.Checkpointer) -> Checkpoint:
-    found = [_checkpoint(each) for each in orbax.checkpoints]
+def best_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Where the best checkpoint of a run is, or its newest if none was measured, and its checkpoint.json.
+
+    Raises InputError if there is none yet, and DamagedError if the record of any cannot be read: it may be the best.
+    """
+    check_path(folder)
+    where = folder / CHECKPOINTS
+    found = {}
+    for step in _steps(where):
+        try:
+            found[step] = read_record(where / str(step))
+        except DamagedError:
+            if (where / str(step)).exists():  # training may have removed it just now
+                raise
     if not found:
         raise InputError(f"{folder}: the run has no checkpoint yet; training writes the first one later")
-    return best_of(found) or found[-1]
+    best = best_of([Checkpoint(step, record["score"]) for step, record in found.items()])
+    step = best.step if best else max(found)
+    return where / str(step), found[step]
 
 
 def read_best(folder: Path, shapes: Params) -> Params:
     """The parameters to decode with, of the run's best checkpoint, or its newest if none was measured.
 
     shapes: the parameters as shapes, float32, stacked. Where an average of the parameters was kept, it is read.
+
+    Raises RunError, one line, if what is to be read is damaged: another checkpoint would not be the best.
     """
-    with _quiet():
-        orbax = ocp.training.Checkpointer(str((folder / CHECKPOINTS).absolute()))
-    with contextlib.closing(orbax):
-        best = _best(folder, orbax)
-        part = "average" if (folder / CHECKPOINTS / str(best.step) / "average").is_dir() else "params"
+    where = None
+    try:
+        where, record = best_checkpoint(folder)
+        part = "average" if any(name.startswith("average/") for name in record["files"]) else "params"
+        verify(where, record, only=part)
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=here), shapes)
+        return _load(where.absolute(), part, wanted)
+    except RunError as error:
+        if where is not None and not where.exists():
+            return read_best(folder, shapes)  # training has removed it meanwhile, as it has better ones
+        if isinstance(error, DamagedError):
+            raise RunError(f"{error}; remove that checkpoint to use the next best") from None
+        raise
+
+
+def _steps(folder: Path) -> list[int]:
+    """Of the checkpoints in a folder, newest first."""
+    try:
+        return sorted((int(entry.name) for entry in os.scandir(folder) if STEP.fullmatch(entry.name)), reverse=True)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise unreadable(folder, error) from None
+
+
+def _load(folder: Path, name: str, like: Any) -> Any:
+    """One part of a checkpoint whose files are those that were written."""
+    # One at a time: of several, Orbax leaves those behind a failing one waiting, which Python complains about.
+    try:
+        with _quiet():
+            return ocp.load_checkpointables(str(folder), {name: like})[name]
+    except Exception as error:  # of any kind: Orbax, tensorstore and grain have no common one
+        while error.__cause__ is not None:
+            error = error.__cause__
+        line = one_line(error)
+        raise RunError(f"{folder}: its files are as they were written, but its {name} cannot be read: {line}") from None
+
+
+def _describe(folder: Path) -> dict[str, list[Any]]:
+    """Size and SHA-256 of every file, by its path in the folder."""
+    names = _names(folder)
+    with ThreadPoolExecutor(THREADS) as pool:
+        digests = pool.map(lambda name: _sha256(folder / name), names)
+        return {name: [(folder / name).stat().st_size, digest] for name, digest in zip(names, digests, strict=True)}
+
+
+def _names(folder: Path) -> list[str]:
+    """Every file but the record, and whatever else is no folder."""
+    found = []
+    for where, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(where, name))]
+        found += [os.path.relpath(os.path.join(where, name), folder) for name in (*names, *links)]
+    return sorted(name for name in found if name != RECORD)
+
+
+def _sha256(path: Path) -> str:
+    with os.fdopen(open_file(path), "rb", buffering=0) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _record_bytes(record: Mapping[str, Any]) -> bytes:
+    """The content of checkpoint.json, whose last entry is the digest of the others."""
+    digest = hashlib.sha256(json_bytes(record, indent=1)).hexdigest()
+    return json_bytes({**record, "sha256": digest}, indent=1)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The checkpoint.json of a checkpoint, `sha256` included.
+
+    Raises DamagedError if it is not as it was written, and RunError if another version of this library wrote it.
+    """
+    path = folder / RECORD
+    try:
+        if not path.is_file():
+            raise DamagedError(f"{folder}: damaged: has no {RECORD}")
+        content = path.read_bytes()
+        record: Any = parse_json(content, str(path))
+        sound = content == _record_bytes({name: value for name, value in record.items() if name != "sha256"})
+    except PermissionError as error:
+        raise unreadable(path, error) from None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise DamagedError(f"{path}: damaged: is not as it was written")
+    if record.get("format") != FORMAT:
+        raise RunError(f"{path}: has format {record.get('format')!r:.20}, this version reads {FORMAT}; update deer_jax")
+    if str(record["step"]) != folder.name:
+        raise DamagedError(f"{folder}: damaged: is the checkpoint of step {record['step']}")
+    return record
+
+
+def verify(folder: Path, record: Mapping[str, Any], *, only: str | None = None) -> None:
+    """DamagedError if a file is not the one that was written; InputError if there is one that was not.
+
+    only: of the parts, look at this one; the files that lie beside the parts always count.
+    """
+    expected: Mapping[str, Sequence[Any]] = record["files"]
+    if foreign := sorted(set(_names(folder)) - expected.keys()):
+        raise InputError(f"{folder / foreign[0]}: was not written by the run; move it out of the checkpoint")
+    names = [name for name in expected if only is None or "/" not in name or name.startswith(f"{only}/")]
+    for name in names:
         try:
-            with _quiet():
-                return orbax.load_checkpointables(best.step, {part: wanted})[part]
-        except DAMAGED as error:
-            raise InputError(
-                f"{folder / CHECKPOINTS / str(best.step)}: damaged ({_line(error)}); remove it to use the next best"
-            ) from None
+            found = (folder / name).stat()
+        except OSError:
+            raise DamagedError(f"{folder / name}: damaged: is missing") from None
+        if not stat.S_ISREG(found.st_mode) or found.st_size != expected[name][0]:
+            raise DamagedError(f"{folder / name}: damaged: has {found.st_size:,} bytes, not {expected[name][0]:,}")
+    with ThreadPoolExecutor(THREADS) as pool:
+        for name, digest in zip(names, pool.map(lambda name: _digest_or_none(folder / name), names), strict=True):
+            if digest != expected[name][1]:
+                raise DamagedError(f"{folder / name}: damaged: its content is not what was written")
 
 
-def _checkpoint(found) -> Checkpoint:
-    return Checkpoint(found.step, (found.metrics or {}).get(METRIC))
+def _digest_or_none(path: Path) -> str | None:
+    """None where the disk cannot read it."""
+    try:
+        return _sha256(path)
+    except OSError:
+        return None
 
 
-def _system_reason(error: Exception) -> str | None:
-    """What the operating system said, if it is behind the error."""
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError) or OS_ERROR.search(text):
-        return re.sub(r"\s*\[os_error_code='\d+'\]", "", text.rsplit(": ", 1)[-1])
-    return None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _system_error(error: Exception) -> OSError | None:
+    """What the operating system said, if it is behind the error: tensorstore only writes it into its message."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    found = OS_ERROR.search(str(error))
+    number = int(found[1] or found[2]) if found else None
+    return None if number is None else OSError(number, os.strerror(number))
 
 
 @contextlib.contextmanager
@@ -181,67 +356,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def claim(
-    folder: Path,
-    recipe: Mapping[str, Any],
-    facts: Mapping[str, Any],
-    *,
-    kind: str,
-    essential: Callable[[Mapping[str, Any]], Mapping[str, Any]],
-    describe: Callable[[Path], None],
-) -> None:
-    """Make the folder that of this run, or find that it already is.
-
-    Args:
-      recipe, facts: plain values; see the top of this file.
-      essential: what of a recipe must not change while a run goes on.
-      kind: DRAFTER or TARGET.
-      describe: writes config.json and tokenizer of what is trained into a folder.
-
-    Raises InputError if the folder holds a run of another recipe (the differences are listed), or something else.
-    """
-    partial = folder / f".{RECIPE}.partial"
-    try:
-        if (folder / RECIPE).is_file():
-            before = {**essential(read_yaml(folder / RECIPE)), "facts": _read_facts(folder)}
-            changes = differences(before, {**essential(recipe), "facts": dict(facts)})
-            if changes:
-                raise InputError(
-                    f"{folder}: holds another run: {'; '.join(changes)}. Name another output, or go on with its own "
-                    f"recipe, {folder / RECIPE}"
-                )
-            return
-        known = (kind, FACTS, partial.name)  # of a run that was stopped right here
-        others = [found.name for found in folder.iterdir() if found.name not in known] if folder.is_dir() else []
-        if others:
-            raise InputError(f"{folder}: is no run but holds {', '.join(sorted(others)[:3])}; name another output")
-        shutil.rmtree(folder / kind, ignore_errors=True)
-        (folder / kind).mkdir(parents=True)
-        describe(folder / kind)
-        (folder / FACTS).write_text(json.dumps(dict(facts), indent=2) + "\n", encoding="utf-8")
-        # What makes the folder a run comes last, and whole.
-        partial.write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
-        partial.replace(folder / RECIPE)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
-
-
-def _read_facts(folder: Path) -> Any:
-    try:
-        return json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(f"{folder / FACTS}: cannot be read; name another output") from None
-
-
-def differences(before: Any, now: Any, where: str = "") -> list[str]:
-    """What differs between two plain values, one entry each: ``stages.0.steps was 10, is 20``."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        keys = [*before, *(key for key in now if key not in before)]
-        return [line for key in keys for line in differences(before.get(key), now.get(key), f"{where}{key}.")]
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        return [
-            line for i, pair in enumerate(zip(before, now, strict=True)) for line in differences(*pair, f"{where}{i}.")
-        ]
-    return [] if before == now else [f"{where.rstrip('.')} was {before!r}, is {now!r}"]

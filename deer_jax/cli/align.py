@@ -30,10 +30,10 @@ def run(argv: Sequence[str]) -> None:
     options = parse(Options, "align", argv, EXAMPLE)
     recipe = recipe_from(options.read(), str(options.recipe))
     with asked_to_stop() as stopping, Reporter("aligning, steps") as reporter:
-        report = align(recipe, progress=reporter.show, should_stop=stopping.is_set)
+        report = align(recipe, progress=reporter.show, should_stop=stopping.is_set, verify=options.verify)
     if report.evaluations:
         show(table(report))
-    report_end(options, report)
+    report_end(options, report, stopping)
 
 
 def table(report: AlignReport) -> Table:

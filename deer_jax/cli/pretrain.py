@@ -31,10 +31,10 @@ def run(argv: Sequence[str]) -> None:
     options = parse(Options, "pretrain", argv, EXAMPLE)
     recipe = pretrain_recipe_from(options.read(), str(options.recipe))
     with asked_to_stop() as stopping, Reporter("pretraining, steps") as reporter:
-        report = pretrain(recipe, progress=reporter.show, should_stop=stopping.is_set)
+        report = pretrain(recipe, progress=reporter.show, should_stop=stopping.is_set, verify=options.verify)
     if report.evaluations:
         show(table(report))
-    report_end(options, report)
+    report_end(options, report, stopping)
 
 
 def table(report: PretrainReport) -> Table:

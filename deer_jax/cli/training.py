@@ -3,13 +3,13 @@
 import dataclasses
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 from deer_jax.cli.common import check_distinct, check_writable, write_json
+from deer_jax.errors import Terminated
 from deer_jax.formats import read_yaml
 from deer_jax.training.loop import TrainReport
 from deer_jax.training.recipe import with_settings
@@ -23,6 +23,9 @@ class RecipeOptions:
     set: Annotated[
         tuple[str, ...], "replace a value of the recipe, as in stages.0.steps=100; repeatable", "KEY=VALUE"
     ] = ()
+    verify: Annotated[
+        bool, "when a run goes on, read every file again instead of trusting its size and time of change"
+    ] = False
     json: Annotated[Path | None, "write the final numbers to this file"] = None
 
     def read(self) -> dict[str, Any]:
@@ -32,12 +35,26 @@ class RecipeOptions:
         return with_settings(read_yaml(self.recipe), self.set)
 
 
-def report_end(options: RecipeOptions, report: TrainReport) -> None:
-    """Write the numbers, and say on one line what was done; KeyboardInterrupt, with its line, if it is not finished."""
+class Stopping:
+    """Whether the program was asked to stop, and by which signal."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def is_set(self) -> bool:
+        return self.signal is not None
+
+    def interruption(self, line: str) -> KeyboardInterrupt:
+        """What to raise: it decides the exit status."""
+        return Terminated(line) if self.signal == signal.SIGTERM else KeyboardInterrupt(line)
+
+
+def report_end(options: RecipeOptions, report: TrainReport, stopping: Stopping) -> None:
+    """Write the numbers, and say on one line what was done; an interruption, with its line, if it is not finished."""
     if options.json:
         write_json(options.json, dataclasses.asdict(report) | {"output": str(report.output)})
     if not report.finished:
-        raise KeyboardInterrupt(
+        raise stopping.interruption(
             f"step {report.step:,} of {report.steps:,} is written to {report.output}; the same command goes on from it"
         )
     speed = "nothing was left to do"
@@ -49,16 +66,16 @@ def report_end(options: RecipeOptions, report: TrainReport) -> None:
 
 
 @contextmanager
-def asked_to_stop() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; a second one interrupts at once."""
-    event = threading.Event()
+def asked_to_stop() -> Iterator[Stopping]:
+    """What Ctrl-C or SIGTERM sets; a second one interrupts at once."""
+    stopping = Stopping()
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {each: signal.getsignal(each) for each in signals}
 
     def ask(number, frame):
-        if event.is_set():
-            raise KeyboardInterrupt("the same command goes on from the newest checkpoint")
-        event.set()
+        again, stopping.signal = stopping.is_set(), number
+        if again:
+            raise stopping.interruption("the same command goes on from the newest checkpoint")
         print(
             "deer-jax: stopping when this step or evaluation is done; once more stops at once",
             file=sys.stderr,
@@ -68,7 +85,7 @@ def asked_to_stop() -> Iterator[threading.Event]:
     for each in signals:
         signal.signal(each, ask)
     try:
-        yield event
+        yield stopping
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

@@ -6,7 +6,6 @@ held_out: ["b.py"]                                      -> trained on: a.py; kep
 
 import dataclasses
 import fnmatch
-import json
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,8 @@ import numpy as np
 
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.errors import InputError
+from deer_jax.files import write_file
+from deer_jax.formats import json_bytes
 
 STDLIB = "stdlib"
 REPEATED = 0.5  # a document of which more lines than this share stand in earlier ones is a duplicate
@@ -185,10 +186,4 @@ def passages(
 
 def write_prompts(path: Path, texts: Sequence[str]) -> None:
     """A prompt file that every verb reads: all of it, or nothing."""
-    partial = path.with_name(f".{path.name}.partial")
-    rows = (json.dumps({"id": i, "prompt": text}) + "\n" for i, text in enumerate(texts))
-    try:
-        partial.write_text("".join(rows), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    write_file(path, b"".join(json_bytes({"id": i, "prompt": text}) for i, text in enumerate(texts)))

@@ -1,6 +1,7 @@
 """Real acceptance while a drafter learns: held-out prompts, decoded as users decode them."""
 
 import dataclasses
+import datetime
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,12 +38,12 @@ class Acceptance:
         return f"k{self.draft_length}_T{self.temperature:g}"
 
 
-def read_held_out(target: Target, evaluation: Evaluation) -> list[list[int]]:
-    """The evaluation's prompts as token ids, all of them."""
+def read_held_out(target: Target, evaluation: Evaluation, now: datetime.datetime | None = None) -> list[list[int]]:
+    """The evaluation's prompts as token ids, all of them. now: for chat templates that write a date; None is now."""
     found = read_prompts(evaluation.prompts, field=evaluation.field, chat=evaluation.chat)
     arguments = template_arguments(evaluation.template, "evaluation: template")
     with placed(found):
-        encoded = encode_prompts(target, [prompt.content for prompt in found], arguments)
+        encoded = encode_prompts(target, [prompt.content for prompt in found], arguments, now)
         for number, prompt in enumerate(encoded):
             if len(prompt) + evaluation.max_new_tokens > target.config.context:
                 raise PromptError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from deer_jax.checkpoints.drafters import describe_drafter, load_drafter, place_drafter, usable_drafter
+from deer_jax.checkpoints.claims import Claim, claimed
+from deer_jax.checkpoints.drafters import FROM_TARGET, describe_drafter, load_drafter, place_drafter, usable_drafter
+from deer_jax.checkpoints.hub import resolve_folder
+from deer_jax.checkpoints.huggingface import deciding_files
 from deer_jax.checkpoints.load import compute_dtype, load_target
-from deer_jax.checkpoints.runs import DRAFTER, claim
+from deer_jax.checkpoints.runs import DRAFTER, RECORD, best_checkpoint, is_run
 from deer_jax.data.answers import AnswerFiles
 from deer_jax.data.examples import example_batches
 from deer_jax.data.tokenizer import Tokenizer
-from deer_jax.decoding.answers import target_digest
+from deer_jax.digests import Digests, Stamp
 from deer_jax.drafters.standalone import StandaloneDrafter
 from deer_jax.errors import InputError
 from deer_jax.models.target import Target
@@ -43,6 +47,7 @@ def align(
     *,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
+    verify: bool = False,
 ) -> AlignReport:
     """Train a drafter through the stages of a recipe, or go on with the run in its output folder.
 
@@ -50,22 +55,25 @@ def align(
       recipe: a Recipe, its plain values, or a YAML file of them.
       progress: called after every step, and during evaluations.
       should_stop: asked after every step; True writes a checkpoint and returns.
+      verify: when a run goes on, read the target, the start drafter and the answers in full for their digests, instead
+        of trusting the size and time of change of files.
 
     Raises:
-      InputError: anything wrong with the recipe or the files it names, before any work is done; a full disk.
+      InputError: anything wrong with the recipe or the files it names, an output that another process writes, or one
+        that was begun with another recipe or with files that have changed; before any work is done.
+      RunError: a full disk, a loss that is not finite, no checkpoint that can be read, the output removed meanwhile.
     """
     if isinstance(recipe, str | Path):
         recipe = read_recipe(recipe)
     elif not isinstance(recipe, Recipe):
         recipe = recipe_from(recipe, "recipe")
     show = progress or (lambda *_: None)
-    work = _Alignment(recipe, show)
-    claim(
-        Path(recipe.output), to_mapping(recipe), work.facts(), kind=DRAFTER,
-        essential=essential, describe=lambda folder: describe_drafter(folder, work.drafter, work.target.stop_ids),
-    )  # fmt: skip
-    stop = should_stop or (lambda: False)
-    with Trainer(work, recipe, mesh=work.mesh, dtype=work.dtype, show=show, should_stop=stop) as run:
+    values = to_mapping(recipe)
+    with claimed(Path(recipe.output), values, kind=DRAFTER, essential=essential, verify=verify) as claim:
+        work = _Alignment(recipe, claim, show)
+        claim.settle(work.inputs(), lambda folder: describe_drafter(folder, work.drafter, work.target.stop_ids))
+        stop = should_stop or (lambda: False)
+        run = Trainer(work, recipe, lock=claim.lock, mesh=work.mesh, dtype=work.dtype, show=show, should_stop=stop)
         report = run.train()
     evaluations = {step: found.results for step, found in run.evaluations.items()}
     return AlignReport(**vars(report), evaluations=evaluations)
@@ -92,22 +100,24 @@ class _Measured:
 class _Alignment:
     """What `align` trains: a drafter, on its target's answers."""
 
-    def __init__(self, recipe: Recipe, show: Progress):
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, claim: Claim, show: Progress):
+        self.recipe, self.begun, self.digests = recipe, claim.begun, claim.digests
         steps = sum(stage.steps for stage in recipe.stages)
         self.say = lambda note: show(0, steps, note)
         self.mesh = make_mesh(**dataclasses.asdict(recipe.mesh))
         self.dtype = compute_dtype(recipe.dtype)
         show_bytes = lambda done, total: self.say(f"loading, {done:,} of {total:,} bytes")  # noqa: E731
         self.target = load_target(
-            recipe.target, self.dtype, self.mesh if self.mesh.size > 1 else None, progress=show_bytes
-        )
+            recipe.target, self.dtype, self.mesh if self.mesh.size > 1 else None, progress=show_bytes,
+            digests=self.digests,
+        )  # fmt: skip
         tokenizer = self.target.tokenizer
         self.records = AnswerFiles(
             recipe.answers,
             vocab_size=self.target.config.vocab_size,
             tokenizer=tokenizer.fingerprint if isinstance(tokenizer, Tokenizer) else None,
         )
+        self.start = start_digests(recipe.drafter, self.digests)
         self.drafter = load_drafter(
             recipe.drafter, target=self.target, dtype="float32", config=recipe.reading, progress=show_bytes
         )
@@ -132,7 +142,7 @@ class _Alignment:
         """Every training row once: what is wrong with one is said before any work. The held-out prompts to use."""
         recipe, evaluation = self.recipe, self.recipe.evaluation
         self.say("reading the training rows")
-        prompts = read_held_out(self.target, evaluation) if evaluation else []
+        prompts = read_held_out(self.target, evaluation, self.begun) if evaluation else []
         room = recipe.length if self.drafter.method.cached else recipe.length - 1  # for the separator
         found = survey(self.records, prompts, room)
         if found.overlong:
@@ -149,18 +159,14 @@ class _Alignment:
             warnings.warn(f"{evaluation.prompts if evaluation else ''}: {seen}", stacklevel=5)
         return kept[: evaluation.limit] if evaluation else []
 
-    def facts(self) -> dict[str, Any]:
+    def inputs(self) -> dict[str, Any]:
         """What must not change between the calls of one run, beside the recipe."""
-        digest = hashlib.sha256()
-        for path in self.records.paths:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+        target = {stamp.path.name: self.digests.of(stamp) for stamp in self.target.files}
         return {
-            "answers": len(self.records),
-            "answers_sha256": digest.hexdigest(),
-            "held_out": len(self.held_out),
-            "held_out_sha256": hashlib.sha256(repr(self.held_out).encode()).hexdigest(),
-            "target": target_digest(self.target),
+            "target": {"config.json, as this version reads it": self.target.digest(), **target},
+            "start drafter": self.start,
+            "answers": {os.fspath(path): self.digests.of(Stamp.of(path)) for path in self.records.paths},
+            "held-out prompts": hashlib.sha256(repr(self.held_out).encode()).hexdigest(),
             "dtype": self.dtype.name,
         }
 
@@ -180,15 +186,30 @@ class _Alignment:
         return _Measured(measure(self.target, drafter, self.held_out, self.recipe.evaluation, self.recipe.seed, show))
 
 
+def start_digests(source: str, digests: Digests) -> dict[str, str]:
+    """What decides the drafter that a run starts from, by file; nothing more than the target for `from-target`."""
+    if source.partition(":")[0] == FROM_TARGET:
+        return {}
+    folder, found = resolve_folder(source), {}
+    if is_run(folder, DRAFTER):
+        found[RECORD] = best_checkpoint(folder)[1]["sha256"]  # which has the digests of all its files
+        stamps = [Stamp.of(path) for path in sorted((folder / DRAFTER).iterdir()) if path.is_file()]
+    else:
+        stamps = deciding_files(folder)
+    for stamp in stamps:
+        digests.begin(stamp)  # while the drafter is loaded
+    return found | {stamp.path.name: digests.of(stamp) for stamp in stamps}
+
+
 def with_width(stage: Stage, drafter: StandaloneDrafter) -> Stage:
     """The stage with its width: that of the drafter's draft length unless the recipe says another."""
     width = stage.corruption.width or drafter.draft_length
     return dataclasses.replace(stage, corruption=dataclasses.replace(stage.corruption, width=width))
 
 
-def essential(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def essential(recipe: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What of a recipe must not change while its run goes on; later versions' new keys count with their defaults."""
-    values = to_mapping(recipe_from(recipe, "recipe.yaml"))
+    values = to_mapping(recipe_from(recipe, where))
     for name in INESSENTIAL:
         del values[name]
     if values["evaluation"]:

@@ -12,14 +12,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deer_jax.checkpoints.load import scan_layers
-from deer_jax.checkpoints.runs import DAMAGED, Checkpoints, best_of
-from deer_jax.errors import InputError
+from deer_jax.checkpoints.runs import Checkpoints, DamagedError, best_of
+from deer_jax.errors import InputError, RunError
+from deer_jax.files import Lock
 from deer_jax.models.transformer import Params
 from deer_jax.sharding import batch_placement
-from deer_jax.training.metrics import MetricsLog, read_metrics
+from deer_jax.training.metrics import MetricsLog
 from deer_jax.training.objectives import Loss
 from deer_jax.training.recipe import RunSettings
-from deer_jax.training.step import OptimizerConfig, TrainState, init_state, make_step, schedule
+from deer_jax.training.step import OptimizerConfig, TrainState, abstract_state, init_state, make_step, schedule
 
 Progress = Callable[[int, int, str], Any]  # finished steps, all steps, what else is known
 
@@ -93,38 +94,38 @@ class TrainReport:
 
 
 class Trainer:
-    """One call's part of a run, in a folder that `claim` has made the run's; a context manager.
+    """One call's part of a run, in a folder that is the run's and locked; see `checkpoints.claims`.
 
     Attributes:
       evaluations: by step, in order, those of this call.
     """
 
     def __init__(
-        self, work: Work, settings: RunSettings, *, mesh: Mesh, dtype, show: Progress, should_stop: Callable[[], bool]
+        self,
+        work: Work,
+        settings: RunSettings,
+        *,
+        lock: Lock,
+        mesh: Mesh,
+        dtype,
+        show: Progress,
+        should_stop: Callable[[], bool],
     ):
-        """dtype: of the computation."""
-        self.work, self.settings, self.mesh, self.dtype = work, settings, mesh, dtype
+        """lock: of the run's folder; dtype: of the computation."""
+        self.work, self.settings, self.lock, self.mesh, self.dtype = work, settings, lock, mesh, dtype
         self.show, self.should_stop = show, should_stop
         self.output, self.steps = Path(settings.output), sum(stage.steps for stage in work.stages)
-        self.checkpoints = Checkpoints(self.output, keep=settings.keep)
+        self.checkpoints = Checkpoints(self.output, keep=settings.keep, lock=lock)
         self.evaluations: dict[int, Any] = {}
         self.tokens, self.seconds, self.data_seconds = 0, 0.0, 0.0
         self.read = 0  # text tokens since the run began
-
-    def __enter__(self) -> "Trainer":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.checkpoints.__exit__(*error)
 
     def train(self) -> TrainReport:
         """All stages, from the newest checkpoint on."""
         step, restored = self.resume()
         params, stopped = self.work.first_params() if restored is None else {}, False
-        with MetricsLog(self.output, resumed_at=-1 if restored is None else step) as log:
-            lines = read_metrics(self.output)
-            self.read = max((line.get("tokens", 0) for line in lines), default=0)
-            first = 0
+        with MetricsLog(self.output, resumed_at=-1 if restored is None else step, lock=self.lock) as log:
+            self.read, first = log.tokens, 0
             for number, stage in enumerate(self.work.stages):
                 last = first + stage.steps
                 if step > last:
@@ -151,33 +152,33 @@ class Trainer:
         return init_state(params, stage.optimizer, stage.steps), self.work.examples(number)
 
     def resume(self) -> tuple[int, tuple[TrainState, Iterator] | None]:
-        """The newest checkpoint that can be read: its step, state and examples. Damaged ones are set aside."""
-        damaged: dict[int, str] = {}
-        for found in self.checkpoints.newest_first():
-            state, examples = self.begin(self.stage_at(found.step), self.work.first_params())
-            shapes = _parts(jax.tree.map(_abstract, state), examples)
-            del state  # its memory is needed for the one that is read
+        """The newest checkpoint that is whole: its step, state and examples. Damaged ones are set aside."""
+        sound, damaged = {found.step for found in self.checkpoints.newest_first()}, {}
+        for step in self.checkpoints.steps():
+            number = self.stage_at(step) if step in sound else 0
+            stage, examples = self.work.stages[number], self.work.examples(number)
+            state = abstract_state(self.work.first_params(), stage.optimizer, stage.steps)
             try:
-                parts = self.checkpoints.restore(found.step, shapes)
-            except DAMAGED as error:
-                while error.__cause__ is not None:
-                    error = error.__cause__
-                damaged[found.step] = " ".join(str(error).split())[:120]
+                parts = self.checkpoints.restore(step, _parts(state, examples))
+            except DamagedError as error:
+                damaged[step] = str(error).removeprefix(f"{self.checkpoints.folder}/")
                 continue
-            for step, why in damaged.items():
-                aside = self.checkpoints.set_aside(step)
-                what = f"the checkpoint of step {step} is damaged ({why}) and now at {aside}"
-                warnings.warn(f"{what}; that of step {found.step} is taken", stacklevel=5)
-            self.show(found.step, self.steps, f"going on from step {found.step:,}")
+            # Older ones too, if it is their record that is damaged: they may be the best, and cannot be told from it.
+            damaged |= {each: "its record" for each in self.checkpoints.steps() if each not in sound | damaged.keys()}
+            for each, why in damaged.items():
+                aside = self.checkpoints.set_aside(each)
+                what = f"the checkpoint of step {each} is damaged ({why:.200}) and now at {aside}"
+                warnings.warn(f"{what}; that of step {step} is taken", stacklevel=5)
+            self.show(step, self.steps, f"going on from step {step:,}")
             state = TrainState(
                 params=parts["params"], average=parts.get("average", {}), optimizer=parts["optimizer"]
             )  # fmt: skip
-            return found.step, (state, parts["data"])
+            return step, (state, parts["data"])
         if damaged:
             step, why = next(iter(damaged.items()))
-            raise InputError(
-                f"{self.output}: none of its {len(damaged)} checkpoints can be read, that of step {step} for: {why}; "
-                "name another output to begin anew"
+            raise RunError(
+                f"{self.output}: none of its {len(damaged)} checkpoints can be read, that of step {step} for: "
+                f"{why:.300}; name another output to begin anew"
             )
         return 0, None
 
@@ -231,7 +232,7 @@ class Trainer:
                 note = f"{stage.name}, loss {values['loss']:.3f}"
                 note += f", {tokens / seconds:,.0f} tokens/s" if tokens else ""
                 if not np.isfinite([values["loss"], values["gradient_norm"]]).all():
-                    raise InputError(
+                    raise RunError(
                         f"{self.output}: step {step} has loss {values['loss']} and gradient norm "
                         f"{values['gradient_norm']}; lower the learning rate, or alpha, in another output"
                     )
@@ -255,6 +256,8 @@ class Trainer:
     def evaluate(self, step: int, state: TrainState, log: MetricsLog) -> Evaluated:
         """How good the parameters are, also written to the metrics."""
         found = self.work.evaluate(state.average or state.params, lambda note: self.show(step, self.steps, note))
+        if not np.isfinite(found.score):
+            raise RunError(f"{self.output}: the evaluation at step {step} gives {found.score}; lower the learning rate")
         self.evaluations[step] = found
         log.write(step, {"tokens": self.read, **found.metrics()})
         return found
@@ -272,7 +275,3 @@ def stage_seed(seed: int, number: int) -> int:
 def _parts(state: TrainState, examples: Iterator) -> dict[str, Any]:
     parts: dict[str, Any] = {"params": state.params, "optimizer": state.optimizer, "data": examples}
     return parts | {"average": state.average} if state.average else parts
-
-
-def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

@@ -1,7 +1,10 @@
 """What a run reports: metrics.jsonl, one JSON object per line, and the same for TensorBoard."""
 
 import json
+import os
+import secrets
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,27 +13,45 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore
 from tensorboardX.summary import scalar
 
-from deer_jax.errors import InputError
+from deer_jax.errors import InputError, RunError
+from deer_jax.files import Lock, disk_error, write_file
+from deer_jax.formats import json_bytes, parse_json, read_bytes
 
 FILE, FOLDER = "metrics.jsonl", "tensorboard"
 
 
 class MetricsLog:
-    """Appends to a run's metrics; a context manager. A resumed run drops what was written behind its step."""
+    """Appends to a run's metrics; a context manager. A resumed run drops what was written behind its step.
 
-    def __init__(self, folder: Path, *, resumed_at: int):
-        """resumed_at: step of the checkpoint that the run goes on from; -1 if there is none."""
-        self.path = folder / FILE
+    Attributes:
+      tokens: text tokens read until the step that the run goes on from.
+    """
+
+    def __init__(self, folder: Path, *, resumed_at: int, lock: Lock):
+        """resumed_at: step of the checkpoint that the run goes on from; -1 if there is none. lock: of the folder.
+
+        Lines that are no metrics are dropped with a warning, but for a torn last one, of a run that was killed.
+        """
+        self.path, self._lock = folder / FILE, lock
+        lock.check()
+        kept: list[dict[str, Any]] = []
+        if os.path.lexists(self.path):
+            content = read_bytes(self.path)
+            kept, foreign = _sound_lines(content)
+            if foreign:
+                warnings.warn(f"{self.path}: {foreign} lines are no metrics and are dropped", stacklevel=6)
+            kept = [line for line in kept if line["step"] <= resumed_at]
+            sound = b"".join(json_bytes(line) for line in kept)
+            if sound != content:
+                write_file(self.path, sound)
+        self.tokens = max((line["tokens"] for line in kept if type(line.get("tokens")) is int), default=0)
         try:
-            if self.path.exists():
-                kept = [line for line in read_metrics(folder) if line["step"] <= resumed_at]
-                partial = self.path.with_name(f".{FILE}.partial")
-                partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-                partial.replace(self.path)
-            self._file = self.path.open("a", encoding="utf-8")
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+            self._file = os.fdopen(os.open(self.path, flags, 0o666), "ab")
             (folder / FOLDER).mkdir(exist_ok=True)
             # Written in this thread: the usual writer of tensorboardX has one of its own, which hangs on a full disk.
-            self._board = EventsWriter(str(folder / FOLDER / "events"))
+            # A name of its own: two calls within one second would write the same file.
+            self._board = EventsWriter(str(folder / FOLDER / "events"), f".{secrets.token_hex(4)}")
             restart = SessionLog(status=SessionLog.START)
             self._board.write_event(Event(wall_time=time.time(), step=resumed_at + 1, session_log=restart))
         except OSError as error:
@@ -49,8 +70,9 @@ class MetricsLog:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line; its numbers also go to TensorBoard, those of inner mappings as `outer/inner`."""
+        self._lock.check()
         try:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.write(json_bytes({"step": step, **values}))
             self._file.flush()
             for name, value in values.items():
                 inner = value.items() if isinstance(value, Mapping) else [(None, value)]
@@ -62,11 +84,23 @@ class MetricsLog:
         except OSError as error:
             raise self._refused(error) from None
 
-    def _refused(self, error: OSError) -> InputError:
-        return InputError(
-            f"{self.path.parent}: metrics cannot be written: {error.strerror}; make room, then the same command goes "
-            "on from the newest checkpoint"
-        )
+    def _refused(self, error: OSError) -> InputError | RunError:
+        return disk_error(self.path, error, "the same command goes on from the newest checkpoint")
+
+
+def _sound_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The lines of metrics.jsonl that are objects with a step, and how many others there are."""
+    lines, found = content.splitlines(keepends=True), []
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    for line in lines:
+        try:
+            values = parse_json(line, FILE)
+        except InputError:
+            continue
+        if isinstance(values, dict) and type(values.get("step")) is int:
+            found.append(values)
+    return found, len(lines) - len(found)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from deer_jax.checkpoints.claims import claimed
 from deer_jax.checkpoints.huggingface import write_description
 from deer_jax.checkpoints.load import compute_dtype, scan_layers
-from deer_jax.checkpoints.runs import TARGET, claim
+from deer_jax.checkpoints.runs import TARGET
 from deer_jax.data.bpe import train_bpe
 from deer_jax.data.texts import (
     Corpus,
@@ -84,6 +86,7 @@ def pretrain(
     *,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
+    verify: bool = False,
 ) -> PretrainReport:
     """Train a target from text as a recipe says, or go on with the run in its output folder.
 
@@ -91,65 +94,74 @@ def pretrain(
       recipe: a PretrainRecipe, its plain values, or a YAML file of them.
       progress: called after every step, and during evaluations.
       should_stop: asked after every step; True writes a checkpoint and returns.
+      verify: as for `align`; the texts are read in full in any case.
 
     Raises:
-      InputError: anything wrong with the recipe or the texts it names, before any work is done; a full disk.
+      InputError: anything wrong with the recipe or the texts it names, an output that another process writes, or one
+        that was begun with another recipe or other texts; before any work is done.
+      RunError: a full disk, a loss that is not finite, no checkpoint that can be read, the output removed meanwhile.
     """
     if isinstance(recipe, str | Path):
         recipe = read_pretrain_recipe(recipe)
     elif not isinstance(recipe, PretrainRecipe):
         recipe = pretrain_recipe_from(recipe, "recipe")
     show = progress or (lambda *_: None)
-    mesh = make_mesh(**dataclasses.asdict(recipe.mesh))
-    show(0, recipe.steps, "reading the texts")
-    corpus = read_corpus(recipe.texts, files=recipe.files, exclude=recipe.exclude, held_out=recipe.held_out)
-    if corpus.duplicates:
-        names = ", ".join(corpus.duplicates[:3]) + (", ..." if len(corpus.duplicates) > 3 else "")
-        warnings.warn(f"{len(corpus.duplicates)} texts mostly repeat others and are left out: {names}", stacklevel=2)
-    output = Path(recipe.output)
-    claim(
-        output, to_mapping(recipe), facts(recipe, corpus), kind=TARGET, essential=essential,
-        describe=lambda folder: describe(folder, recipe, corpus, show),
-    )  # fmt: skip
-    tokenizer = Tokenizer.load(output / TARGET)
-    assert tokenizer is not None
+    values = to_mapping(recipe)
+    with claimed(Path(recipe.output), values, kind=TARGET, essential=essential, verify=verify) as claim:
+        mesh = make_mesh(**dataclasses.asdict(recipe.mesh))
+        show(0, recipe.steps, "reading the texts")
+        corpus = read_corpus(recipe.texts, files=recipe.files, exclude=recipe.exclude, held_out=recipe.held_out)
+        if corpus.duplicates:
+            names = ", ".join(corpus.duplicates[:3]) + (", ..." if len(corpus.duplicates) > 3 else "")
+            left_out = f"{len(corpus.duplicates)} texts mostly repeat others and are left out: {names}"
+            warnings.warn(left_out, stacklevel=2)
+        claim.settle(inputs(recipe, corpus), lambda folder: describe(folder, recipe, corpus, show))
+        output = Path(recipe.output)
+        tokenizer = Tokenizer.load(output / TARGET)
+        if tokenizer is None:
+            raise InputError(f"{output / TARGET}: has no tokenizer any more; name another output")
+        write_openings(output, recipe, corpus, tokenizer)
+        work = _Pretraining(recipe, corpus, tokenizer, mesh, show)
+        stop = should_stop or (lambda: False)
+        run = Trainer(work, recipe, lock=claim.lock, mesh=mesh, dtype=work.dtype, show=show, should_stop=stop)
+        report = run.train()
+    return PretrainReport(**vars(report), evaluations=run.evaluations)
+
+
+def write_openings(output: Path, recipe: PretrainRecipe, corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """The prompt files, where they are not there yet."""
     room = PROMPT_SHARE * recipe.model.context
     for name, texts, count in (
         (PROMPTS, corpus.training, recipe.prompts),
         (HELD_OUT, corpus.held_out, HELD_OUT_PROMPTS),
     ):
-        if texts and not (output / name).exists():
+        if texts and not os.path.lexists(output / name):
             found = passages(
                 texts, count=count, most=PROMPT_LINES, seed=recipe.seed,
                 fits=lambda text: len(tokenizer.encode(text)) <= room,
             )  # fmt: skip
             write_prompts(output / name, found)
-    work = _Pretraining(recipe, corpus, tokenizer, mesh, show)
-    stop = should_stop or (lambda: False)
-    with Trainer(work, recipe, mesh=mesh, dtype=work.dtype, show=show, should_stop=stop) as run:
-        report = run.train()
-    return PretrainReport(**vars(report), evaluations=run.evaluations)
 
 
-def facts(recipe: PretrainRecipe, corpus: Corpus) -> dict[str, Any]:
+def inputs(recipe: PretrainRecipe, corpus: Corpus) -> dict[str, Any]:
     """What must not change between the calls of one run, beside the recipe."""
 
-    def digest(documents: Sequence[Document]) -> str:
-        return hashlib.sha256(repr([(each.name, each.text) for each in documents]).encode()).hexdigest()
+    def digests(documents: Sequence[Document]) -> dict[str, str]:
+        found: dict[str, str] = {}  # of several with one name, of different sources, all count
+        for each in documents:
+            found[each.name] = hashlib.sha256((found.get(each.name, "") + each.text).encode()).hexdigest()
+        return found
 
     return {
-        "texts": len(corpus.training),
-        "characters": sum(len(each.text) for each in corpus.training),
-        "texts_sha256": digest(corpus.training),
-        "held_out": len(corpus.held_out),
-        "held_out_sha256": digest(corpus.held_out),
+        "training texts": digests(corpus.training),
+        "held-out texts": digests(corpus.held_out),
         "dtype": compute_dtype(recipe.dtype).name,
     }
 
 
-def essential(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def essential(recipe: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What of a recipe must not change while its run goes on; later versions' new keys count with their defaults."""
-    values = to_mapping(pretrain_recipe_from(recipe, "recipe.yaml"))
+    values = to_mapping(pretrain_recipe_from(recipe, where))
     return {name: value for name, value in values.items() if name not in INESSENTIAL}
 
 

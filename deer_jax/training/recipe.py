@@ -2,20 +2,19 @@
 
 import copy
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
-
-import yaml
+from typing import Any, Literal
 
 from deer_jax.checkpoints.families import check_family
-from deer_jax.config import DrafterConfig, ModelConfig, Sampling, from_mapping, nearest
+from deer_jax.config import DrafterConfig, ModelConfig, Sampling
 from deer_jax.diffusion.corruption import Corruption
 from deer_jax.errors import InputError
-from deer_jax.formats import read_yaml
+from deer_jax.formats import parse_yaml, read_yaml
 from deer_jax.sharding import MeshShape
 from deer_jax.training.step import OptimizerConfig
+from deer_jax.training.values import build, check_keys, mapping, placed, shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,6 +100,8 @@ class RunSettings:
     keep: int = 2
 
     def __post_init__(self):
+        if not self.output:
+            raise InputError("output is empty; name a folder")
         for name in ("batch", "accumulate", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -148,6 +149,7 @@ class Recipe(RunSettings):
             raise InputError("stages is empty: give at least one")
 
 
+MOST_PARAMETERS = 10**10  # that a pretrained target may have
 PRETRAIN_OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1)
 
 
@@ -189,12 +191,30 @@ class PretrainRecipe(RunSettings):
         if not self.texts:
             raise InputError("texts is empty: name at least one folder")
         check_family(self.model)
+        if (count := _parameters(self.model)) > MOST_PARAMETERS:
+            raise InputError(
+                f"model: has {count:.2g} parameters, more than the {MOST_PARAMETERS:.0e} of a small target"
+            )
+
+
+def _parameters(model: ModelConfig) -> int:
+    """Of the large matrices."""
+    attention = 2 * (model.heads + model.kv_heads) * model.head_width
+    mlp = 3 * (model.experts * model.expert_width if model.experts else model.mlp_width)
+    return model.width * ((2 - model.tied) * model.vocab_size + model.layers * (attention + mlp))
 
 
 CORRUPTION = {field.name for field in dataclasses.fields(Corruption)}
 OPTIMIZER = {field.name for field in dataclasses.fields(OptimizerConfig)}
 OWN = {"steps", "labels"}
-KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+MODEL, MESH = ({field.name for field in dataclasses.fields(kind)} for kind in (ModelConfig, MeshShape))
+# Where keys belong that a recipe does not have itself; the last one counts.
+PLACES = {
+    name: place
+    for place, kind in (("mesh", MeshShape), ("reading", DrafterConfig), ("evaluation", Evaluation))
+    for name in (field.name for field in dataclasses.fields(kind))
+} | dict.fromkeys(OWN | CORRUPTION | OPTIMIZER, "a stage, one of the list `stages`")
+PRETRAIN_PLACES = dict.fromkeys(MESH, "mesh") | dict.fromkeys(MODEL, "model")
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -204,24 +224,25 @@ def read_recipe(path: str | Path) -> Recipe:
 
 def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
     """`read_recipe` of the parsed file."""
-    values = dict(values)
+    values = dict(mapping(values, where))
     try:
+        check_keys(values, {field.name for field in dataclasses.fields(Recipe)}, where, PLACES)
         if values.get("reading") is not None:
-            values["reading"] = _build(DrafterConfig, values["reading"], "reading")
+            values["reading"] = build(DrafterConfig, values["reading"], "reading")
         if values.get("evaluation") is not None:
-            values["evaluation"] = _build(Evaluation, values["evaluation"], "evaluation")
+            values["evaluation"] = build(Evaluation, values["evaluation"], "evaluation")
         if "mesh" in values:
-            values["mesh"] = _build(MeshShape, values["mesh"], "mesh")
+            values["mesh"] = build(MeshShape, values["mesh"], "mesh")
         if isinstance(values.get("answers"), str):
             values["answers"] = [values["answers"]]
         if "stages" in values:
             stages = values["stages"]
-            if not isinstance(stages, list):
-                raise InputError(f"stages must be a list, got {stages!r}")
+            if not isinstance(stages, list | tuple):
+                raise InputError(f"stages must be a list, got {shown(stages)}")
             values["stages"] = tuple(_stage(stage, f"stages[{i}]") for i, stage in enumerate(stages))
-        return _build(Recipe, values, where)
+        return build(Recipe, values, where)
     except InputError as error:
-        raise _placed(error, where) from None
+        raise placed(error, where) from None
 
 
 def read_pretrain_recipe(path: str | Path) -> PretrainRecipe:
@@ -231,91 +252,35 @@ def read_pretrain_recipe(path: str | Path) -> PretrainRecipe:
 
 def pretrain_recipe_from(values: Mapping[str, Any], where: str) -> PretrainRecipe:
     """`read_pretrain_recipe` of the parsed file."""
-    values = dict(values)
+    values = dict(mapping(values, where))
     try:
         known = OPTIMIZER | {field.name for field in dataclasses.fields(PretrainRecipe)} - {"optimizer"}
-        for key in values:
-            if key not in known:
-                raise InputError(f"unknown key '{key}', {nearest(str(key), known)}")
+        check_keys(values, known, where, PRETRAIN_PLACES)
         default = dataclasses.asdict(PRETRAIN_OPTIMIZER)
         given = {key: values.pop(key) for key in OPTIMIZER & values.keys()}
-        values["optimizer"] = _build(OptimizerConfig, default | given, where)
+        values["optimizer"] = build(OptimizerConfig, default | given, where)
         for name, kind in (("model", ModelConfig), ("mesh", MeshShape)):
             if name in values:
-                values[name] = _build(kind, values[name], name)
+                values[name] = build(kind, values[name], name)
         for name in ("texts", "files", "exclude", "held_out"):
             if isinstance(values.get(name), str):
                 values[name] = [values[name]]
-        return _build(PretrainRecipe, values, where)
+        return build(PretrainRecipe, values, where)
     except InputError as error:
-        raise _placed(error, where) from None
+        raise placed(error, where) from None
 
 
 def _stage(values: Any, where: str) -> Stage:
     """Keys of corruption and optimiser stand side by side."""
-    values, known = _mapping(values, where), OWN | CORRUPTION | OPTIMIZER
-    for key in values:
-        if key not in known:
-            raise InputError(f"{where}: unknown key '{key}', {nearest(str(key), known)}")
+    values = mapping(values, where)
+    check_keys(values, OWN | CORRUPTION | OPTIMIZER, where)
     corruption = {key: value for key, value in values.items() if key in CORRUPTION}
     optimizer = {key: value for key, value in values.items() if key in OPTIMIZER}
     parts = {
-        "corruption": _build(Corruption, corruption, where),
-        "optimizer": _build(OptimizerConfig, optimizer, where),
+        "corruption": build(Corruption, corruption, where),
+        "optimizer": build(OptimizerConfig, optimizer, where),
     }
-    return _build(Stage, parts | {key: value for key, value in values.items() if key in OWN}, where)
-
-
-def _build(cls, values: Any, where: str):
-    """A dataclass from YAML's keys and values; whatever is wrong with them is one line that starts with `where`."""
-    kinds = get_type_hints(cls)
-    values = {
-        key: _convert(kinds[key], value, f"{where}: {key}") if key in kinds else value
-        for key, value in _mapping(values, where).items()
-    }
-    try:
-        return from_mapping(cls, values, where)
-    except InputError as error:
-        raise _placed(error, where) from None
-
-
-def _placed(error: InputError, where: str) -> InputError:
-    """The error with the place where it is, said once."""
-    return error if str(error).startswith(f"{where}: ") else InputError(f"{where}: {error}")
-
-
-def _convert(kind: Any, value: Any, what: str) -> Any:
-    """The value as its field's type; YAML gives lists for tuples and text for 1e-4."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        if value is None and NoneType in inner:
-            return None
-        (kind,) = (each for each in inner if each is not NoneType)
-        return _convert(kind, value, what)
-    if origin is Literal:
-        if value in inner:
-            return value
-        raise InputError(f"{what} must be one of {', '.join(inner)}, got {value!r}")
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise InputError(f"{what} must be a list, got {value!r}")
-        return tuple(_convert(inner[0], each, what) for each in value)
-    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        return _build(kind, value, what)
-    if kind is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif type(value) is kind or kind not in KINDS:
-        return value
-    raise InputError(f"{what} must be {KINDS[kind]}, got {value!r}")
-
-
-def _mapping(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise InputError(f"{where} must be keys and values, got {value!r}")
-    return value
+    return build(Stage, parts | {key: value for key, value in values.items() if key in OWN}, where)
 
 
 def to_mapping(recipe: Recipe | PretrainRecipe) -> dict[str, Any]:
@@ -338,30 +303,32 @@ def with_settings(values: Mapping[str, Any], settings: Sequence[str]) -> dict[st
 
     Values are read as YAML. A list entry is named by its number.
     """
-    result = copy.deepcopy(dict(values))
+    try:
+        result = copy.deepcopy(dict(values))
+    except RecursionError:
+        raise InputError("the recipe is nested too deeply") from None
     for text in settings:
         path, equals, value = text.partition("=")
         if not equals or not all(path.split(".")):
-            raise InputError(f"expected KEY=VALUE, as in stages.0.steps=100, got '{text}'")
-        try:
-            found = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise InputError(f"{path}: not a YAML value: {value}") from None
+            raise InputError(f"expected KEY=VALUE, as in stages.0.steps=100, got {shown(text)}")
+        found, where = parse_yaml(value, path[:80]), path[:80]
         *parents, last = path.split(".")
         inner: Any = result
         for key in parents:
-            inner = _entry(inner, key, path) if isinstance(inner, list) else inner.setdefault(key, {})
+            inner = inner[_number(inner, key, where)] if isinstance(inner, list) else inner.setdefault(key, {})
             if not isinstance(inner, dict | list):
-                raise InputError(f"{path}: {key} holds {inner!r}, nothing is inside it")
+                raise InputError(f"{where}: {key[:80]} holds {shown(inner)}, nothing is inside it")
         if isinstance(inner, list):
-            _entry(inner, last, path)
-            inner[int(last)] = found
+            inner[_number(inner, last, where)] = found
         else:
             inner[last] = found
     return result
 
 
-def _entry(values: list, key: str, path: str) -> Any:
-    if not key.isdigit() or int(key) >= len(values):
-        raise InputError(f"{path}: {key} must be a number from 0 to {len(values) - 1}")
-    return values[int(key)]
+def _number(values: list, key: str, where: str) -> int:
+    """The place in a list that a key names."""
+    if not values:
+        raise InputError(f"{where}: the list is empty")
+    if not re.fullmatch("[0-9]{1,9}", key) or int(key) >= len(values):
+        raise InputError(f"{where}: {key[:80]} must be a number from 0 to {len(values) - 1}")
+    return int(key)

@@ -83,16 +83,27 @@ def init_state(params: Params, config: OptimizerConfig, steps: int) -> TrainStat
     """The state before the first step. It holds a copy: steps donate it, and a target may share the parameters."""
     params = jax.tree.map(jnp.copy, params)
     average = jax.tree.map(jnp.copy, params) if config.ema else {}
+    where = jax.tree.map(lambda x: x.sharding, abstract_state(params, config, steps).optimizer)
+    state = jax.jit(make_optimizer(config, steps).init, out_shardings=where)(params)
+    return TrainState(params=params, average=average, optimizer=state)
+
+
+def abstract_state(params: Params, config: OptimizerConfig, steps: int) -> TrainState:
+    """`init_state` as shapes and the places where its arrays lie; nothing is computed."""
     optimizer = make_optimizer(config, steps)
     home = jax.tree.leaves(params)[0].sharding
     alone = NamedSharding(home.mesh, PartitionSpec()) if isinstance(home, NamedSharding) else home
     # Moments lie where their parameters do, counts everywhere; left to itself XLA would put them all on one device.
-    where = optax.tree_map_params(
-        optimizer.init, lambda _, param: param.sharding, jax.eval_shape(optimizer.init, params), params,
-        transform_non_params=lambda _: alone,
+    state = optax.tree_map_params(
+        optimizer.init, lambda x, param: _abstract(x, param.sharding), jax.eval_shape(optimizer.init, params), params,
+        transform_non_params=lambda x: _abstract(x, alone),
     )  # fmt: skip
-    state = jax.jit(optimizer.init, out_shardings=where)(params)
-    return TrainState(params=params, average=average, optimizer=state)
+    shapes = jax.tree.map(lambda x: _abstract(x, x.sharding), params)
+    return TrainState(params=shapes, average=shapes if config.ema else {}, optimizer=state)
+
+
+def _abstract(x, where) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
 def make_step(

@@ -15,6 +15,7 @@ import deer_jax
 from deer_jax import InputError
 from deer_jax.checkpoints.huggingface import load_params, read_config
 from deer_jax.checkpoints.runs import DRAFTER, TARGET, Checkpoint, Checkpoints, best_of, is_run
+from deer_jax.files import Lock
 from deer_jax.models.target import full_logits
 from deer_jax.models.transformer import stack_layers
 from tests.training import runs
@@ -84,7 +85,8 @@ def test_the_best_checkpoint_is_exported_and_of_that_its_average(folder, tmp_pat
     drafter = deer_jax.load_drafter(run, target=deer_jax.load_target(folder / "target"))
     stacked = stack_layers(drafter.params)
     values = {3: (0.5, 1.0), 4: (2.0, 2.0), 5: (2.0, 3.0), 6: (1.0, 4.0), 7: (None, 5.0)}
-    with Checkpoints(run, keep=9) as checkpoints:
+    with Lock(run, inside=True) as lock:
+        checkpoints = Checkpoints(run, keep=9, lock=lock)
         for step, (score, value) in values.items():
             filled = jax.tree.map(lambda x, value=value: jnp.full_like(x, value), stacked)
             checkpoints.save(step, {"params": filled, "average": jax.tree.map(jnp.negative, filled)}, score)

@@ -1,6 +1,5 @@
 """A small target on disk, its answers, and recipes for runs of a few steps."""
 
-import contextlib
 import json
 from pathlib import Path
 
@@ -76,12 +75,12 @@ def everything(values: dict, last: int = 12) -> dict:
     for line in lines:
         for found in line.get("evaluation", ()):
             del found["seconds"]
-    with contextlib.closing(ocp.training.Checkpointer((folder / CHECKPOINTS).absolute())) as orbax:
-        steps = [found.step for found in orbax.checkpoints]
-        assert steps[-1] == last
-        shapes = orbax.checkpointables_metadata(last).metadata
-        names = [name for name in ("params", "optimizer", "average") if name in shapes]
-        parts = orbax.load_checkpointables(last, {name: shapes[name] for name in names})
+    steps = sorted(int(found.name) for found in (folder / CHECKPOINTS).iterdir())
+    assert steps[-1] == last
+    newest = str((folder / CHECKPOINTS / str(last)).absolute())
+    shapes = ocp.checkpointables_metadata(newest).metadata
+    names = [name for name in ("params", "optimizer", "average") if name in shapes]
+    parts = ocp.load_checkpointables(newest, {name: shapes[name] for name in names})
     arrays = [np.asarray(x) for x in jax.tree.leaves(parts)]
     return {"arrays": arrays, "lines": lines}
 

@@ -1,5 +1,7 @@
 """Recipes: YAML in and out, and errors of one line that name the place and the remedy."""
 
+import dataclasses
+import random
 import re
 
 import pytest
@@ -7,8 +9,20 @@ import yaml
 
 from deer_jax import DrafterConfig, InputError
 from deer_jax.diffusion.corruption import Corruption
-from deer_jax.training.recipe import Evaluation, Recipe, Stage, read_recipe, recipe_from, to_mapping, with_settings
+from deer_jax.formats import parse_yaml
+from deer_jax.training.recipe import (
+    Evaluation,
+    Recipe,
+    Stage,
+    pretrain_recipe_from,
+    read_recipe,
+    recipe_from,
+    to_mapping,
+    with_settings,
+)
 from deer_jax.training.step import OptimizerConfig
+from tests.training.pretraining import MODEL
+from tests.training.refusals import taken_or_refused
 
 FULL = """
 target: models/target
@@ -143,11 +157,37 @@ def stage(**changes):
         (stage(clip=-1), "stages[1]: clip must be positive, got -1.0"),
         (stage(ema=1), "stages[1]: ema must be in [0, 1), got 1.0"),
         (stage(warmup=-1), "stages[1]: warmup must not be negative, got -1"),
+        ({"learning_rate": 1}, "unknown key 'learning_rate', it belongs into a stage, one of the list `stages`"),
+        ({"draft_length": 4}, "unknown key 'draft_length', it belongs into reading"),
+        ({"max_new_tokens": 4}, "unknown key 'max_new_tokens', it belongs into evaluation"),
+        ({"tensor": 4}, "unknown key 'tensor', it belongs into mesh"),
+        ({"k" * 100_000: 4}, f"unknown key '{'k' * 80}', valid: accumulate, "),
+        ({"output": ""}, "output is empty; give one, or leave the key out"),
+        ({"target": ""}, "target is empty; give one, or leave the key out"),
+        ({"answers": ["a", ""]}, "answers is empty; give one, or leave the key out"),
+        ({"answers": {"a": 1}}, "answers must be a list, got {'a': 1}"),
+        ({"output": "a\0b"}, "output must not have a NUL in it, got 'a\\x00b'"),
+        ({"output": ["o"]}, "output must be text, got ['o']"),
+        ({"output": {"a": 1}}, "output must be text, got {'a': 1}"),
+        ({"output": "x" * 10**6 + "\0"}, "output must not have a NUL in it, got 'xxxx"),
+        ({"batch": [8]}, "batch must be a whole number, got [8]"),
+        ({"batch": 10**30}, "batch must be below 4,294,967,296, got 10000000000000"),
+        ({"batch": 16**4000}, "batch must be below 4,294,967,296, got a value too long to print"),
+        ({"dtype": ["float32"]}, "dtype must be one of bfloat16, float32, got ['float32']"),
+        ({"mesh": None}, "mesh must be keys and values, got None"),
+        (stage(learning_rate=".nan"), "stages[1]: learning_rate must be a number, got '.nan'"),
+        (stage(learning_rate=float("nan")), "stages[1]: learning_rate must be finite, got nan"),
+        (stage(alpha="inf"), "stages[1]: alpha must be finite, got inf"),
+        (stage(alpha=16**4000), "stages[1]: alpha must be a number, got a value too long to print"),
+        (stage(learning_rate=True), "stages[1]: learning_rate must be a number, got True"),
+        (stage(learning_rate=-1), "stages[1]: learning_rate must be positive, got -1.0"),
     ],
 )
 def test_errors_are_one_line_with_place_and_remedy(tmp_path, changes, message):
-    with pytest.raises(InputError, match="^" + re.escape(f"{tmp_path / 'recipe.yaml'}: {message}")) as error:
-        read(tmp_path, SHORT | changes)
+    where = str(tmp_path / "recipe.yaml")
+    with pytest.raises(InputError, match="^" + re.escape(f"{where}: {message}")) as error:
+        recipe_from(SHORT | changes, where)
+    assert len(str(error.value)) < 1000
     assert "\n" not in str(error.value)
 
 
@@ -179,9 +219,67 @@ def test_settings_replace_values_wherever_they_are():
         ("stages.2.steps=3", "stages.2.steps: 2 must be a number from 0 to 0"),
         ("stages.x=3", "stages.x: x must be a number from 0 to 0"),
         ("target.name=3", "target.name: target holds 't', nothing is inside it"),
-        ("seed=[1", "seed: not a YAML value: [1"),
+        (
+            "seed=[1",
+            "seed: not valid YAML: line 1: while parsing a flow sequence expected ',' or ']', but got '<stream end>'",
+        ),
+        ("seed={a: 1, a: 2}", "seed: not valid YAML: line 1: the key 'a' stands here and in line 1"),
+        ("stages.99999999999=1", "stages.99999999999: 99999999999 must be a number from 0 to 0"),
+        ("stages.²=1", "stages.²: ² must be a number from 0 to 0"),
+        (f"stages.{'9' * 5000}=1", f"stages.{'9' * 73}: {'9' * 80} must be a number from 0 to 0"),
     ],
 )
 def test_settings_that_fit_nowhere(setting, message):
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         with_settings(SHORT, [setting])
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
+    with pytest.raises(InputError, match=r"line 4: the key 'batch' stands here and in line 2\Z"):
+        read(tmp_path, "target: t\nbatch: 4\nseed: 1\nbatch: 8\n")
+
+
+def test_the_output_of_a_recipe_made_in_python_is_checked_too():
+    with pytest.raises(InputError, match=r"\Aoutput is empty; name a folder\Z"):
+        dataclasses.replace(recipe_from(SHORT, "x"), output="")
+
+
+def test_a_model_that_no_machine_holds_is_refused():
+    model = MODEL | {"vocab_size": 2**31, "width": 2**16}
+    with pytest.raises(InputError, match=r"\Ax: model: has 1\.4e\+14 parameters, more than the 1e\+10 of a small t"):
+        pretrain_recipe_from({"texts": "t", "output": "o", "steps": 1, "length": 8, "model": model}, "x")
+
+
+ODD = (
+    "[]", "{}", "[[]]", "{a: {b: c}}", "null", "true", "''", "-1", "0", "1e400", ".nan", "-.inf", "1e-400", "2.5",
+    "9" * 400, "0x" + "f" * 5000, "9" * 5000, "2020-01-01", "!!set {a}", "!!binary aGk=", "&a [*a]", "*b", "? [a]\n: 1",
+    '"\\0"', '"\\ud800"', "x" * 3000, "[" * 300 + "]" * 300, "[" * 3000, "- a\n- b", "1:2:3", "~", "=", "<<: 3",
+)  # fmt: skip
+PRETRAIN = yaml.safe_dump({
+    "texts": ["t"], "output": "o", "steps": 3, "length": 16, "model": MODEL, "learning_rate": 0.1, "mesh": {"data": 1},
+})  # fmt: skip
+
+
+def test_whatever_stands_in_a_recipe_is_read_or_refused_in_one_line():
+    """A value replaced by an odd one, a line repeated or lost, a character changed; as a file and as a setting."""
+    rng = random.Random(0)
+    for number in range(150):
+        source, build = (FULL, recipe_from) if number % 2 else (PRETRAIN, pretrain_recipe_from)
+        lines = source.strip().splitlines()
+        at = rng.randrange(len(lines))
+        kind = rng.randrange(4)
+        if kind == 0 and ": " in lines[at]:
+            lines[at] = lines[at].split(": ")[0] + ": " + rng.choice(ODD)
+        elif kind == 1:
+            lines.insert(rng.randrange(len(lines)), lines[at])
+        elif kind == 2:
+            place = rng.randrange(len(lines[at]))
+            lines[at] = lines[at][:place] + rng.choice("{}[]:,-#&*!|>'\"%@`\t0\x00é") + lines[at][place + 1 :]
+        else:
+            del lines[at]
+        text = "\n".join(lines)
+        path = rng.choice(["seed", "stages.0.steps", "mesh.data", "model.rope", "stages", "evaluation.limit", "texts"])
+        settings = [f"{path}={rng.choice(ODD)}"] if rng.random() < 0.3 else []
+        with taken_or_refused((number, text, settings)):
+            values = parse_yaml(text, "recipe.yaml")
+            build(with_settings(values if isinstance(values, dict) else {}, settings), "recipe.yaml")

@@ -1,0 +1,214 @@
+"""Whose a run's folder is: one process writes it, for one recipe and the same inputs from its first call to its last.
+
+    with claimed(folder, recipe, kind=DRAFTER, essential=essential) as claim:   # locked; another recipe is refused here
+        target = load_target(..., digests=claim.digests)                        # knows what earlier calls have read
+        claim.settle({"target": ..., "dtype": "float32"}, describe)             # other inputs are refused here
+
+A folder becomes a run's in three steps, each whole or not there: identity.json, recipe.yaml, the description of what is
+trained. What is there after the first or second is known by identity.json, and may still become another recipe's.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deer_jax.checkpoints.runs import DRAFTER, IDENTITY, RECIPE, TARGET, check_path, is_run
+from deer_jax.digests import Digests
+from deer_jax.errors import InputError
+from deer_jax.files import Lock, new_folder, sweep, write_file
+from deer_jax.formats import json_bytes, read_json, read_yaml, unreadable
+
+FORMAT = 1  # of a run's folder
+MODELS = ("target", "start drafter")  # inputs that are files of a model
+NAMED = 4  # changes that a message lists
+
+
+@contextlib.contextmanager
+def claimed(
+    folder: Path,
+    recipe: Mapping[str, Any],
+    *,
+    kind: str,
+    essential: Callable[[Mapping[str, Any], str], Mapping[str, Any]],
+    verify: bool = False,
+) -> Iterator["Claim"]:
+    """The folder of a run, locked for the time of the block. If nothing came of it, no folder is left behind.
+
+    Args:
+      recipe: plain values.
+      kind: DRAFTER or TARGET.
+      essential: what of a recipe, which its second argument names, must not change while a run goes on.
+      verify: read every input again, also those whose size and time of change are what they were.
+
+    Raises InputError if another process writes the folder, or it holds a run of another recipe (the differences are
+    listed), or anything that no run wrote.
+    """
+    check_path(folder)
+    made = [path for path in (folder.absolute(), *folder.absolute().parents) if not os.path.lexists(path)]
+    try:
+        with Lock(folder, inside=True) as lock:
+            yield Claim(folder, recipe, kind, essential, lock, verify)
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError, ValueError):
+                path.rmdir()  # what holds anything stays
+
+
+class Claim:
+    """A run's folder in the hands of this process.
+
+    Attributes:
+      lock: of the folder; to be checked before anything is written.
+      digests: of inputs; knows those of earlier calls.
+      begun: local time at which the run began: what its chat templates take for now.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Mapping[str, Any],
+        kind: str,
+        essential: Callable[[Mapping[str, Any], str], Mapping[str, Any]],
+        lock: Lock,
+        verify: bool,
+    ):
+        """The arguments of `claimed`."""
+        self.lock = lock
+        self._folder, self._recipe, self._kind = folder, recipe, kind
+        self._goes_on = is_run(folder, kind)
+        self._before = _read_identity(folder)
+        if self._goes_on:
+            self._check_recipe(essential)
+        else:
+            self._check_free()
+        self.begun = datetime.datetime.now().replace(microsecond=0)
+        if self._goes_on:
+            self.begun = datetime.datetime.fromisoformat(self._before["begun"])
+        self.digests = Digests(self._before.get("files"), verify=verify)
+
+    def _check_recipe(self, essential: Callable[[Mapping[str, Any], str], Mapping[str, Any]]) -> None:
+        where = self._folder / RECIPE
+        if not self._before:
+            raise InputError(f"{self._folder}: has no {IDENTITY}, so it is no run of this version; name another output")
+        if self._before["format"] != FORMAT:
+            raise InputError(
+                f"{self._folder}: is a run of format {self._before['format']!r:.20}, this version writes {FORMAT}; "
+                "name another output, or go on with the version that began it"
+            )
+        changes = differences(essential(read_yaml(where), str(where)), essential(self._recipe, "recipe"))
+        if changes:
+            raise InputError(
+                f"{self._folder}: holds another run: {_listed(changes)}. Name another output, or go on with its own "
+                f"recipe, {where}"
+            )
+
+    def _check_free(self) -> None:
+        """InputError if the folder holds anything but the beginnings of a run that was stopped right there."""
+        ours = (IDENTITY, RECIPE, self._kind)
+        for name in ours:
+            sweep(self._folder / name)
+        allowed = {self.lock.path.name, *((IDENTITY, RECIPE) if self._before else ())}
+        try:
+            others = sorted(name for name in os.listdir(self._folder) if name not in allowed)
+        except OSError as error:
+            raise unreadable(self._folder, error) from None
+        if others and self._before.get("kind") in {DRAFTER, TARGET} - {self._kind}:
+            raise InputError(f"{self._folder}: is the run of a {self._before['kind']}; name another output")
+        if others:
+            named = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            raise InputError(f"{self._folder}: is no run but holds {named:.300}; name another output")
+
+    def settle(self, inputs: Mapping[str, Any], describe: Callable[[Path], None]) -> None:
+        """Make the folder that of this run, or find that it already is.
+
+        Args:
+          inputs: what decides the result beside the recipe, by what it is: a value, or digests by file.
+          describe: writes config.json and tokenizer of what is trained into a folder.
+
+        Raises InputError, which names what changed, if the run was begun with other inputs.
+        """
+        self.lock.check()
+        if self._goes_on and (changes := input_changes(self._before["inputs"], inputs)):
+            raise InputError(
+                f"{self._folder}: cannot go on: {_listed(changes)} since it was begun; bring back what it was begun "
+                "with, or name another output"
+            )
+        identity = {
+            "format": FORMAT, "kind": self._kind, "begun": self.begun.isoformat(), "inputs": dict(inputs),
+            "files": self.digests.records(),
+        }  # fmt: skip
+        if identity != self._before:  # also where a file has another time of change than before
+            write_file(self._folder / IDENTITY, json_bytes(identity, indent=1))
+        if not self._goes_on:
+            write_file(self._folder / RECIPE, yaml.safe_dump(dict(self._recipe), sort_keys=False).encode())
+            with new_folder(self._folder / self._kind) as partial:
+                describe(partial)
+
+
+def _read_identity(folder: Path) -> dict[str, Any]:
+    """The values of identity.json; empty if there is none. InputError if a run did not write it."""
+    path = folder / IDENTITY
+    if not os.path.lexists(path):
+        return {}
+    found = read_json(path)
+    try:
+        datetime.datetime.fromisoformat(found["begun"])
+        sound = found["kind"] in (DRAFTER, TARGET) and type(found["format"]) is int
+        sound = sound and isinstance(found["inputs"], dict)
+    except (KeyError, ValueError, TypeError):
+        sound = False
+    if not sound:
+        raise InputError(f"{path}: is not as a run writes it; name another output")
+    return found
+
+
+def _listed(changes: Sequence[str]) -> str:
+    more = f"; and {len(changes) - NAMED} more" if len(changes) > NAMED else ""
+    return "; ".join(changes[:NAMED]) + more
+
+
+def input_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between the inputs of two calls: ``the target's weights changed (model.safetensors)``."""
+    changes = []
+    for label in dict.fromkeys((*before, *now)):
+        old, new = before.get(label), now.get(label)
+        if old == new:
+            continue
+        if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+            short = all(isinstance(value, str | int | None) and len(str(value)) < 20 for value in (old, new))
+            changes.append(f"{label:.40} was {old}, is {new}" if short else f"the {label:.40} changed")
+            continue
+        parts: dict[str, list[str]] = {}
+        for name in dict.fromkeys((*old, *new)):
+            if old.get(name) != new.get(name):
+                parts.setdefault(_part(label, name), []).append(name)
+        for part, names in parts.items():
+            named = ", ".join(name[-60:] for name in names[:3]) + (", ..." if len(names) > 3 else "")
+            changes.append(f"the {label:.40}{part} changed ({named})")
+    return changes
+
+
+def _part(label: str, name: str) -> str:
+    """Which part of a model a file is, for a message."""
+    if label not in MODELS:
+        return ""
+    if name.endswith((".safetensors", "checkpoint.json")):
+        return "'s weights"
+    return "'s configuration" if name.endswith("config.json") and "tokenizer" not in name else "'s tokenizer"
+
+
+def differences(before: Any, now: Any, where: str = "") -> list[str]:
+    """What differs between two plain values, one entry each: ``stages.0.steps was 10, is 20``."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = [*before, *(key for key in now if key not in before)]
+        return [line for key in keys for line in differences(before.get(key), now.get(key), f"{where}{key}.")]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return [
+            line for i, pair in enumerate(zip(before, now, strict=True)) for line in differences(*pair, f"{where}{i}.")
+        ]
+    return [] if before == now else [f"{where.rstrip('.')} was {before!r:.80}, is {now!r:.80}"]
