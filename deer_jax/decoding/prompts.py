@@ -1,5 +1,6 @@
 """Prompts in any accepted form, as token ids."""
 
+import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,10 @@ from deer_jax.models.target import Target
 
 
 def encode_prompts(
-    target: Target, prompts: Any, template_arguments: Mapping[str, Any] | None = None
+    target: Target,
+    prompts: Any,
+    template_arguments: Mapping[str, Any] | None = None,
+    now: datetime.datetime | None = None,
 ) -> list[list[int]]:
     """Token ids of each prompt.
 
@@ -25,19 +29,21 @@ def encode_prompts(
         raise InputError("prompts is empty: give at least one")
     if all(isinstance(prompt, int | np.integer) for prompt in prompts):
         raise InputError("prompts is one list of token ids: wrap it in a list, [[1, 2, 3]]")
-    return [_encode(target, i, prompt, template_arguments or {}) for i, prompt in enumerate(prompts)]
+    return [_encode(target, i, prompt, template_arguments or {}, now) for i, prompt in enumerate(prompts)]
 
 
 def _is_chat(prompt: Any) -> bool:
     return isinstance(prompt, Sequence) and bool(prompt) and all(isinstance(message, Mapping) for message in prompt)
 
 
-def _encode(target: Target, index: int, prompt: Any, template_arguments: Mapping[str, Any]) -> list[int]:
+def _encode(
+    target: Target, index: int, prompt: Any, template_arguments: Mapping[str, Any], now: datetime.datetime | None
+) -> list[int]:
     if isinstance(prompt, str) or _is_chat(prompt):
         if target.tokenizer is None:
             raise InputError(f"prompt {index} is text but {target.name} has no tokenizer: give token ids")
         if not isinstance(prompt, str):
-            tokens = target.tokenizer.encode_chat(prompt, **template_arguments)
+            tokens = target.tokenizer.encode_chat(prompt, **({} if now is None else {"now": now}), **template_arguments)
         elif prompt:
             tokens = target.tokenizer.encode(prompt)
         else:

@@ -15,7 +15,6 @@ from deer_jax.checkpoints.runs import DRAFTER, claim
 from deer_jax.data.answers import AnswerFiles
 from deer_jax.data.examples import example_batches
 from deer_jax.data.tokenizer import Tokenizer
-from deer_jax.decoding.answers import target_digest
 from deer_jax.drafters.standalone import StandaloneDrafter
 from deer_jax.errors import InputError
 from deer_jax.models.target import Target
@@ -160,7 +159,7 @@ class _Alignment:
             "answers_sha256": digest.hexdigest(),
             "held_out": len(self.held_out),
             "held_out_sha256": hashlib.sha256(repr(self.held_out).encode()).hexdigest(),
-            "target": target_digest(self.target),
+            "target": self.target.digest(),
             "dtype": self.dtype.name,
         }
 
