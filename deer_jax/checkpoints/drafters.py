@@ -24,7 +24,7 @@ from deer_jax.checkpoints.huggingface import (
     save_folder,
     write_description,
 )
-from deer_jax.checkpoints.load import check_vocabulary, compute_dtype, scan_layers
+from deer_jax.checkpoints.load import compute_dtype, scan_layers
 from deer_jax.checkpoints.runs import DRAFTER, is_run, read_best
 from deer_jax.config import DrafterConfig, from_mapping
 from deer_jax.data.tokenizer import Tokenizer, differing_ids
@@ -78,8 +78,9 @@ def load_drafter(
     if run is None:
         deciding_files(folder)  # refuses what is no file before anything reads it
     model, tokenizer = read_config(folder), Tokenizer.load(folder)
-    check_vocabulary(tokenizer, model.vocab_size, folder)
     found, mask = _reading(folder, tokenizer, config)
+    if mask is not None and mask >= model.vocab_size:
+        raise InputError(f"{folder}: {OPEN_DCODER_MASK} is id {mask}, the vocabulary ends at {model.vocab_size - 1}")
     if tokenizer and isinstance(target.tokenizer, Tokenizer):
         differing_ids(target.tokenizer, tokenizer, found.differing_ids)
     method = StandaloneMethod(model, found, target.config.vocab_size)

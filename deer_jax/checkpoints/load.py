@@ -40,15 +40,6 @@ def scan_layers() -> bool:
     return jax.default_backend() != "cpu"
 
 
-def check_vocabulary(tokenizer: Tokenizer | None, vocab_size: int, folder: Path) -> None:
-    """InputError if the tokenizer has ids that the model has no row for."""
-    largest = max(tokenizer.vocabulary().values(), default=-1) if tokenizer else -1
-    if largest >= vocab_size:
-        raise InputError(
-            f"{folder}: the tokenizer has ids up to {largest}, the model's vocabulary ends at {vocab_size - 1}"
-        )
-
-
 def check_mesh(mesh: Mesh | None) -> None:
     """InputError for what is no mesh."""
     if not isinstance(mesh, Mesh | None):
@@ -80,7 +71,6 @@ def load_target(
     files = deciding_files(folder)
     config, stop_ids = read_config(folder), read_stop_ids(folder)
     tokenizer = Tokenizer.load(folder)
-    check_vocabulary(tokenizer, config.vocab_size, folder)
     if digests is not None:
         for stamp in files:
             digests.begin(stamp)
