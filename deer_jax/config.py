@@ -6,14 +6,17 @@ smallest of these that it reads.
 
 import dataclasses
 import difflib
-import math
 import numbers
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from deer_jax.errors import InputError
+from deer_jax.errors import InputError, named, shown
 
 LEAST_TEMPERATURE = 1e-6
+MOST_TEMPERATURE = 1e38  # float32 ends there
+MOST_DRAFT_LENGTH = 4096
+MOST_IDS = 1024  # of a set of token ids that programs are compiled with: stop ids, ids that differ
+TOKEN_IDS = 2**31  # int32 on the device
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -23,7 +26,50 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"did you mean '{match[0]}'?" if match else f"valid: {', '.join(valid)}"
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_whole(name: str, value: Any, least: int, most: int) -> None:
+    """InputError unless the value is a whole number in least..most."""
+    if type(value) is not int:
+        raise InputError(f"{name} must be a whole number, got {shown(value)}")
+    if not least <= value <= most:
+        wanted = f"a whole number of at least {least:,}" if value < least else f"at most {most:,}"
+        raise InputError(f"{name} must be {wanted}, got {shown(value)}")
+
+
+def check_number(name: str, value: Any, least: float, most: float, *, above: bool = False) -> None:
+    """InputError unless the value is a number in least..most; above: and not `least` itself."""
+    if not _is_number(value):
+        raise InputError(f"{name} must be a number, got {shown(value)}")
+    if not least <= value <= most or (above and value == least):
+        wanted = f"above {least:g} and at most {most:g}" if above else f"in {least:g}..{most:g}"
+        raise InputError(f"{name} must be {wanted}, got {shown(value)}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """InputError unless the value is true or false."""
+    if type(value) is not bool:
+        raise InputError(f"{name} must be true or false, got {shown(value)}")
+
+
+def check_choice(name: str, value: Any, valid: Iterable[str]) -> None:
+    """InputError unless the value is one of the valid texts."""
+    valid = tuple(valid)
+    if value not in valid:
+        raise InputError(f"{name} must be one of {', '.join(valid)}, got {shown(value)}")
+
+
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
+Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
+
+# More than any published model has, and little enough that nothing loops or allocates for a mistake.
+MOST = {
+    "vocab_size": TOKEN_IDS - 1, "width": 2**20, "layers": 10_000, "heads": 2**14, "kv_heads": 2**14,
+    "head_width": 2**14, "mlp_width": 2**22, "context": 2**31 - 1,
+    "experts": 100_000, "experts_per_token": 100_000, "expert_width": 2**22,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +93,24 @@ class Rope:
     mscale_all_dim: float | None = None
     truncate: bool = True
 
+    def __post_init__(self):
+        check_choice("RoPE kind", self.kind, get_args(RopeKind))
+        check_number("RoPE theta", self.theta, 1, 1e15, above=self.kind == "yarn")  # yarn divides by its logarithm
+        check_number("RoPE factor", self.factor, 1, 1e6)
+        needed = 1 if self.kind in ("llama3", "yarn") else 0
+        check_whole("RoPE original_context", self.original_context, needed, MOST["context"])
+        for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            check_number(f"RoPE {name}", getattr(self, name), 0, 1e6, above=True)
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if getattr(self, low) >= getattr(self, high):
+                raise InputError(
+                    f"RoPE {low} must be below {high}, got {shown(getattr(self, low))} and {shown(getattr(self, high))}"
+                )
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            if getattr(self, name) is not None:
+                check_number(f"RoPE {name}", getattr(self, name), 0, 100, above=name == "attention_factor")
+        check_flag("RoPE truncate", self.truncate)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -62,7 +126,7 @@ class ModelConfig:
       normalise_router: the chosen experts' weights are divided by their sum.
     """
 
-    family: Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
+    family: Family
     vocab_size: int
     width: int
     layers: int
@@ -82,9 +146,14 @@ class ModelConfig:
     normalise_router: bool = True
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width", "context"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_choice("family", self.family, get_args(Family))
+        for name, most in MOST.items():
+            check_whole(name, getattr(self, name), 0 if name.startswith("expert") else 1, most)
+        check_number("norm_eps", self.norm_eps, 0, 0.1, above=True)
+        if not isinstance(self.rope, Rope):
+            raise InputError(f"rope must be a Rope, got {shown(self.rope)}")
+        for name in ("tied", "qkv_bias", "qk_norm", "normalise_router"):
+            check_flag(name, getattr(self, name))
         if self.heads % self.kv_heads:
             raise InputError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.head_width % 2:
@@ -93,6 +162,14 @@ class ModelConfig:
             raise InputError(f"experts_per_token must be in 1..{self.experts}, got {self.experts_per_token}")
         if self.experts and self.expert_width < 1:
             raise InputError(f"expert_width must be at least 1, got {self.expert_width}")
+
+    def described(self) -> str:
+        """In a few words: ``llama, 5 layers of width 64, 512 tokens, context 512``."""
+        experts = f", {self.experts} experts" if self.experts else ""
+        return (
+            f"{self.family}, {self.layers} layers of width {self.width}{experts}, {self.vocab_size} tokens, "
+            f"context {self.context}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,16 +192,19 @@ class DrafterConfig:
     differing_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for name, valid in (("attention", ("block_causal", "bidirectional")), ("head", ("shifted", "in_place"))):
-            if getattr(self, name) not in valid:
-                raise InputError(f"{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}")
-        if type(self.draft_length) is not int or self.draft_length < 1:
-            raise InputError(f"draft_length must be a whole number of at least 1, got {self.draft_length!r}")
-        if type(self.separator) is not bool:
-            raise InputError(f"separator must be true or false, got {self.separator!r}")
-        ids = self.differing_ids
-        if not isinstance(ids, tuple) or not all(type(token) is int and token >= 0 for token in ids):
-            raise InputError(f"differing_ids must be token ids, got {ids!r}")
+        check_choice("attention", self.attention, ("block_causal", "bidirectional"))
+        check_choice("head", self.head, ("shifted", "in_place"))
+        check_whole("draft_length", self.draft_length, 1, MOST_DRAFT_LENGTH)
+        check_flag("separator", self.separator)
+        check_token_ids("differing_ids", self.differing_ids)
+
+
+def check_token_ids(name: str, ids: Any) -> None:
+    """InputError unless the value is a tuple of token ids, at most MOST_IDS of them."""
+    if not isinstance(ids, tuple) or not all(type(token) is int and 0 <= token < TOKEN_IDS for token in ids):
+        raise InputError(f"{name} must be token ids, got {shown(ids)}")
+    if len(ids) > MOST_IDS:
+        raise InputError(f"{name} must be at most {MOST_IDS:,} token ids, got {len(ids):,}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,19 +228,17 @@ class Sampling:
             value = getattr(self, name)
             if value is None and name == "draft_temperature":
                 continue
-            if not _is_number(value) or not 0 <= value < math.inf:
-                raise InputError(f"{name} must be 0 (greedy) or positive, got {value!r}")
+            if not _is_number(value) or not 0 <= value <= MOST_TEMPERATURE:
+                raise InputError(f"{name} must be 0 (greedy) or positive, got {shown(value)}")
             if 0 < value < LEAST_TEMPERATURE:
                 raise InputError(f"{name} {value} is too small to divide by in float32: 0 is greedy")
         whole = isinstance(self.top_k, numbers.Integral) and not isinstance(self.top_k, bool)
         if not whole or not 0 <= self.top_k < 2**31:  # int32 on the device
-            raise InputError(f"top_k must be 0 (all tokens) or a positive whole number below 2**31, got {self.top_k!r}")
+            raise InputError(
+                f"top_k must be 0 (all tokens) or a positive whole number below 2**31, got {shown(self.top_k)}"
+            )
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be in (0, 1], got {self.top_p!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+            raise InputError(f"top_p must be in (0, 1], got {shown(self.top_p)}")
 
 
 def from_mapping(cls, values: Mapping[str, Any], where: str):
@@ -168,7 +246,7 @@ def from_mapping(cls, values: Mapping[str, Any], where: str):
     fields = {field.name for field in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise InputError(f"{where}: unknown key '{key}', {nearest(str(key), fields)}")
+            raise InputError(f"{where}: unknown key '{named(key)}', {nearest(named(key), fields)}")
     missing = [
         field.name
         for field in dataclasses.fields(cls)

@@ -4,16 +4,17 @@ import hashlib
 import os
 import re
 import threading
+from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deer_jax.errors import RunError
+from deer_jax.errors import InputError, RunError
 from deer_jax.formats import open_file, unreadable
 
 CHUNK = 2**24
-HUB_BLOB = re.compile(r"[0-9a-f]{64}")  # the hub's cache names large files by their SHA-256
+SHA256 = re.compile(r"[0-9a-f]{64}")  # the hub's cache names large files so
 
 
 class Stamp(NamedTuple):
@@ -33,6 +34,19 @@ class Stamp(NamedTuple):
         return cls(path.absolute(), found.st_size, found.st_mtime_ns)
 
 
+def hub_blob(path: Path) -> Path | None:
+    """The file of the hub's cache that a link in a snapshot of the same repository leads to; None for any other path.
+
+    models--owner--name/snapshots/REVISION/model.safetensors -> models--owner--name/blobs/DIGEST
+    """
+    try:
+        snapshot, real = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
+    except (OSError, ValueError):
+        return None
+    blobs = snapshot.parent.parent / "blobs"
+    return real if snapshot.parent.name == "snapshots" and real.parent == blobs else None
+
+
 class Digests:
     """Digests of files, known from an earlier time or computed now.
 
@@ -49,20 +63,26 @@ class Digests:
         self._verify = verify
         self._known = {path: tuple(record) for path, record in _usable(known).items()}
         self._found: dict[Stamp, Future[str]] = {}
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="digests")
+        self._waiting: deque[Stamp] = deque()
+        self._working = False
         self._guard = threading.Lock()
         self.read = 0
 
     def begin(self, stamp: Stamp) -> None:
         """See to it that the digest will be there."""
         with self._guard:
-            if stamp not in self._found:
-                known = None if self._verify else self._known_digest(stamp)
-                if known is None:
-                    self._found[stamp] = self._pool.submit(self._compute, stamp)
-                else:
-                    self._found[stamp] = Future()
-                    self._found[stamp].set_result(known)
+            if stamp in self._found:
+                return
+            self._found[stamp] = Future()
+            known = None if self._verify else self._known_digest(stamp)
+            if known is not None:
+                self._found[stamp].set_result(known)
+                return
+            self._waiting.append(stamp)
+            if not self._working:
+                self._working = True
+                # A daemon: a program that ends does not wait for digests that nobody asks for any more.
+                threading.Thread(target=self._work, name="digests", daemon=True).start()
 
     def of(self, stamp: Stamp) -> str:
         """The digest, hexadecimal. RunError if the file is no longer what it was at the stamp's moment."""
@@ -72,18 +92,33 @@ class Digests:
     def records(self) -> dict[str, list[Any]]:
         """What to keep for the next time: path -> [size, time of change, digest]."""
         with self._guard:
-            done = {stamp: future.result() for stamp, future in self._found.items() if future.done()}
-        return {str(stamp.path): [stamp.size, stamp.changed, digest] for stamp, digest in done.items()}
+            done = {stamp: future for stamp, future in self._found.items() if future.done() and not future.exception()}
+        return {str(stamp.path): [stamp.size, stamp.changed, future.result()] for stamp, future in done.items()}
 
     def _known_digest(self, stamp: Stamp) -> str | None:
         size, changed, digest = self._known.get(str(stamp.path), (None, None, None))
         if (size, changed) == (stamp.size, stamp.changed):
             return digest
-        real = Path(os.path.realpath(stamp.path))
-        return real.name if real.parent.name == "blobs" and HUB_BLOB.fullmatch(real.name) else None
+        blob = hub_blob(stamp.path)
+        return blob.name if blob is not None and SHA256.fullmatch(blob.name) else None
+
+    def _work(self) -> None:
+        """Compute what waits, in turn."""
+        while True:
+            with self._guard:
+                if not self._waiting:
+                    self._working = False
+                    return
+                stamp = self._waiting.popleft()
+                future = self._found[stamp]
+            try:
+                future.set_result(self._compute(stamp))
+            except BaseException as error:  # whatever it is, it is for who asks, and who asks must not wait for ever
+                future.set_exception(error)
 
     def _compute(self, stamp: Stamp) -> str:
         found = hashlib.sha256()
+        check_unchanged(stamp)
         with os.fdopen(open_file(stamp.path), "rb", buffering=0) as stream:
             while True:
                 try:
@@ -94,9 +129,18 @@ class Digests:
                     break
                 found.update(chunk)
                 self.read += len(chunk)
-        if Stamp.of(stamp.path) != stamp:
-            raise RunError(f"{stamp.path}: was changed while it was in use; start again")
+        check_unchanged(stamp)
         return found.hexdigest()
+
+
+def check_unchanged(stamp: Stamp) -> None:
+    """RunError if a file is no longer what it was, or is gone."""
+    try:
+        same = Stamp.of(stamp.path) == stamp
+    except InputError:
+        same = False
+    if not same:
+        raise RunError(f"{stamp.path}: was changed or removed while it was in use; start again")
 
 
 def _usable(known: Any) -> dict[str, Any]:
@@ -110,6 +154,7 @@ def _usable(known: Any) -> dict[str, Any]:
         and len(record) == 3
         and all(type(number) is int for number in record[:2])
         and isinstance(record[2], str)
+        and SHA256.fullmatch(record[2])
     }
 
 

@@ -1,5 +1,7 @@
 """What goes wrong, as one line each: by whom it can be mended, and the command line's exit status."""
 
+from typing import Any
+
 
 class InputError(ValueError):
     """Wrong input from the user: one line that names the value and the remedy. The command line exits with 2."""
@@ -44,3 +46,18 @@ def one_line(error: BaseException, most: int = 200) -> str:
     """What an error says, on one line of at most `most` characters; its kind where it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value from elsewhere as an error names it: its repr, on one line of at most `most` characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, a list that is nested as deeply
+        text = f"a {type(value).__name__} that is too large to print"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def named(name: Any, most: int = 80) -> str:
+    """A name from elsewhere, such as a path or a key: as it is, or as `shown` where that is no short line."""
+    text = str(name)
+    return text if text.isprintable() and len(text) <= most else shown(text, most)

@@ -29,8 +29,8 @@ WRONG_PATH = frozenset(
      errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY, errno.EINVAL}
 )  # fmt: skip
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL})
-IN_PLACE = ("/dev/", "/proc/")  # what lies there is the system's: /dev/stdout, /dev/fd/63
-NAME_LENGTH = 200  # of what a hidden name keeps of its output's, within the 255 bytes that file systems allow
+IN_PLACE = ("/dev/std", "/dev/fd/", "/proc/")  # the system's, links included: /dev/stdout, /dev/fd/63
+NAME_LENGTH = 200  # bytes that a hidden name keeps of its output's, of the 255 that file systems allow
 
 
 def disk_error(path: Path | str, error: OSError | ValueError, remedy: str = "") -> InputError | RunError:
@@ -53,7 +53,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         before = replaceable(path)
         if before == "special":
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "wb", buffering=0) as stream:
+            with os.fdopen(_open_special(path), "wb") as stream:
                 yield stream
             return
         sweep(path)
@@ -71,13 +71,49 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             raise
         sync_folder(path.parent)
     except OSError as error:
-        if error.filename is None or os.fspath(path.parent) in str(error.filename):
+        if _is_about(path, error):
             raise disk_error(path, error) from None
         raise
     except ValueError as error:
         if "null byte" not in str(error) and "null character" not in str(error):
             raise
         raise disk_error(path, error) from None
+
+
+def _is_about(path: Path, error: OSError) -> bool:
+    """Whether writing `path` is what failed, and not reading something else meanwhile."""
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return not names or any(os.fspath(path.parent) in name for name in names)
+
+
+def check_file(path: Path) -> None:
+    """InputError or RunError, before any work, where `write_file` would fail; nothing is left of the trial."""
+    try:
+        before = replaceable(path)
+        if before == "special":
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        if before == "file":  # one that is protected is not replaced, although its folder would allow it
+            os.close(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
+        partial, descriptor = _new_partial(path)
+        partial.unlink()
+        os.close(descriptor)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise disk_error(path, error) from None
+
+
+def _open_special(path: Path) -> int:
+    """A device or pipe, to be written to behind what is there. Our own standard streams are not opened once more: what
+    is printed later would be written over it."""
+    found = os.stat(path)
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(found, os.fstat(number)):
+                return os.dup(number)
+    return os.open(path, os.O_WRONLY | os.O_APPEND)
 
 
 def replaceable(path: Path) -> str:
@@ -94,8 +130,8 @@ def replaceable(path: Path) -> str:
         return "nothing"
     if stat.S_ISLNK(found.st_mode):
         raise InputError(f"{path}: is a link to {os.readlink(path)}; name the file itself")
-    if stat.S_ISDIR(found.st_mode):
-        raise InputError(f"{path}: is a folder; name a file")
+    if stat.S_ISDIR(found.st_mode) or stat.S_ISSOCK(found.st_mode) or stat.S_ISBLK(found.st_mode):
+        raise InputError(f"{path}: is a {'folder' if stat.S_ISDIR(found.st_mode) else 'socket or disk'}; name a file")
     return "file" if stat.S_ISREG(found.st_mode) else "special"
 
 
@@ -114,7 +150,11 @@ def _new_partial(path: Path) -> tuple[Path, int]:
 
 
 def _hidden(path: Path, suffix: str) -> Path:
-    return path.absolute().with_name(f".{path.name[:NAME_LENGTH]}.{suffix}")
+    return path.absolute().with_name(f".{_short(path.name)}.{suffix}")
+
+
+def _short(name: str) -> str:
+    return os.fsdecode(os.fsencode(name)[:NAME_LENGTH])
 
 
 def _flock(descriptor: int) -> bool | None:
@@ -141,7 +181,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 def sweep(path: Path) -> None:
     """Remove what processes that are gone have left of their writing `path`."""
-    ours = re.compile(re.escape(f".{path.name[:NAME_LENGTH]}.partial-") + "[0-9a-f]{8}")
+    ours = re.compile(re.escape(f".{_short(path.name)}.partial-") + "[0-9a-f]{8}")
     try:
         found = [entry.path for entry in os.scandir(path.absolute().parent) if ours.fullmatch(entry.name)]
     except OSError:
@@ -193,7 +233,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         partial.replace(path)
         sync_folder(path.absolute().parent)
     except OSError as error:
-        raise disk_error(path, error) from None
+        if _is_about(path, error):
+            raise disk_error(path, error) from None
+        raise
     finally:
         if _is_at(partial, descriptor):
             shutil.rmtree(partial, ignore_errors=True)

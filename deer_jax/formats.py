@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from deer_jax.errors import InputError, one_line
+from deer_jax.errors import InputError, one_line, shown
 
 MOST_BYTES = 2**28  # of a file that is read whole; a tokenizer.json has some ten million
 MOST_NODES = 100_000  # entries of a YAML file, those repeated through aliases counted as often as they stand
@@ -88,9 +88,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_json(path: Path | str) -> dict[str, Any]:
-    """The object in a JSON file; anything else is an InputError."""
-    values = parse_json(read_bytes(path), str(path))
+def read_json(path: Path | str, *, most: int = MOST_BYTES) -> dict[str, Any]:
+    """The object in a JSON file of at most so many bytes; anything else is an InputError."""
+    values = parse_json(read_bytes(path, most=most), str(path))
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
@@ -114,7 +114,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def parse_yaml(text: str, where: str) -> Any:
     """The value of a YAML text, of at most MOST_NODES entries; a key that stands twice is refused, with its line."""
     try:
-        loader = _Loader(text)
+        loader = _Loader(text, where)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -123,8 +123,8 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
-        parts = (error.context, error.problem) if error.problem else (error.context,)
-        raise InputError(f"{where}: not valid YAML: {line}{' '.join(' '.join(filter(None, parts)).split())}") from None
+        what = yaml.YAMLError(" ".join(filter(None, (error.context, error.problem))))
+        raise InputError(f"{where}: not valid YAML: {line}{one_line(what)}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{where}: not valid YAML: {one_line(error)}") from None
     except RecursionError:
@@ -136,7 +136,17 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which takes the last of several equal keys; here they are an error."""
+    """The safe loader, which takes the last of several equal keys; here they are an error, and so is a long text."""
+
+    def __init__(self, text: str, where: str):
+        super().__init__(text)
+        self._where, self._nodes = where, 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._nodes += 1
+        if self._nodes > MOST_NODES:  # before they have all been read, which takes long
+            raise _too_many(self._where)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[Any, int] = {}
@@ -146,7 +156,7 @@ class _Loader(yaml.SafeLoader):
             name, line = self.construct_object(key), key.start_mark.line + 1
             if name in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{name}' stands here and in line {seen[name]}", key.start_mark
+                    None, None, f"the key {shown(name)} stands here and in line {seen[name]}", key.start_mark
                 )
             seen[name] = line
         return super().construct_mapping(node, deep)
@@ -167,11 +177,15 @@ def _count(node: yaml.Node, where: str) -> None:
         return sizes[id(node)]
 
     if size(node) > MOST_NODES:
-        raise InputError(f"{where}: has more than {MOST_NODES:,} entries, aliases counted as often as they stand")
+        raise _too_many(where)
+
+
+def _too_many(where: str) -> InputError:
+    return InputError(f"{where}: has more than {MOST_NODES:,} entries, aliases counted as often as they stand")
 
 
 def mapping(value: Any, where: str) -> Mapping[str, Any]:
     """The value if it is keys and values; InputError otherwise."""
     if not isinstance(value, Mapping):
-        raise InputError(f"{where} must be keys and values, got {value!r:.80}")
+        raise InputError(f"{where} must be keys and values, got {shown(value)}")
     return value

@@ -58,6 +58,27 @@ class AnchorMethod(Stateless):
         return pick(params["logits"][anchor, :k], 0), state
 
 
+@dataclasses.dataclass(frozen=True)
+class StepwiseMethod(Stateless):
+    """Drafts position by position, each through a `pick` of its own, and joins the parts.
+
+    Position i has logits[token, i]. The token is the anchor, or if `chained` the one drafted before.
+    """
+
+    target_vocab: int
+    chained: bool
+
+    def propose(self, params: Params, state: Any, context: Context, k: int, pick: Pick) -> tuple[Draft, Any]:
+        token = jnp.take_along_axis(context.tokens, context.length[:, None] - 1, axis=1)[:, 0]
+        parts: list[Draft] = []
+        for i in range(k):
+            parts.append(pick(params["logits"][token, i][:, None], i))
+            token = parts[-1].tokens[:, 0] if self.chained else token
+        tokens = jnp.concatenate([part.tokens for part in parts], axis=1)
+        log_q = [part.log_q for part in parts if part.log_q is not None]
+        return Draft(tokens, jnp.concatenate(log_q, axis=1) if log_q else None), state
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Double:
     """A drafter as the loop wants it."""
@@ -78,6 +99,12 @@ def anchor_drafter(logits, label: str = "") -> Double:
     """Drafts from logits float [V, k, V], by anchor and place in the draft."""
     logits = jnp.asarray(logits, jnp.float32)
     return Double(method=AnchorMethod(logits.shape[0], label), params={"logits": logits}, name="anchor")
+
+
+def stepwise_drafter(logits, *, chained: bool) -> Double:
+    """Drafts one position after the other from logits float [V, k, V], by anchor, or by the token drafted before."""
+    logits = jnp.asarray(logits, jnp.float32)
+    return Double(method=StepwiseMethod(logits.shape[0], chained), params={"logits": logits}, name="stepwise")
 
 
 def text_table(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> np.ndarray:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from deer_jax.models.transformer import turned
+TURNED = ("q", "k", "v", "o", "gate", "up", "down")  # [in, out] in unrolled layers, [out, in] in stacks
 
 
 def softmax(x):
@@ -110,15 +110,24 @@ def experts(x, router, gate, up, down, top, normalise):
     return out
 
 
+def layer(params, i):
+    """Weights of one layer, [out, in], from stacked or unrolled parameters."""
+    layers = params["layers"]
+    if "input_norm" in layers:
+        return {name: np.asarray(stack, np.float64)[i] for name, stack in layers.items()}
+    weights = {name: np.asarray(weight, np.float64) for name, weight in layers[i].items()}
+    return {name: weight.T if name in TURNED else weight for name, weight in weights.items()}
+
+
 def forward(config, params, tokens, positions=None, visible=None):
-    """Logits [B, T, V] of tokens [B, T] with unrolled parameters; causal unless visible [B, T, T] says otherwise."""
+    """Logits [B, T, V] of tokens [B, T]; causal unless visible [B, T, T] says otherwise."""
     tokens = np.asarray(tokens)
     B, T = tokens.shape
     positions = np.broadcast_to(np.arange(T), (B, T)) if positions is None else positions
     visible = np.broadcast_to(np.tril(np.ones((T, T), bool)), (B, T, T)) if visible is None else visible
     x = np.asarray(params["embed"], np.float64)[tokens]
     for i in range(config.layers):
-        w = {name: np.asarray(turned(name, value), np.float64) for name, value in params["layers"][i].items()}
+        w = layer(params, i)
         h = rms_norm(x, w["input_norm"], config.norm_eps)
         split = {}
         for name, heads in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads)):

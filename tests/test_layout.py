@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+import deer_jax
+
+pytestmark = pytest.mark.representative
+
 PACKAGE = Path(__file__).resolve().parent.parent / "deer_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 400
@@ -21,6 +25,14 @@ DEVICE_PACKAGES = {"jax", "jaxlib", "flax", "optax", "orbax"}
 MESH_AXES = {"data", "fsdp", "tensor"}
 COLLECTIVES = {"psum", "pmax", "pmin", "pmean", "psum_scatter", "all_gather", "all_to_all", "ppermute", "axis_index",
                "axis_size"}  # fmt: skip
+
+# What notebooks, the command line and users build on: a name is added here on purpose, and none is lost.
+PUBLIC_NAMES = {
+    "AlignReport", "AnswersReport", "DecodeResult", "DecodeStats", "DrafterConfig", "InputError", "PretrainReport",
+    "RunError", "StandaloneDrafter", "Target", "align", "answers", "bench", "decode", "demo_pair",
+    "drafter_from_target", "export", "load_drafter", "load_target", "pretrain", "save_drafter", "stream",
+    "stream_blocks",
+}  # fmt: skip
 
 
 def layer_of(module: str) -> str:
@@ -167,3 +179,10 @@ def test_wrong_source_is_found(path: str, source: str, problem: str):
 )
 def test_right_source_passes(path: str, source: str):
     assert problems(source, Path(path)) == []
+
+
+def test_the_public_names_are_these():
+    assert set(deer_jax.__all__) == PUBLIC_NAMES
+    assert list(deer_jax.__all__) == sorted(deer_jax.__all__)
+    for name in PUBLIC_NAMES:
+        assert getattr(deer_jax, name).__doc__, name

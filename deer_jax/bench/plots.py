@@ -7,7 +7,6 @@ print can be read too.
 
 import io
 import math
-import os
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLoc
 from deer_jax.bench.curves import Curve
 from deer_jax.bench.report import BenchReport, MethodReport
 from deer_jax.errors import InputError
+from deer_jax.files import check_file, disk_error, write_file
 
 DPI = 150
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -199,15 +199,16 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{folder}: is a file; name a folder")
     if not parent.is_dir():
         raise InputError(f"{folder}: no folder {parent} to make it in")
-    if not os.access(folder if folder.is_dir() else parent, os.W_OK | os.X_OK):
-        raise InputError(f"{folder}: no permission to write there")
+    if folder.is_symlink() and not folder.exists():
+        raise InputError(f"{folder}: is a link to nothing; name a folder")
+    check_file((folder if folder.is_dir() else parent) / "histogram.png")
 
 
 def write(report: BenchReport, folder: str | Path, curves: Sequence[Curve] = ()) -> list[Path]:
     """Write the pictures that a report and curves support into a folder, as PNG; the paths of them.
 
     Raises:
-      InputError: the folder cannot be written.
+      InputError: the folder cannot be written; RunError: the disk is full.
     """
     folder = Path(folder)
     check_folder(folder)
@@ -220,14 +221,18 @@ def write(report: BenchReport, folder: str | Path, curves: Sequence[Curve] = ())
     try:
         folder.mkdir(exist_ok=True)
         for name, figure in figures.items():
-            path = folder / f"{name}.png"
-            picture = io.BytesIO()
-            figure.savefig(picture, format="png", dpi=DPI)
-            path.write_bytes(picture.getvalue())
-            paths.append(path)
+            save(figure, folder / f"{name}.png")
+            paths.append(folder / f"{name}.png")
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+        raise disk_error(folder, error) from None
     return paths
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture as PNG; see `write_file`."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=DPI)
+    write_file(path, picture.getvalue())
 
 
 def _drafted(report: BenchReport) -> dict[str, MethodReport]:

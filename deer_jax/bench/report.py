@@ -89,7 +89,7 @@ class BenchReport:
 
 
 def measure(
-    rounds: Sequence[DecodeResult],
+    repeats: Sequence[DecodeResult],
     plain: Sequence[DecodeResult],
     drafter: str | None,
     temperature: float,
@@ -97,11 +97,11 @@ def measure(
     compile_seconds: float,
     agreements: Sequence[Agreement] | None,
 ) -> MethodReport:
-    """The numbers of one method from its repeats and plain decoding's, which ran in the same rounds.
+    """The numbers of one method from its repeats and plain decoding's, which took turns with them.
 
     agreements: each repeat's answers compared with plain decoding's; None when sampling.
     """
-    histograms = np.sum([result.stats.accepted_histogram for result in rounds], axis=0)  # [prompts, k+1]
+    histograms = np.sum([result.stats.accepted_histogram for result in repeats], axis=0)  # [prompts, k+1]
     total = histograms.sum(axis=0)
     exact, differing, near_ties = None, None, None
     if agreements is not None:
@@ -109,43 +109,43 @@ def measure(
         rows = {departure.row for departure in departures}  # in any repeat
         differing, exact = len(rows), 1 - len(rows) / agreements[0].rows
         near_ties = differing - len({departure.row for departure in departures if not departure.near_tie})
-    speed = _speed(rounds)
+    speed = _speed(repeats)
     return MethodReport(
         drafter=drafter,
-        draft_length=rounds[0].stats.draft_length,
+        draft_length=repeats[0].stats.draft_length,
         temperature=temperature,
         batch_size=batch_size,
         acceptance_length=acceptance_length(histograms.tolist()),
         ci95=acceptance_interval(histograms),
-        round_cost=_round_seconds(rounds) / _round_seconds(plain),
+        round_cost=_round_seconds(repeats) / _round_seconds(plain),
         tokens_per_second=speed,
-        decode_tokens_per_second=_speed(rounds, prefill=False),
+        decode_tokens_per_second=_speed(repeats, prefill=False),
         speedup=speed / _speed(plain),
         exact_match=exact,
         rows_differing=differing,
         near_ties=near_ties,
         accepted_histogram=total.tolist(),
         acceptance_by_depth=acceptance_by_depth(total),
-        repeated_8grams=repeated_windows([answer for result in rounds for answer in result.tokens]),
-        seconds=sum(result.stats.seconds for result in rounds),
-        prefill_seconds=sum(result.stats.prefill_seconds or 0.0 for result in rounds),
+        repeated_8grams=repeated_windows([answer for result in repeats for answer in result.tokens]),
+        seconds=sum(result.stats.seconds for result in repeats),
+        prefill_seconds=sum(result.stats.prefill_seconds or 0.0 for result in repeats),
         compile_seconds=compile_seconds,
-        new_tokens=sum(sum(result.stats.new_tokens) for result in rounds),
-        rounds=sum(sum(result.stats.rounds) for result in rounds),
+        new_tokens=sum(sum(result.stats.new_tokens) for result in repeats),
+        rounds=sum(sum(result.stats.rounds) for result in repeats),
     )
 
 
-def _speed(rounds: Sequence[DecodeResult], prefill: bool = True) -> float:
-    tokens = sum(sum(result.stats.new_tokens) for result in rounds)
-    return tokens / (sum(result.stats.seconds for result in rounds) if prefill else _decode_seconds(rounds))
+def _speed(repeats: Sequence[DecodeResult], prefill: bool = True) -> float:
+    tokens = sum(sum(result.stats.new_tokens) for result in repeats)
+    return tokens / (sum(result.stats.seconds for result in repeats) if prefill else _decode_seconds(repeats))
 
 
-def _round_seconds(rounds: Sequence[DecodeResult]) -> float:
-    return _decode_seconds(rounds) / sum(sum(result.stats.rounds) for result in rounds)
+def _round_seconds(repeats: Sequence[DecodeResult]) -> float:
+    return _decode_seconds(repeats) / sum(sum(result.stats.rounds) for result in repeats)
 
 
-def _decode_seconds(rounds: Sequence[DecodeResult]) -> float:
-    return sum(result.stats.seconds - (result.stats.prefill_seconds or 0.0) for result in rounds)
+def _decode_seconds(repeats: Sequence[DecodeResult]) -> float:
+    return sum(result.stats.seconds - (result.stats.prefill_seconds or 0.0) for result in repeats)
 
 
 def table(report: BenchReport) -> Table:

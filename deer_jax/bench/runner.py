@@ -84,25 +84,25 @@ def bench(
 
     names = list(ways)
     compile_seconds = {name: run(name, seed).stats.compile_seconds for name in names}
-    rounds: dict[str, list[DecodeResult]] = {name: [] for name in names}
+    repeated: dict[str, list[DecodeResult]] = {name: [] for name in names}
     for repeat in range(repeats):
         first = repeat % len(names)
         for name in names[first:] + names[:first]:
-            rounds[name].append(run(name, seed + repeat))
+            repeated[name].append(run(name, seed + repeat))
     agreements: dict[str, list[Agreement] | None] = dict.fromkeys(names)
     if temperature == 0:
         for name in names:
             if progress and name != PLAIN:
                 progress(finished, total, f"comparing {name}")
-            agreements[name] = _agreements(target, encoded, rounds[PLAIN], rounds[name], ways[name].k, batch_size)
+            agreements[name] = _agreements(target, encoded, repeated[PLAIN], repeated[name], ways[name].k, batch_size)
     if progress:
         progress(finished, total, "")
 
     return BenchReport(
         methods={
             name: measure(
-                rounds[name],
-                rounds[PLAIN],
+                repeated[name],
+                repeated[PLAIN],
                 drafter=ways[name].name,
                 temperature=temperature,
                 batch_size=batch_size,

@@ -5,6 +5,7 @@ tensor, mask and separator. The public open-dCoder layout has neither: its mask 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from deer_jax.checkpoints.hub import model_name, resolve_folder
 from deer_jax.checkpoints.huggingface import (
     Progress,
+    deciding_files,
     load_params,
     read_config,
-    resolve_folder,
+    read_values,
     save_folder,
     write_description,
 )
-from deer_jax.checkpoints.load import check_vocabulary, compute_dtype, scan_layers
+from deer_jax.checkpoints.load import compute_dtype, scan_layers
 from deer_jax.checkpoints.runs import DRAFTER, is_run, read_best
 from deer_jax.config import DrafterConfig, from_mapping
 from deer_jax.data.tokenizer import Tokenizer, differing_ids
 from deer_jax.drafters.standalone import MASK, StandaloneDrafter, StandaloneMethod, drafter_from_target, new_entries
-from deer_jax.errors import InputError
-from deer_jax.formats import read_json
+from deer_jax.errors import InputError, named, shown
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params, abstract_params, is_stacked, logical_axes, stack_layers, unstack_layers
 from deer_jax.sharding import placement
@@ -50,15 +52,19 @@ def load_drafter(
     """The drafter in a folder, local or on the hub, for a target.
 
     Args:
-      source: a folder this library saved, that of an alignment run (its best checkpoint), one in the open-dCoder
-        layout, or `from-target` (`from-target:0,2,4`): an untrained drafter with the target's own weights, of all
-        layers or of those listed.
+      source: a folder or hub id (see `load_target`): one this library saved, that of an alignment run (its best
+        checkpoint), one in the open-dCoder layout; or `from-target` (`from-target:0,2,4`): an untrained drafter with
+        the target's own weights, of all layers or of those listed.
       dtype: "bfloat16" or "float32"; None is the target's.
       config: how the drafter reads, instead of what its folder says; a folder of a plain model needs it.
       progress: called with the bytes read so far and their total.
 
     Raises InputError, one line, for a folder that is no drafter or whose tokenizer differs from the target's.
     """
+    if not isinstance(target, Target):
+        raise InputError(f"target must be a loaded one, as in load_target({shown(target)}), got {shown(target)}")
+    if not isinstance(config, DrafterConfig | None):
+        raise InputError(f"config must be a DrafterConfig, got {shown(config)}")
     name = str(source)
     if name.partition(":")[0] == FROM_TARGET:
         drafter = drafter_from_target(target, config, layers=_listed_layers(name), name=name)
@@ -69,18 +75,21 @@ def load_drafter(
     folder = resolve_folder(source)
     dtype = compute_dtype(target.dtype if dtype is None else dtype)
     run, folder = (folder, folder / DRAFTER) if is_run(folder, DRAFTER) else (None, folder)
+    if run is None:
+        deciding_files(folder)  # refuses what is no file before anything reads it
     model, tokenizer = read_config(folder), Tokenizer.load(folder)
-    check_vocabulary(tokenizer, model.vocab_size, folder)
     found, mask = _reading(folder, tokenizer, config)
+    if mask is not None and mask >= model.vocab_size:
+        raise InputError(f"{folder}: {OPEN_DCODER_MASK} is id {mask}, the vocabulary ends at {model.vocab_size - 1}")
     if tokenizer and isinstance(target.tokenizer, Tokenizer):
         differing_ids(target.tokenizer, tokenizer, found.differing_ids)
     method = StandaloneMethod(model, found, target.config.vocab_size)
-    drafter = StandaloneDrafter(method=method, params={}, name=Path(name).name, tokenizer=tokenizer)
+    drafter = StandaloneDrafter(method=method, params={}, name=model_name(source), tokenizer=tokenizer)
     if run is not None:
         shapes = abstract_params(model) | {"special": jax.ShapeDtypeStruct((2, model.width), jnp.float32)}
         return usable_drafter(drafter, read_best(run, shapes), target, dtype)
     options: dict[str, Any] = {"scan": scan_layers(), "mesh": target.mesh, "progress": progress}
-    if SECTION in read_json(folder / "config.json"):
+    if read_values(folder).get(SECTION) is not None:
         params, extra = load_params(folder, model, dtype, extra={SPECIAL: (2, model.width)}, **options)
         special = extra[SPECIAL]
     else:
@@ -95,7 +104,7 @@ def _reading(
     folder: Path, tokenizer: Tokenizer | None, given: DrafterConfig | None
 ) -> tuple[DrafterConfig, int | None]:
     """How the drafter in a folder reads, and the row of the embedding that is its mask, if one is."""
-    section = read_json(folder / "config.json").get(SECTION)
+    section = read_values(folder).get(SECTION)
     if section is not None:
         found = from_mapping(DrafterConfig, _with_tuple(section, folder), f"{folder}: {SECTION}")
         return given or found, None
@@ -130,13 +139,13 @@ def save_drafter(folder: str | Path, drafter: StandaloneDrafter, **options) -> N
     )
 
 
-def describe_drafter(folder: Path, drafter: StandaloneDrafter) -> None:
-    """Write everything of `save_drafter` but the weights."""
+def describe_drafter(folder: Path, drafter: StandaloneDrafter, stop_ids: Sequence[int] = ()) -> None:
+    """Write everything of `save_drafter` but the weights; stop_ids: of the target."""
     tokenizer = drafter.tokenizer
     write_description(
         folder, drafter.method.model, jnp.dtype("float32"),
         tokenizer_source=tokenizer.folder if isinstance(tokenizer, Tokenizer) else None,
-        extra_config={SECTION: dataclasses.asdict(drafter.method.config)},
+        stop_ids=stop_ids, extra_config={SECTION: dataclasses.asdict(drafter.method.config)},
     )  # fmt: skip
 
 
@@ -166,11 +175,11 @@ def _listed_layers(name: str) -> tuple[int, ...] | None:
     try:
         return tuple(int(layer) for layer in listed.split(","))
     except ValueError:
-        raise InputError(f"{name}: expected layer numbers, as in {FROM_TARGET}:0,2,4") from None
+        raise InputError(f"{named(name)}: expected layer numbers, as in {FROM_TARGET}:0,2,4") from None
 
 
 def _with_tuple(section, folder: Path) -> dict:
     if not isinstance(section, dict):
-        raise InputError(f"{folder}: {SECTION} in config.json must be keys and values, got {section!r}")
+        raise InputError(f"{folder}: {SECTION} in config.json must be keys and values, got {shown(section)}")
     ids = section.get("differing_ids", [])
     return section | {"differing_ids": tuple(ids) if isinstance(ids, list) else ids}

@@ -1,18 +1,30 @@
-"""A training run's best checkpoint as a Hugging Face folder."""
+"""A training run's best checkpoint as a Hugging Face folder.
 
+Beside the model lies `export.json`, which says what it is the export of, and what files it is made of: the same export
+once more finds that it is done.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from deer_jax.checkpoints.drafters import SECTION, SPECIAL
-from deer_jax.checkpoints.huggingface import read_config, read_stop_ids, save_folder
+from deer_jax.checkpoints.hub import existing_folder, expanded
+from deer_jax.checkpoints.huggingface import read_bos_id, read_config, read_stop_ids, read_values, save_folder
 from deer_jax.checkpoints.load import compute_dtype
-from deer_jax.checkpoints.runs import DRAFTER, TARGET, is_run, read_best
+from deer_jax.checkpoints.runs import DRAFTER, TARGET, best_checkpoint, is_run, read_best
 from deer_jax.data.tokenizer import Tokenizer
-from deer_jax.errors import InputError
-from deer_jax.formats import read_json
+from deer_jax.errors import InputError, named
+from deer_jax.files import Lock, disk_error
+from deer_jax.formats import json_bytes, open_file, read_json
 from deer_jax.models.transformer import abstract_params
+
+EXPORT, FORMAT = "export.json", 1
 
 
 def export(source: str | Path, output: str | Path, *, dtype="bfloat16") -> Path:
@@ -23,27 +35,86 @@ def export(source: str | Path, output: str | Path, *, dtype="bfloat16") -> Path:
 
     Args:
       source: the folder of a `pretrain` or `align` run.
-      output: the folder to make.
+      output: the folder to make; if it is the whole export of the same checkpoint at the same dtype, it stays as it is.
       dtype: "bfloat16" or "float32"; values are rounded to it.
 
-    Returns the output's path. Raises InputError if the source is no run or has no checkpoint, or the output exists.
+    Returns the output's path. Raises InputError if the source is no run or has no checkpoint, if the output holds
+    anything else or is being written; RunError for parameters that are not finite, or if the disk is full.
     """
-    source, output, dtype = Path(source).expanduser(), Path(output).expanduser(), compute_dtype(dtype)
-    kind = next((kind for kind in (DRAFTER, TARGET) if is_run(source, kind)), None)
-    if kind is None:
-        raise InputError(f"{source}: is no folder of a pretrain or align run; give the `output` of its recipe")
+    dtype = compute_dtype(dtype)
+    if not os.fspath(output):
+        raise InputError("output is empty: name the folder to make")
+    source, output, about = expanded(source), expanded(output), _about(source, dtype)
+    if _is_whole(output, about):
+        return output
+    try:
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise disk_error(output, error) from None
+    with Lock(output):
+        if not _is_whole(output, about):  # another process may just have done it
+            _write(source, output, dtype, about)
+    return output
+
+
+def is_exported(source: str | Path, output: str | Path, *, dtype="bfloat16") -> bool:
+    """Whether `export` with the same arguments would find its work done."""
+    return _is_whole(expanded(output), _about(source, compute_dtype(dtype)))
+
+
+def _about(source: str | Path, dtype: jnp.dtype) -> dict[str, Any]:
+    """What an export is one of, as `export.json` says it."""
+    folder = existing_folder(source)
+    kind = next((kind for kind in (DRAFTER, TARGET) if folder and is_run(folder, kind)), None)
+    if folder is None or kind is None:
+        raise InputError(
+            f"{named(source, 200)}: is no folder of a pretrain or align run; give the `output` of its recipe"
+        )
+    _, record = best_checkpoint(folder)
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "source": folder.absolute().name,
+        "step": record["step"],
+        "checkpoint_sha256": record["sha256"],  # of a record that has the digests of all its files
+        "dtype": dtype.name,
+    }
+
+
+def _sha256(file: Path) -> str:
+    with open(open_file(file), "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _is_whole(output: Path, about: Mapping[str, Any]) -> bool:
+    """Whether a folder is the export described, with all its files."""
+    try:
+        found = read_json(output / EXPORT, most=2**22)
+        files = found.pop("files")
+        return found == about and all((output / name).stat().st_size == each["bytes"] for name, each in files.items())
+    except (InputError, OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def _write(source: Path, output: Path, dtype: jnp.dtype, about: Mapping[str, Any]) -> None:
+    kind = about["kind"]
     described = source / kind
     config = read_config(described)
     shapes = abstract_params(config)
     if kind == DRAFTER:
         shapes |= {"special": jax.ShapeDtypeStruct((2, config.width), jnp.float32)}
+    stop_ids, bos_id = read_stop_ids(described), read_bos_id(described)
     params = jax.tree.map(lambda x: x.astype(dtype), read_best(source, shapes))
-    values = read_json(described / "config.json")
+
+    def finish(folder: Path) -> None:
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())
+        }
+        (folder / EXPORT).write_bytes(json_bytes({**about, "files": files}, indent=2))
+
     save_folder(
         output, config, {name: value for name, value in params.items() if name != "special"},
-        tokenizer_source=described if Tokenizer.load(described) else None,
-        stop_ids=read_stop_ids(described), bos_id=values.get("bos_token_id"),
+        tokenizer_source=described if Tokenizer.load(described) else None, stop_ids=stop_ids, bos_id=bos_id,
         extra={SPECIAL: params["special"]} if kind == DRAFTER else None,
-        extra_config={SECTION: values[SECTION]} if kind == DRAFTER else None,
+        extra_config={SECTION: read_values(described)[SECTION]} if kind == DRAFTER else None, finish=finish,
     )  # fmt: skip
-    return output

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from deer_jax.config import ModelConfig, Rope
-from deer_jax.errors import InputError
+from deer_jax.config import TOKEN_IDS, ModelConfig, Rope, check_flag, check_token_ids, check_whole
+from deer_jax.errors import InputError, shown
 from deer_jax.models.transformer import Weight, expert_weights, layer_weights, outer_weights
 
 ARCHITECTURES = {
@@ -102,45 +102,68 @@ def tensor_slots(config: ModelConfig) -> dict[str, Slot]:
     return slots
 
 
-def _number(values: Mapping[str, Any], key: str, where: str, default=None, kind: type = int):
+def tensor_count(config: ModelConfig) -> int:
+    """The number of tensors that `tensor_slots` would list, without listing them."""
+    experts = config.experts * len(expert_weights(config))
+    return len(outer_weights(config)) + config.layers * (len(layer_weights(config)) + experts)
+
+
+def _number(values: Mapping[str, Any], key: str, where: str, default=None, kind: type = int) -> Any:
     """values[key] as an int or float; missing or null is the default, and an error without one."""
     value = values.get(key)
     if value is None:
         if default is None:
             raise InputError(f"{where}: {key} is missing")
         return default
-    wrong = isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
-    if wrong or (kind is int and value != int(value)):
-        raise InputError(f"{where}: {key} must be {'an integer' if kind is int else 'a number'}, got {value!r}")
-    return kind(value)
+    wrong = isinstance(value, bool) or not isinstance(value, int | float)
+    if isinstance(value, float):
+        wrong = not math.isfinite(value) or (kind is int and value != int(value))
+    try:
+        if not wrong:
+            return kind(value)
+    except OverflowError:  # an integer beyond all floats
+        pass
+    raise InputError(f"{where}: {key} must be {'an integer' if kind is int else 'a number'}, got {shown(value)}")
+
+
+def _flag(values: Mapping[str, Any], key: str, where: str, default: bool = False) -> bool:
+    """values[key], true or false; missing or null is the default."""
+    value = values.get(key)
+    if value is None:
+        return default
+    check_flag(f"{where}: {key}", value)  # "false" would count as true
+    return value
 
 
 def _family(values: Mapping[str, Any], where: str) -> str:
-    named = values.get("architectures") or [ARCHITECTURES.get(str(values.get("model_type")), values.get("model_type"))]
+    named, kind = values.get("architectures"), values.get("model_type")
+    if not named and isinstance(named, list | None):
+        named = [ARCHITECTURES.get(kind, kind) if isinstance(kind, str) else kind]
     for family, architecture in ARCHITECTURES.items():
         if named == [architecture]:
             return family
-    found = named if isinstance(named, str) else ", ".join(map(str, named))
-    raise InputError(f"{where}: architecture {found} is not supported; supported: {', '.join(ARCHITECTURES.values())}")
+    found = named[0] if isinstance(named, list) and len(named) == 1 else named
+    said = found if isinstance(found, str) and found.isidentifier() and len(found) <= 80 else shown(found)
+    raise InputError(f"{where}: architecture {said} is not supported; supported: {', '.join(ARCHITECTURES.values())}")
 
 
 def _refuse_unsupported(values: Mapping[str, Any], family: str, layers: int, where: str) -> None:
     def refuse(what: str):
         raise InputError(f"{where}: {what}")
 
-    if values.get("quantization_config"):
+    if values.get("quantization_config") not in (None, {}):
         refuse("quantised weights (quantization_config) are not supported; use the unquantised folder")
     if values.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act {values['hidden_act']!r} is not supported; supported: silu")
+        refuse(f"hidden_act {shown(values['hidden_act'])} is not supported; supported: silu")
     for key in ("attention_bias", "mlp_bias"):
-        if values.get(key):
+        if _flag(values, key, where):
             refuse(f"{key} is not supported for {family}")
     types = values.get("layer_types")
     if types is not None and (not isinstance(types, list) or any(kind != "full_attention" for kind in types)):
         refuse("layer_types other than full_attention (sliding windows) are not supported")
     # As in transformers: without layer_types the layers from max_window_layers on use the window, all of them in MoE.
     windowed = family == "qwen3_moe" or _number(values, "max_window_layers", where, 28) < layers
-    active = values.get("use_sliding_window") and values.get("sliding_window", 4096) is not None
+    active = _flag(values, "use_sliding_window", where) and values.get("sliding_window", 4096) is not None
     if family != "llama" and types is None and active and windowed:
         refuse("sliding-window attention (use_sliding_window) is not supported")
     if family == "qwen3_moe" and (values.get("decoder_sparse_step", 1) != 1 or values.get("mlp_only_layers")):
@@ -152,20 +175,20 @@ def _read_rope(values: Mapping[str, Any], context: int, where: str) -> Rope:
     # transformers 5 itself follows rope_scaling.
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(values.get(key), dict | None):
-            raise InputError(f"{where}: {key} must be keys and values, got {values[key]!r}")
+            raise InputError(f"{where}: {key} must be keys and values, got {shown(values[key])}")
     given = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if any(isinstance(value, dict) for value in given.values()):
         raise InputError(f"{where}: rope_parameters that differ between layers are not supported")
 
-    def number(key: str, default=None, kind: type = float):
+    def number(key: str, default=None, kind: type = float) -> Any:
         return _number(given, key, f"{where}: rope_parameters", default, kind)
 
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ROPE_KINDS:
-        raise InputError(f"{where}: RoPE scaling {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
+        raise InputError(f"{where}: RoPE scaling {shown(kind)} is not supported; supported: {', '.join(ROPE_KINDS)}")
     partial = given.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
-        raise InputError(f"{where}: partial_rotary_factor {partial} is not supported, only 1")
+        raise InputError(f"{where}: partial_rotary_factor {shown(partial)} is not supported, only 1")
     rope: dict[str, Any] = {
         "kind": kind,
         "theta": number("rope_theta", _number(values, "rope_theta", where, 10000.0, float)),
@@ -174,20 +197,18 @@ def _read_rope(values: Mapping[str, Any], context: int, where: str) -> Rope:
         # Outside wins over inside, and the model's own context stands in for both: transformers' rule.
         inside = number("original_max_position_embeddings", context, int)
         rope["original_context"] = _number(values, "original_max_position_embeddings", where, inside)
+        check_whole(f"{where}: original_max_position_embeddings", rope["original_context"], 1, 2**31 - 1)
     if kind == "yarn":
         rope["factor"] = number("factor", context / rope["original_context"])
         rope["beta_fast"], rope["beta_slow"] = number("beta_fast", 32.0) or 32.0, number("beta_slow", 1.0) or 1.0
         for key in ("attention_factor", "mscale", "mscale_all_dim"):
             if given.get(key) is not None:
                 rope[key] = number(key)
-        rope["truncate"] = bool(given.get("truncate", True))
+        rope["truncate"] = _flag(given, "truncate", f"{where}: rope_parameters", default=True)
     elif kind != "default":
         rope["factor"] = number("factor")
     if kind == "llama3":
         rope["low_freq_factor"], rope["high_freq_factor"] = number("low_freq_factor"), number("high_freq_factor")
-    for key in ("theta", "factor", "original_context"):
-        if rope.get(key, 1) <= 0:
-            raise InputError(f"{where}: RoPE {key} must be positive, got {rope[key]}")
     return Rope(**rope)
 
 
@@ -195,24 +216,23 @@ def config_from(values: Mapping[str, Any], where: str) -> ModelConfig:
     """The configuration in a parsed `config.json`; `where` names it in errors. Unsupported models are an InputError."""
     family = _family(values, where)
 
-    def number(key: str, default=None, kind: type = int):
+    def number(key: str, default=None, kind: type = int) -> Any:
         return _number(values, key, where, default, kind)
 
     width, heads, context = number("hidden_size"), number("num_attention_heads"), number("max_position_embeddings")
     layers = number("num_hidden_layers")
     _refuse_unsupported(values, family, layers, where)
-    tied = values.get("tie_word_embeddings")
-    if not isinstance(tied, bool | None):  # "false" would count as true
-        raise InputError(f"{where}: tie_word_embeddings must be true or false, got {tied!r}")
-    experts = {}
+    experts: dict[str, Any] = {}
     if family == "qwen3_moe":
         experts = {
             # transformers 5 writes num_local_experts, published folders have num_experts.
             "experts": number("num_local_experts" if values.get("num_local_experts") is not None else "num_experts"),
             "experts_per_token": number("num_experts_per_tok"),
             "expert_width": number("moe_intermediate_size"),
-            "normalise_router": bool(values.get("norm_topk_prob", False)),
+            "normalise_router": _flag(values, "norm_topk_prob", where),
         }
+        if not experts["experts"]:
+            raise InputError(f"{where}: num_experts must be at least 1 for {family}, got 0")
     try:
         return ModelConfig(
             family=family,  # pyrefly: ignore[bad-argument-type]  # one of ARCHITECTURES
@@ -226,7 +246,7 @@ def config_from(values: Mapping[str, Any], where: str) -> ModelConfig:
             context=context,
             norm_eps=number("rms_norm_eps", 1e-6, float),
             rope=_read_rope(values, context, where),
-            tied=bool(tied),
+            tied=_flag(values, "tie_word_embeddings", where),
             qkv_bias=family == "qwen2",
             qk_norm=family in ("qwen3", "qwen3_moe"),
             **experts,
@@ -306,6 +326,27 @@ def check_family(config: ModelConfig) -> None:
         mine, theirs = (json.dumps(getattr(each, field.name), default=repr) for each in (config, said))
         if mine != theirs:
             raise InputError(f"model: {field.name} must be {theirs} in the {config.family} family, got {mine}")
+
+
+def stop_ids_from(values: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
+    """`eos_token_id` of a parsed file, an id or a list of them; None where it has none."""
+    found = values.get("eos_token_id")
+    if found is None:
+        return None
+    ids = tuple(found) if isinstance(found, list) else (found,)
+    try:
+        check_token_ids("eos_token_id", ids)
+    except InputError:
+        raise InputError(f"{where}: eos_token_id must be an id or a list of ids, got {shown(found)}") from None
+    return ids
+
+
+def bos_id_from(values: Mapping[str, Any], where: str) -> int | None:
+    """`bos_token_id` of a parsed file; None where it has none."""
+    found = values.get("bos_token_id")
+    if found is not None and (type(found) is not int or not 0 <= found < TOKEN_IDS):
+        raise InputError(f"{where}: bos_token_id must be an id, got {shown(found)}")
+    return found
 
 
 def stop_field(stop_ids: Sequence[int]) -> int | list[int] | None:

@@ -4,160 +4,95 @@ Weights go tensor by tensor from safetensors files into (sharded) device arrays 
 the largest tensor when loading and by one shard when saving.
 """
 
-import contextlib
 import functools
-import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from deer_jax.checkpoints.families import Slot, config_from, stop_field, tensor_slots, write_config
+from deer_jax.checkpoints.families import (
+    Slot,
+    bos_id_from,
+    config_from,
+    stop_field,
+    stop_ids_from,
+    tensor_count,
+    tensor_slots,
+    write_config,
+)
+from deer_jax.checkpoints.tensors import (
+    FLOATS,
+    INDEX,
+    SINGLE,
+    Header,
+    check_count,
+    check_headers,
+    opened,
+    read_headers,
+    weight_files,
+)
 from deer_jax.config import ModelConfig
 from deer_jax.data.tokenizer import COMPANIONS, VOCABULARIES, copy_tokenizer
 from deer_jax.digests import Stamp
-from deer_jax.errors import InputError
-from deer_jax.formats import read_json
+from deer_jax.errors import InputError, RunError, one_line
+from deer_jax.files import new_folder
+from deer_jax.formats import json_bytes, open_file, read_json
 from deer_jax.models.transformer import Params, turned
 from deer_jax.sharding import placement
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-FLOATS = ("F32", "F16", "BF16")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-BUFFERS = re.compile(r".*\brotary_emb\.\w+")  # constants that old versions saved with the weights
+CONFIG, GENERATION = "config.json", "generation_config.json"
+MOST_CONFIG_BYTES = 2**22
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 COMPARED_ROWS = 4096  # a slice of a vocabulary that host memory never notices
-NAMED = 8  # a report of wrong tensors names this many of each kind
+OS_CODE = re.compile(r"\bcode: (\d+)")
 
 Progress = Callable[[int, int], None]
 
 
-def resolve_folder(path_or_id: str | Path) -> Path:
-    """The local folder, or the downloaded one of a hub id."""
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise InputError(f"{path_or_id}: is a file; name the folder of the model")
-    if not HUB_ID.fullmatch(str(path_or_id)):
-        raise InputError(f"{path_or_id}: no such folder, and not a hub id (owner/name); check the path")
-    import huggingface_hub  # slow to import, and only needed here
-    from huggingface_hub.errors import HFValidationError, HTTPError
-
-    try:
-        return Path(huggingface_hub.snapshot_download(str(path_or_id), allow_patterns=list(DOWNLOADED)))
-    except (OSError, HTTPError, HFValidationError) as error:
-        first = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise InputError(
-            f"{path_or_id}: no such folder, and it could not be downloaded from the Hugging Face hub ({first}); "
-            "check the spelling and the network, or give a local folder"
-        ) from None
+def read_values(folder: Path, name: str = CONFIG) -> dict[str, Any]:
+    """What one of a folder's two configuration files says, as it stands there."""
+    return read_json(Path(folder) / name, most=MOST_CONFIG_BYTES)
 
 
 def read_config(folder: Path) -> ModelConfig:
     """The model's configuration, from `config.json`."""
-    path = Path(folder) / "config.json"
-    return config_from(read_json(path), str(path))
+    return config_from(read_values(folder), str(Path(folder) / CONFIG))
 
 
 def read_stop_ids(folder: Path) -> tuple[int, ...]:
     """Ids that end an answer: `eos_token_id` of generation_config.json, else of config.json; () if neither has one."""
-    for name in ("generation_config.json", "config.json"):
+    for name in (GENERATION, CONFIG):
         path = Path(folder) / name
-        found = read_json(path).get("eos_token_id") if path.exists() else None
+        found = stop_ids_from(read_values(folder, name), str(path)) if os.path.lexists(path) else None
         if found is not None:
-            ids = found if isinstance(found, list) else [found]
-            if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
-                raise InputError(f"{path}: eos_token_id must be an id or a list of ids, got {found!r}")
-            return tuple(ids)
+            return found
     return ()
 
 
-class Header(NamedTuple):
-    """What a safetensors file says about one tensor."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors writes it: F32, BF16, ...
-
-
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        tensors = safe_open(file, framework="numpy")  # checks that the header covers the whole file
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file, though the index names it; download it again") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: damaged or truncated safetensors file ({error}); download it again") from None
-    with tensors:
-        yield tensors
-
-
-def read_headers(folder: Path) -> dict[str, Header]:
-    """Every tensor of a folder, by key; nothing but the files' headers is read."""
-    folder = Path(folder)
-    if (folder / SINGLE).exists():
-        files = [folder / SINGLE]
-    elif (folder / INDEX).exists():
-        where = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-            raise InputError(f"{folder / INDEX}: no weight_map from keys to files")
-        files = [folder / name for name in sorted(set(where.values()))]
-    elif any(folder.glob("*.bin")):
-        raise InputError(f"{folder}: holds only PyTorch .bin weights; convert them with save_pretrained to safetensors")
-    else:
-        raise InputError(f"{folder}: no {SINGLE} and no {INDEX}")
-    headers = {}
-    for file in files:
-        with _opened(file) as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a mapping
-                piece = tensors.get_slice(key)
-                headers[key] = Header(file, tuple(piece.get_shape()), str(piece.get_dtype()))
-    return headers
+def read_bos_id(folder: Path) -> int | None:
+    """`bos_token_id` of config.json; None if it has none."""
+    return bos_id_from(read_values(folder), str(Path(folder) / CONFIG))
 
 
 def deciding_files(folder: Path) -> tuple[Stamp, ...]:
-    """What of a model's folder decides its answers: weights, configuration, stop ids and tokenizer, as they are now."""
-    weights = sorted({header.file for header in read_headers(folder).values()})
-    others = ("config.json", "generation_config.json", *VOCABULARIES, *COMPANIONS)
-    return tuple(
-        Stamp.of(path) for path in (*weights, *(folder / name for name in others if (folder / name).is_file()))
-    )
+    """What of a model's folder decides its answers: weights, configuration, stop ids and tokenizer, as they are now.
 
-
-def check_headers(
-    headers: Mapping[str, Header], expected: Mapping[str, tuple[int, ...]], where: str, ignored: Sequence[str] = ()
-) -> None:
-    """One InputError with all missing, unknown and wrong tensors; nothing if they are exactly those expected."""
-    found = {key for key in headers if key not in ignored and not BUFFERS.fullmatch(key)}
-    wrong = []
-    for key in expected.keys() & found:
-        header = headers[key]
-        if header.shape != tuple(expected[key]):
-            wrong.append(f"{key} is {list(header.shape)}, expected {list(expected[key])}")
-        elif header.dtype not in FLOATS:
-            wrong.append(f"{key} is {header.dtype}, expected one of {', '.join(FLOATS)}")
-    kinds = {"missing": expected.keys() - found, "unknown": found - expected.keys(), "wrong": wrong}
-    if not any(kinds.values()):
-        return
-    parts = []
-    for kind, names in kinds.items():
-        if names:
-            more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            parts.append(f"{kind}: {', '.join(sorted(names)[:NAMED])}{more}")
-    counts = ", ".join(f"{len(names)} {kind}" for kind, names in kinds.items() if names)
-    raise InputError(f"{where}: the tensors do not fit config.json ({counts}); {'; '.join(parts)}")
+    Raises InputError if one of them is no regular file: a pipe would be waited for.
+    """
+    others = (GENERATION, *VOCABULARIES, *COMPANIONS)
+    files = [folder / CONFIG, *(folder / name for name in others if os.path.lexists(folder / name))]
+    for file in files:
+        os.close(open_file(file))
+    return tuple(Stamp.of(file) for file in (*weight_files(folder), *files))
 
 
 def _same_values(headers: Mapping[str, Header], left: str, right: str) -> bool:
@@ -165,7 +100,7 @@ def _same_values(headers: Mapping[str, Header], left: str, right: str) -> bool:
     if one.shape != other.shape or one.dtype not in FLOATS:
         return False
     rows = one.shape[0]
-    with _opened(one.file) as first, _opened(other.file) as second:
+    with opened(one.file) as first, opened(other.file) as second:
         a, b = first.get_slice(left), second.get_slice(right)
         spans = (slice(i, min(i + COMPARED_ROWS, rows)) for i in range(0, rows, COMPARED_ROWS))
         return all(np.array_equal(a[span], b[span]) for span in spans)
@@ -219,7 +154,9 @@ def load_params(
     Raises InputError once, with every missing, unknown and wrongly shaped tensor.
     """
     folder, dtype, extra = Path(folder), jnp.dtype(dtype), dict(extra or {})
-    slots, headers = tensor_slots(config), read_headers(folder)
+    headers = read_headers(folder)
+    check_count(headers, tensor_count(config) + len(extra), config.layers, config.experts, str(folder))
+    slots = tensor_slots(config)
     expected = {key: slot.shape for key, slot in slots.items()} | extra
     check_headers(headers, expected, str(folder), ignored=(HEAD,) if config.tied else ())
     if config.tied and HEAD in headers and not _same_values(headers, HEAD, EMBEDDING):
@@ -251,7 +188,7 @@ def load_params(
         files.setdefault(headers[key].file, []).append(key)
     done, total = 0, sum(_bytes(headers[key]) for key in expected)
     for file, keys in files.items():
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             for key in keys:
                 value = tensors.get_tensor(key)
                 if key in slots:
@@ -302,6 +239,7 @@ def save_folder(
     extra: Mapping[str, Any] | None = None,
     extra_config: Mapping[str, Any] | None = None,
     max_shard_bytes: float = 5e9,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a folder that transformers and `load_params` read: all of it, or nothing.
 
@@ -310,12 +248,24 @@ def save_folder(
       tokenizer_source: the folder whose tokenizer files are copied.
       extra: further tensors by key; extra_config: further entries of config.json.
       max_shard_bytes: weights beyond this are split over several files with an index.
+      finish: called with the folder when all of this is in it, before it takes its place.
 
-    Raises InputError if `folder` exists and is not an empty folder.
+    Raises InputError if `folder` exists and is not an empty folder, RunError for values that are not finite.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder}: exists and is not an empty folder; remove it or choose another")
+    with new_folder(folder) as partial:
+        _write_weights(partial, config, params, extra, max_shard_bytes)
+        write_description(
+            partial, config, params["embed"].dtype, tokenizer_source=tokenizer_source, stop_ids=stop_ids, bos_id=bos_id,
+            extra_config=extra_config,
+        )  # fmt: skip
+        if finish is not None:
+            finish(partial)
+
+
+def _write_weights(
+    folder: Path, config: ModelConfig, params: Params, extra: Mapping[str, Any] | None, max_shard_bytes: float
+) -> None:
     slots, extra = tensor_slots(config), dict(extra or {})
     dtype = params["embed"].dtype
     sizes = {key: int(np.prod(slot.shape)) * dtype.itemsize for key, slot in slots.items()}
@@ -329,28 +279,28 @@ def save_folder(
         shards[-1].append(key)
         held += size
 
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")  # a sibling, so that renaming is atomic
+    where = {}
+    for number, keys in enumerate(shards, 1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {key: _tensor(params, slots[key]) for key in keys if key in slots}
+        tensors |= {key: np.ascontiguousarray(jax.device_get(extra[key])) for key in keys if key in extra}
+        for key, value in tensors.items():
+            if not np.isfinite(value).all():
+                raise RunError(f"{key} has values that are not finite: such a model is of no use, and is not written")
+        _save(folder / name, tensors)
+        where |= dict.fromkeys(keys, name)
+    if len(shards) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
+
+
+def _save(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be created: {error.strerror}") from None
-    try:
-        where = {}
-        for number, keys in enumerate(shards, 1):
-            name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {key: _tensor(params, slots[key]) for key in keys if key in slots}
-            tensors |= {key: np.ascontiguousarray(jax.device_get(extra[key])) for key in keys if key in extra}
-            save_file(tensors, partial / name, metadata={"format": "pt"})
-            where |= dict.fromkeys(keys, name)
-        if len(shards) > 1:
-            _write_json(partial / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
-        write_description(
-            partial, config, dtype, tokenizer_source=tokenizer_source, stop_ids=stop_ids, bos_id=bos_id,
-            extra_config=extra_config,
-        )  # fmt: skip
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:  # what the system says is in its text: Os { code: 28, kind: StorageFull, ...
+        code = OS_CODE.search(str(error))
+        if code is None:
+            raise RunError(f"{file.name}: cannot be written: {one_line(error)}") from None
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
 
 
 def write_description(
@@ -366,11 +316,11 @@ def write_description(
     """Everything of a model's folder but its weights; the arguments are those of `save_folder`."""
     values = write_config(config, dtype, bos_id=bos_id, stop_ids=stop_ids) | dict(extra_config or {})
     generation = {"bos_token_id": bos_id, "eos_token_id": stop_field(stop_ids)}
-    _write_json(folder / "config.json", values)
-    _write_json(folder / "generation_config.json", {key: v for key, v in generation.items() if v is not None})
+    _write_json(folder / CONFIG, values)
+    _write_json(folder / GENERATION, {key: v for key, v in generation.items() if v is not None})
     if tokenizer_source is not None:
         copy_tokenizer(tokenizer_source, folder)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_bytes(json_bytes(dict(sorted(values.items())), indent=2))

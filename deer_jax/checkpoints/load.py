@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from deer_jax.checkpoints.hub import model_name, resolve_folder
 from deer_jax.checkpoints.huggingface import (
     Progress,
     deciding_files,
     load_params,
     read_config,
     read_stop_ids,
-    resolve_folder,
 )
 from deer_jax.data.tokenizer import Tokenizer
-from deer_jax.digests import Digests
-from deer_jax.errors import InputError
-from deer_jax.models.target import Target
+from deer_jax.digests import Digests, check_unchanged
+from deer_jax.errors import InputError, shown
+from deer_jax.models.target import Target, references
 
 DTYPES = ("bfloat16", "float32")
 
@@ -28,10 +28,10 @@ def compute_dtype(dtype=None) -> jnp.dtype:
         return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     try:
         found = jnp.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError):
         found = None
     if found is None or found.name not in DTYPES:
-        raise InputError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}")
+        raise InputError(f"dtype must be {' or '.join(DTYPES)}, got {shown(dtype)}")
     return found
 
 
@@ -40,13 +40,10 @@ def scan_layers() -> bool:
     return jax.default_backend() != "cpu"
 
 
-def check_vocabulary(tokenizer: Tokenizer | None, vocab_size: int, folder: Path) -> None:
-    """InputError if the tokenizer has ids that the model has no row for."""
-    largest = max(tokenizer.vocabulary().values(), default=-1) if tokenizer else -1
-    if largest >= vocab_size:
-        raise InputError(
-            f"{folder}: the tokenizer has ids up to {largest}, the model's vocabulary ends at {vocab_size - 1}"
-        )
+def check_mesh(mesh: Mesh | None) -> None:
+    """InputError for what is no mesh."""
+    if not isinstance(mesh, Mesh | None):
+        raise InputError(f"mesh must be what make_mesh returns, as in make_mesh(fsdp=8), got {shown(mesh)}")
 
 
 def load_target(
@@ -60,30 +57,34 @@ def load_target(
     """The target in a Hugging Face folder, local or on the hub.
 
     Args:
+      path_or_id: a folder, or a hub id: OWNER/NAME, or hub:OWNER/NAME where that could be a path.
       dtype: "bfloat16" or "float32"; None is float32 on CPU and bfloat16 elsewhere.
       mesh: devices to shard the parameters over; None is the default device.
       progress: called with the bytes read so far and their total.
       digests: computes what `Target.digest` needs while the weights are loaded; None leaves it for when it is asked.
 
-    Raises InputError, one line, for whatever is wrong with the folder.
+    Raises InputError, one line, for whatever is wrong with the folder; RunError if it changes meanwhile.
     """
     dtype = compute_dtype(dtype)
+    check_mesh(mesh)
     folder = resolve_folder(path_or_id)
+    files = deciding_files(folder)
     config, stop_ids = read_config(folder), read_stop_ids(folder)
     tokenizer = Tokenizer.load(folder)
-    check_vocabulary(tokenizer, config.vocab_size, folder)
-    files = deciding_files(folder)
     if digests is not None:
         for stamp in files:
             digests.begin(stamp)
     params, _ = load_params(folder, config, dtype, scan=scan_layers(), mesh=mesh, progress=progress)
+    for stamp in files:
+        check_unchanged(stamp)
     return Target(
         config=config,
         params=params,
         tokenizer=tokenizer,
         stop_ids=stop_ids,
-        name=Path(path_or_id).name or str(path_or_id),
+        name=model_name(path_or_id),
         mesh=mesh,
         files=files,
         digests=Digests() if digests is None else digests,
+        loaded=references(params, tokenizer),
     )

@@ -9,6 +9,7 @@ from typing import Annotated
 from deer_jax.cli.common import ConfigOptions, PromptOptions, TargetOptions, check_distinct, check_writable
 from deer_jax.cli.options import parse
 from deer_jax.cli.progress import Reporter
+from deer_jax.data.sources import placed
 from deer_jax.decoding.answers import AnswersReport, answers
 from deer_jax.errors import InputError
 
@@ -56,7 +57,7 @@ def run(argv: Sequence[str]) -> None:
     check_writable(options.output)
     target = options.load_target()
     try:
-        with Reporter("answering") as reporter:
+        with placed(prompts or ()), Reporter("answering") as reporter:
             report = answers(
                 target,
                 None if prompts is None else [prompt.content for prompt in prompts],

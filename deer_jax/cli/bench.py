@@ -20,8 +20,9 @@ from deer_jax.cli.common import (
     show,
     write_json,
 )
-from deer_jax.cli.options import parse
+from deer_jax.cli.options import Source, parse
 from deer_jax.cli.progress import Reporter
+from deer_jax.data.sources import placed
 from deer_jax.errors import InputError
 
 EXAMPLE = (
@@ -34,7 +35,7 @@ EXAMPLE = (
 class Options(OutputOptions, DecodeOptions, PromptOptions, ModelOptions):
     """Measure acceptance length and speed of drafters against plain decoding, in one run on the same prompts."""
 
-    drafter: Annotated[tuple[str, ...], f"{DRAFTER_HELP}; repeatable", "[NAME=]SOURCE"]
+    drafter: Annotated[tuple[Source, ...], f"{DRAFTER_HELP}; repeatable", "[NAME=]SOURCE"]
     draft_lengths: Annotated[
         tuple[int, ...] | None,
         "tokens drafted per round, as in 2,4,8; by default what each drafter was trained for",
@@ -57,7 +58,7 @@ def run(argv: Sequence[str]) -> None:
     arguments = options.arguments() | {"template_arguments": options.template_arguments()}
     sources = named(options.drafter)
     prompts = options.read()
-    check_distinct([options.json], [options.prompts, options.config])
+    check_distinct([options.json], [options.prompts, options.config, options.target, *sources.values(), *options.curve])
     check_writable(options.json)
     if options.plot is not None:
         from deer_jax.bench import plots  # only here: matplotlib looks for fonts and a folder of its own
@@ -67,7 +68,7 @@ def run(argv: Sequence[str]) -> None:
     elif options.curve:
         raise InputError("--curve is drawn into a folder: add --plot FOLDER")
     target, drafters = options.load(list(sources.values()))
-    with Reporter("measuring, runs") as reporter:
+    with placed(prompts), Reporter("measuring, runs") as reporter:
         report = bench(
             target, [prompt.content for prompt in prompts], drafters=dict(zip(sources, drafters, strict=True)),
             draft_lengths=options.draft_lengths, batch_size=options.batch_size, repeats=options.repeats,

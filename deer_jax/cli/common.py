@@ -1,7 +1,6 @@
 """Options that several verbs share, and what they are turned into."""
 
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -13,15 +12,19 @@ from rich.table import Table
 
 from deer_jax.checkpoints.drafters import FROM_TARGET, load_drafter
 from deer_jax.checkpoints.load import load_target
+from deer_jax.cli.options import Source
 from deer_jax.cli.progress import Reporter
 from deer_jax.config import DrafterConfig, Sampling
-from deer_jax.data.sources import Prompt, as_chat, read_prompts, template_arguments
+from deer_jax.data.chats import as_chat, is_chat
+from deer_jax.data.sources import Prompt, read_prompts, template_arguments
 from deer_jax.drafters.protocol import Drafter
 from deer_jax.errors import InputError
+from deer_jax.files import check_file, write_file
+from deer_jax.formats import json_bytes
 from deer_jax.models.target import Target
 
 DRAFTER_HELP = (
-    f"a folder, a hub id, or '{FROM_TARGET}': an untrained drafter with the target's own weights "
+    f"a folder, a hub id ([hub:]OWNER/NAME), or '{FROM_TARGET}': an untrained drafter with the target's own weights "
     f"('{FROM_TARGET}:0,2' takes these layers only)"
 )
 
@@ -30,7 +33,7 @@ DRAFTER_HELP = (
 class TargetOptions:
     """target"""
 
-    target: Annotated[str, "the model to decode: a Hugging Face folder or hub id", "FOLDER"]
+    target: Annotated[Source, "the model to decode: a Hugging Face folder or hub id ([hub:]OWNER/NAME)", "FOLDER"]
     dtype: Annotated[
         Literal["bfloat16", "float32"] | None, "of the weights; by default float32 on CPU, else bfloat16"
     ] = None
@@ -78,10 +81,14 @@ class PromptOptions:
     prompt: Annotated[tuple[str, ...], "a prompt; repeatable"] = ()
     prompts: Annotated[
         Path | None,
-        "a .jsonl or .jsonl.gz file: HumanEval, MBPP, GSM8K, MATH, MT-Bench, Spec-Bench, LiveCodeBench, or lines with "
-        "prompt (text), messages (chat) or tokens (ids)",
+        "a .jsonl, .jsonl.gz or JSON array file: HumanEval, MBPP, GSM8K, MATH, MT-Bench, Spec-Bench, LiveCodeBench, "
+        "ShareGPT, Alpaca, or rows with prompt (text), messages (chat) or tokens (ids)",
     ] = None
-    field: Annotated[str | None, "the field of the file that holds the prompt, if it is none of the usual ones"] = None
+    field: Annotated[
+        str | None,
+        "the field of the file that holds the prompt, if it is none of the usual ones, or a pattern of several, as in "
+        "'{instruction}\\n{input}'",
+    ] = None
     limit: Annotated[int | None, "read only the first N prompts of the file"] = None
     chat: Annotated[
         bool, "send each text as a user message through the tokenizer's chat template, not as it stands"
@@ -103,8 +110,11 @@ class PromptOptions:
         else:
             if not all(self.prompt):
                 raise InputError("--prompt is empty: give some text")
-            found = [Prompt(str(i), as_chat(text) if self.chat else text) for i, text in enumerate(self.prompt, 1)]
-        if self.template and not any(isinstance(part, dict) for prompt in found for part in prompt.content[:1]):
+            found = [
+                Prompt(str(i), as_chat(text) if self.chat else text, f"--prompt {i}")
+                for i, text in enumerate(self.prompt, 1)
+            ]
+        if self.template and not any(is_chat(prompt.content) for prompt in found):
             raise InputError("--template has no effect on plain text: add --chat")
         return found
 
@@ -159,36 +169,54 @@ def show(table: Table) -> None:
 
 
 def check_writable(path: Path | None) -> None:
-    """Refuse an output path before any work is done for it."""
-    if path is not None and not path.absolute().parent.is_dir():
+    """Refuse an output path before any work is done for it, by trying what can be tried."""
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
         raise InputError(f"{path}: no folder {path.absolute().parent} to write it to")
-    if path is not None and path.is_dir():
-        raise InputError(f"{path}: is a folder; name a file")
+    check_file(path)
 
 
-def check_distinct(outputs: Sequence[Path | None], inputs: Sequence[Path | None]) -> None:
-    """Refuse to write a file over another output or over what was read."""
-    seen = {path.resolve() for path in inputs if path is not None}
+def check_distinct(outputs: Sequence[Path | None], inputs: Sequence[Path | str | None]) -> None:
+    """Refuse to write a file over another output, over what was read, or over a file in a folder that is read.
+
+    The same file is recognised under another name too. Devices and pipes hold nothing that could be lost.
+    """
+    read = [Path(path).expanduser() for path in inputs if path is not None]
+    names, files = {path.resolve() for path in read}, {found for path in read if (found := _file(path))}
     for path in outputs:
-        if path is None:
+        if path is None or not (path.is_file() or not os.path.lexists(path)):
             continue
-        if path.resolve() in seen:
+        if path.resolve() in names or _file(path) in files:
             raise InputError(f"{path}: is read or written under another option too; name another file")
-        seen.add(path.resolve())
+        if path.is_file():
+            for folder in read:
+                if folder.is_dir() and folder.resolve() in path.resolve().parents:
+                    raise InputError(f"{path}: exists in the folder {folder}, which is read; name another file")
+        if found := _file(path):
+            files.add(found)
+        names.add(path.resolve())
+
+
+def _file(path: Path) -> tuple[int, int] | None:
+    """Which file a path leads to, whatever it is called; None if there is none."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file: all of it, or nothing."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write a file, in UTF-8: all of it, or nothing."""
+    _write(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, values: Any) -> None:
     """Write one JSON value, indented."""
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    _write(path, json_bytes(values, indent=2))
+
+
+def _write(path: Path, content: bytes) -> None:
+    sys.stdout.flush()  # of `--json /dev/stdout` what was printed before comes first
+    write_file(path, content)

@@ -20,9 +20,9 @@ from deer_jax.cli.common import (
     write_json,
     write_text,
 )
-from deer_jax.cli.options import parse
+from deer_jax.cli.options import Source, parse
 from deer_jax.cli.progress import Reporter
-from deer_jax.data.sources import Prompt
+from deer_jax.data.sources import Prompt, placed
 from deer_jax.decoding.engine import decode
 from deer_jax.decoding.state import DecodeResult
 from deer_jax.decoding.stream import stream
@@ -35,7 +35,7 @@ EXAMPLE = 'deer-jax decode --target models/stories260k --drafter from-target --p
 class Options(OutputOptions, DecodeOptions, PromptOptions, ModelOptions):
     """Decode prompts with a target. A drafter makes it faster and leaves the answers as they are."""
 
-    drafter: Annotated[str | None, f"{DRAFTER_HELP}; without one, plain decoding", "SOURCE"] = None
+    drafter: Annotated[Source | None, f"{DRAFTER_HELP}; without one, plain decoding", "SOURCE"] = None
     draft_length: Annotated[int | None, "tokens drafted per round; by default what the drafter was trained for"] = None
     batch_size: Annotated[int | None, "prompts that run at once (default: up to 16)"] = None
     output: Annotated[Path | None, "write the answers here, one JSON object per line, instead of printing them"] = None
@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> None:
     options = parse(Options, "decode", argv, EXAMPLE)
     arguments = options.arguments() | {"template_arguments": options.template_arguments()}
     prompts = options.read()
-    check_distinct([options.output, options.json], [options.prompts, options.config])
+    check_distinct([options.output, options.json], [options.prompts, options.config, options.target, options.drafter])
     check_writable(options.output)
     check_writable(options.json)
     if options.stream and (len(prompts) != 1 or options.output or options.json or options.batch_size):
@@ -56,11 +56,12 @@ def run(argv: Sequence[str]) -> None:
     contents = [prompt.content for prompt in prompts]
 
     if options.stream:
-        for piece in stream(target, contents, **arguments):
-            print(piece, end="", flush=True)
+        with placed(prompts):
+            for piece in stream(target, contents, **arguments):
+                print(piece, end="", flush=True)
         print()
         return
-    with Reporter("decoding") as reporter:
+    with placed(prompts), Reporter("decoding") as reporter:
         result = decode(
             target, contents, **arguments, batch_size=options.batch_size, time_prefill=True,
             progress=lambda done, total, tokens: reporter.show(done, total, f"{tokens:,} tokens"),

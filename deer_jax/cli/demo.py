@@ -20,6 +20,7 @@ from deer_jax.decoding.stream import stream_blocks
 from deer_jax.demo import PROMPTS, demo_pair
 from deer_jax.drafters.protocol import Drafter
 from deer_jax.errors import InputError
+from deer_jax.files import replaceable
 from deer_jax.models.target import Target
 
 SHOWN = 3  # prompts whose answers are shown; the last one is sampled, as greedy text of so small a model soon loops
@@ -48,7 +49,7 @@ class Options:
 def run(argv: Sequence[str]) -> None:
     options = parse(Options, "demo", argv, EXAMPLE)
     check_writable(options.picture)
-    if options.picture.suffix != ".png":
+    if options.picture.suffix != ".png" and replaceable(options.picture) != "special":
         raise InputError(f"--picture: {options.picture} must end in .png")
     if not all(options.prompt):
         raise InputError("--prompt is empty: give some text")
@@ -77,10 +78,8 @@ def run(argv: Sequence[str]) -> None:
     )
     from deer_jax.bench import plots  # only here: matplotlib looks for fonts and a folder of its own
 
-    try:
-        plots.speed(report).savefig(options.picture, dpi=plots.DPI)
-    except OSError as error:
-        raise InputError(f"{options.picture}: cannot be written: {error.strerror}") from None
+    sys.stdout.flush()
+    plots.save(plots.speed(report), options.picture)
     print(options.picture)
 
 

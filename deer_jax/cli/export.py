@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from deer_jax.checkpoints.export import export
+from deer_jax.checkpoints.export import export, is_exported
 from deer_jax.cli.common import ConfigOptions
 from deer_jax.cli.options import parse
 
@@ -28,6 +28,9 @@ class Options(ConfigOptions):
 
 def run(argv: Sequence[str]) -> None:
     options = parse(Options, "export", argv, EXAMPLE)
+    if is_exported(options.source, options.output, dtype=options.dtype):
+        print(f"deer-jax: {options.output}: is complete, nothing to do", file=sys.stderr)
+        return
     folder = export(options.source, options.output, dtype=options.dtype)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"deer-jax: {folder}: {size / 1e6:,.1f} MB", file=sys.stderr)

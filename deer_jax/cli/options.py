@@ -12,24 +12,55 @@ import argparse
 import dataclasses
 import inspect
 import json
+import math
+import os
+import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NewType, NoReturn, TypeVar
 
 from deer_jax.config import nearest
-from deer_jax.errors import InputError
+from deer_jax.errors import InputError, one_line
 from deer_jax.formats import read_yaml
 
 Options = TypeVar("Options")
+Source = NewType("Source", str)  # a path, or what else names a model: a hub id, NAME=PATH
+Number = TypeVar("Number", int, float)
+SHOWN = 60  # letters of a wrong value
 
 
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are `InputError`s."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(message.removeprefix("argument "))
+        message = message.removeprefix("argument ")
+        raise InputError(message if len(message) <= 5 * SHOWN else f"{message[: 5 * SHOWN]}...")
+
+
+class _Once(argparse.Action):
+    """Stores the value of an option that takes one: a second, different one is an error."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        _store(self, parser, namespace, values)
+
+
+class _Switch(argparse.BooleanOptionalAction):
+    """The same for --NAME and --no-NAME."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        assert option_string is not None
+        _store(self, parser, namespace, not option_string.startswith("--no-"))
+
+
+def _store(action: argparse.Action, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any) -> None:
+    before = getattr(namespace, action.dest, value)
+    if before != value:
+        parser.error(
+            f"{action.option_strings[0]} is given twice, as {shown(before)} and {shown(value)}, but takes one value"
+        )
+    setattr(namespace, action.dest, value)
 
 
 def parse(cls: type[Options], verb: str, argv: Sequence[str], example: str) -> Options:
@@ -55,10 +86,13 @@ def _parse(cls: type, parser: argparse.ArgumentParser, argv: Sequence[str]) -> d
     """The options that are in argv, without defaults."""
     found, unknown = parser.parse_known_args(list(argv))
     if unknown:
-        name = unknown[0].partition("=")[0]
+        name = unknown[0].partition("=")[0][:SHOWN]
+        names = [field.name for field in _fields(cls)]
         if not name.startswith("-"):
-            raise InputError(f"unexpected argument '{name}'; options start with --")
-        flags = ["--help", *(_flag(field.name) for field in _fields(cls))]
+            file = next((each for each in ("recipe", "steps", "config") if each in names), None)
+            meant = f"; did you mean --{file} {name}?" if file and name.endswith((".yaml", ".yml")) else ""
+            raise InputError(f"unexpected argument '{name}'{meant or '; options start with --'}")
+        flags = ["--help", *map(_flag, names)]
         raise InputError(f"unknown option '{name}', {nearest(name, flags)}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(found).items()}
 
@@ -90,32 +124,88 @@ def _argument(hint: Any, default: Any) -> dict[str, Any]:
         help += f" (default: {','.join(map(str, default)) if isinstance(default, tuple) else default})"
     argument: dict[str, Any] = {"help": help.replace("%", "%%")}
     if kind is bool:
-        return argument | {"action": argparse.BooleanOptionalAction}
-    if types.NoneType in typing.get_args(kind):
-        kind = typing.get_args(kind)[0]
+        return argument | {"action": _Switch}
+    kind, several = _kind(kind)
     if typing.get_origin(kind) is typing.Literal:
-        return argument | {"choices": typing.get_args(kind)}
-    if typing.get_origin(kind) is tuple:
-        kind = typing.get_args(kind)[0]
-        argument["action"] = "extend" if kind in (int, float) else "append"
+        return argument | {"action": _Once, "choices": typing.get_args(kind)}
     argument["metavar"] = metavar[0] if metavar else {str: "TEXT", int: "N", float: "X", Path: "FILE"}[kind]
-    argument["type"] = {int: _integers, float: _floats}[kind] if argument.get("action") == "extend" else kind
+    argument["action"] = ("extend" if kind in (int, float) else "append") if several else _Once
+    argument["type"] = {
+        int: _integers if several else _integer, float: _floats if several else _float,
+        Path: _path, Source: _source, str: _text,
+    }[kind]  # fmt: skip
     return argument
+
+
+def _kind(hint: Any) -> tuple[Any, bool]:
+    """What one value of a field is, and whether there may be several: tuple[int, ...] | None -> int, True"""
+    if types.NoneType in typing.get_args(hint):
+        hint = typing.get_args(hint)[0]
+    return (typing.get_args(hint)[0], True) if typing.get_origin(hint) is tuple else (hint, False)
 
 
 def _fields(cls: Any) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(cls)
 
 
+def _integer(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"invalid int value: {shown(text)}")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text) or not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"invalid float value: {shown(text)}")
+    return float(text)
+
+
 def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return _numbers(_integer, text)
 
 
 def _floats(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    return _numbers(_float, text)
 
 
-_integers.__name__ = _floats.__name__ = "comma-separated numbers"  # argparse names the type in its errors
+def _numbers(read: Callable[[str], Number], text: str) -> list[Number]:
+    try:
+        return [read(part.strip()) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"invalid comma-separated numbers value: {shown(text)}") from None
+
+
+def _text(text: str) -> str:
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise argparse.ArgumentTypeError(f"is not UTF-8: {shown(text)}")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_source(text))
+
+
+def _source(text: str) -> Source:
+    """A path that the system takes; whether something is there is another question."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: name a path")
+    try:
+        os.stat(text)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise argparse.ArgumentTypeError(f"{shown(text)}: {reason}") from None
+    return Source(text)
+
+
+def shown(value: Any) -> str:
+    """A wrong value as a message quotes it, of a sane length."""
+    try:
+        text = str(value)
+    except ValueError:  # of thousands of digits, which Python does not print
+        return f"an {type(value).__name__} of too many digits"
+    return f"'{text}'" if len(text) <= SHOWN else f"'{text[:SHOWN]}...'"
 
 
 def _flag(name: str) -> str:
@@ -128,18 +218,40 @@ def _as_arguments(cls: type, values: Mapping[str, Any]) -> list[str]:
     {"chat": True, "draft_lengths": [2, 4], "template": {"x": False}}
     -> ["--chat", "--draft-lengths=2", "--draft-lengths=4", "--template=x=false"]
     """
+    hints = {name: typing.get_args(hint)[0] for name, hint in typing.get_type_hints(cls, include_extras=True).items()}
     names = {field.name for field in _fields(cls)} - {"config"}
-    arguments = []
+    arguments, seen = [], {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in names:
-            raise InputError(f"unknown key '{key}', {nearest(name, names)}")
-        if isinstance(value, bool):
+            raise InputError(f"unknown key {shown(key)}, {nearest(name[:SHOWN], names)}")
+        if name in seen:
+            raise InputError(f"the key '{key}' stands twice, also as '{seen[name]}'")
+        seen[name] = key
+        if value is None:
+            continue
+        if hints[name] is bool:
+            if not isinstance(value, bool):
+                raise InputError(f"key '{key}': expected true or false, got {shown(value)}")
             arguments.append(_flag(name if value else f"no_{name}"))
             continue
+        kind, several = _kind(hints[name])
+        if isinstance(value, list | Mapping) and not several:
+            raise InputError(f"key '{key}' takes one value, got {shown(value)}")
         if isinstance(value, Mapping):
-            value = [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in value.items()]
+            if kind in (int, float):
+                raise InputError(f"key '{key}' takes numbers, got {shown(value)}")
+            value = [f"{k}={v if isinstance(v, str) else _as_json(v, f'{key}.{k}')}" for k, v in value.items()]
         for entry in value if isinstance(value, list) else [value]:
-            if entry is not None:
-                arguments.append(f"{_flag(name)}={entry}")
+            if isinstance(entry, bool) or not isinstance(entry, str | int | float):
+                what = f"got {shown(entry)}, a YAML {type(entry).__name__}; quotes make it text"
+                raise InputError(f"key '{key}': expected text or a number, {what}")
+            arguments.append(f"{_flag(name)}={entry if isinstance(entry, str) else _as_json(entry, key)}")
     return arguments
+
+
+def _as_json(value: Any, key: Any) -> str:
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"key {shown(key)}: {one_line(error)}") from None

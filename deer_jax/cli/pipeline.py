@@ -2,8 +2,8 @@
 
 import dataclasses
 import importlib
-import json
-import sys
+import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +14,12 @@ from rich import box
 from rich.table import Table
 
 from deer_jax.cli.common import show, write_json, write_text
-from deer_jax.cli.options import parse
+from deer_jax.cli.options import parse, shown
+from deer_jax.cli.progress import say
 from deer_jax.config import nearest
 from deer_jax.errors import InputError
-from deer_jax.formats import read_yaml
+from deer_jax.files import Lock, disk_error
+from deer_jax.formats import parse_json, read_bytes, read_yaml
 
 EXAMPLE = "deer-jax pipeline --steps configs/quickstart.yaml --output runs/quickstart"
 VERBS = {"pretrain": "--recipe", "answers": "--config", "align": "--recipe", "bench": "--config", "export": "--config"}
@@ -31,7 +33,8 @@ class Options:
 
     The file has a list, `steps`, of a verb with its options each: the keys of a recipe for pretrain and align, those of
     the command line for the others. `{output}` stands for the output folder. Each step's options are written there too,
-    as N-VERB.yaml, to be used alone. Steps that are done are not done again: after Ctrl-C the same command goes on.
+    as N-VERB.yaml, to be used alone. Steps that are done are not done again: after Ctrl-C or a crash the same command
+    goes on.
     """
 
     steps: Annotated[Path, "the YAML file with the steps"]
@@ -41,19 +44,26 @@ class Options:
 def run(argv: Sequence[str]) -> None:
     options = parse(Options, "pipeline", argv, EXAMPLE)
     steps = read_steps(options.steps, options.output)
-    done = begin(options.output, steps)
-    for number, (verb, values) in enumerate(steps):
-        where = f"step {number + 1} of {len(steps)}: {verb}"
-        if number < len(done):
-            print(f"deer-jax: {where}: done before", file=sys.stderr)
-            continue
-        print(f"deer-jax: {where}", file=sys.stderr, flush=True)
-        file = options.output / f"{number + 1}-{verb}.yaml"
-        write_text(file, yaml.safe_dump(values, sort_keys=False, width=110))
-        start = time.perf_counter()
-        importlib.import_module(f"deer_jax.cli.{verb}").run([VERBS[verb], str(file)])
-        done.append({"verb": verb, "options": values, "seconds": round(time.perf_counter() - start, 1)})
-        write_json(options.output / STATE, done)
+    check_folder(options.output)
+    with Lock(options.output, inside=True) as lock:
+        done = begin(options.output, steps)
+        for number, (verb, values) in enumerate(steps):
+            where = f"step {number + 1} of {len(steps)}: {verb}"
+            if number < len(done):
+                say(f"{where}: done before")
+                continue
+            say(where)
+            file = options.output / f"{number + 1}-{verb}.yaml"
+            lock.check()
+            write_text(file, yaml.safe_dump(values, sort_keys=False, width=110))
+            start = time.perf_counter()
+            try:
+                importlib.import_module(f"deer_jax.cli.{verb}").run([f"{VERBS[verb]}={file}"])
+            except KeyboardInterrupt as error:
+                raise type(error)(f"{where}: {str(error) or 'the same command does this step again'}") from None
+            done.append({"verb": verb, "options": values, "seconds": round(time.perf_counter() - start, 1)})
+            lock.check()
+            write_json(options.output / STATE, done)
     show(table(done))
 
 
@@ -62,47 +72,96 @@ def read_steps(path: Path, output: Path) -> list[tuple[str, dict[str, Any]]]:
     values = read_yaml(path)
     for key in values:
         if key != "steps":
-            raise InputError(f"{path}: unknown key '{key}', {nearest(str(key), ['steps'])}")
+            raise InputError(f"{path}: unknown key {shown(key)}; its one key is steps")
+    steps = values.get("steps")
+    if not isinstance(steps, list | None):
+        raise InputError(f"{path}: steps must be a list of verbs with their options, got {shown(steps)}")
     found = []
-    for number, step in enumerate(values.get("steps") or []):
+    for number, step in enumerate(steps or []):
         where = f"{path}: steps[{number}]"
         if not isinstance(step, Mapping) or len(step) != 1:
-            raise InputError(f"{where} must be one verb with its options, got {step!r}")
+            raise InputError(f"{where} must be one verb with its options, got {shown(step)}")
         (verb, given), *_ = step.items()
         if verb not in VERBS:
-            raise InputError(f"{where}: unknown verb '{verb}', {nearest(str(verb), VERBS)}")
+            raise InputError(f"{where}: unknown verb {shown(verb)}, {nearest(shown(verb), VERBS)}")
         if not isinstance(given, Mapping):
-            raise InputError(f"{where}: {verb} must have keys and values, got {given!r}")
-        found.append((str(verb), filled(dict(given), str(output))))
+            raise InputError(f"{where}: {verb} must have keys and values, got {shown(given)}")
+        options = filled(given, str(output), f"{where}: {verb}")
+        if any(Path(text).absolute() == output.absolute() for text in outputs(options)):
+            raise InputError(f"{where}: {verb} would write over the pipeline's folder; name one in it: {FOLDER}/run")
+        found.append((str(verb), options))
     if not found:
         raise InputError(f"{path}: steps is empty: give at least one")
     return found
 
 
-def filled(value: Any, output: str) -> Any:
-    """The value with `{output}` replaced in every text of it."""
+def filled(value: Any, output: str, where: str) -> Any:
+    """The value with `{output}` replaced in every text of it; InputError if JSON, which keeps it, has no such value."""
     if isinstance(value, str):
         return value.replace(FOLDER, output)
     if isinstance(value, Mapping):
-        return {key: filled(each, output) for key, each in value.items()}
-    return [filled(each, output) for each in value] if isinstance(value, list) else value
+        for key in value:
+            if not isinstance(key, str):
+                raise InputError(f"{where}: the key {shown(key)} is no text; quotes make it one")
+        return {key: filled(each, output, f"{where}.{key:.60}") for key, each in value.items()}
+    if isinstance(value, list):
+        return [filled(each, output, where) for each in value]
+    small = isinstance(value, int) and abs(value) < 2**63
+    if value is None or small or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise InputError(
+        f"{where}: expected text or a number, got {shown(value)}, a YAML {type(value).__name__}; quotes make it text"
+    )
+
+
+def outputs(values: Mapping[str, Any]) -> list[str]:
+    """The paths that a step writes."""
+    return [values[key] for key in ("output", "json", "plot") if isinstance(values.get(key), str) and values[key]]
+
+
+def check_folder(output: Path) -> None:
+    """Refuse a folder that holds something and is no pipeline's: its files would be written over."""
+    try:
+        found = sorted(entry.name for entry in output.iterdir()) if output.exists() else []
+    except OSError as error:
+        raise disk_error(output, error) from None
+    others = [name for name in found if not name.startswith(".")]
+    if others and STATE not in others:
+        raise InputError(f"{output}: is no pipeline's folder but holds {', '.join(others[:3])}; name another output")
 
 
 def begin(output: Path, steps: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The folder, made if need be, and the steps that are done in it."""
+    """Make the folder that of a pipeline; the steps that are done in it, up to the first of which an output is gone."""
     state = output / STATE
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        done = json.loads(state.read_text(encoding="utf-8")) if state.exists() else []
-    except (OSError, ValueError) as error:
-        raise InputError(f"{state}: cannot be used: {error}; name another output") from None
+    done = read_state(state) if os.path.lexists(state) else []
     for number, (before, (verb, values)) in enumerate(zip(done, steps, strict=False)):
-        if (before["verb"], before["options"]) != (verb, json.loads(json.dumps(values))):
+        if (before["verb"], before["options"]) != (verb, values):
             raise InputError(
                 f"{output}: its step {number + 1}, {before['verb']}, was done with other options; name another output, "
                 f"or remove it and those behind it from {state}"
             )
+        if not all(Path(text).expanduser().exists() for text in outputs(values)):
+            done = done[:number]
+            break
+    if not state.exists():
+        write_json(state, done)
     return done[: len(steps)]
+
+
+def read_state(path: Path) -> list[dict[str, Any]]:
+    """The steps that were done, as they were noted."""
+    done = parse_json(read_bytes(path), str(path))
+    right = isinstance(done, list) and all(
+        isinstance(each, dict)
+        and isinstance(each.get("verb"), str)
+        and isinstance(each.get("options"), dict)
+        and type(each.get("seconds")) in (int, float)
+        and abs(each["seconds"]) < 1e9
+        for each in done
+    )
+    if not right:
+        raise InputError(f"{path}: is not what a pipeline has written; name another output")
+    return done
 
 
 def table(done: Sequence[Mapping[str, Any]]) -> Table:
@@ -111,6 +170,6 @@ def table(done: Sequence[Mapping[str, Any]]) -> Table:
     result.add_column("step")
     result.add_column("seconds", justify="right")
     for each in done:
-        result.add_row(each["verb"], f"{each['seconds']:,.0f}")
+        result.add_row(f"{each['verb']:.60}", f"{each['seconds']:,.0f}")
     result.add_row("together", f"{sum(each['seconds'] for each in done):,.0f}")
     return result

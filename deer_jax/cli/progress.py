@@ -1,8 +1,11 @@
-"""Progress on stderr: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""What people are told on stderr: lines, and progress as a bar on a terminal, as a line every few seconds elsewhere."""
 
+import contextlib
 import math
+import os
 import sys
 import time
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -15,6 +18,28 @@ from rich.progress import (
 )
 
 SECONDS_PER_LINE = 5.0
+LONGEST = 900  # letters of a line; a name of thousands is not shown in full
+
+
+def say(text: str) -> None:
+    """One line on stderr. A run does not end because nobody can read it any more.
+
+    "error: a\nb \x1b[1m" -> deer-jax: error: a b \\x1b[1m
+    """
+    text = " ".join(text.split())
+    if len(text) > LONGEST:  # what is wrong stands at the beginning, what to do at the end
+        text = f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 3 :]}"
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    try:
+        print(f"deer-jax: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        discard(sys.stderr)
+
+
+def discard(stream: TextIO) -> None:
+    """What is written to a stream goes nowhere from now on, what it still holds included."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Reporter:
@@ -56,7 +81,7 @@ class Reporter:
             parts = [f"{done:,} of {total:,}", note]
             if before < done < total:
                 parts.append(f"about {duration((now - begin) * (total - done) / (done - before))} left")
-            print(f"deer-jax: {self.what}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
+            say(f"{self.what}: {', '.join(filter(None, parts))}")
 
 
 def duration(seconds: float) -> str:

@@ -1,6 +1,5 @@
 """A byte-level BPE tokenizer from text, as a Hugging Face folder has it."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from deer_jax.errors import InputError
+from deer_jax.files import write_file
+from deer_jax.formats import json_bytes
 
 EDGE = "<|endoftext|>"  # opens every text and ends every document; id 0
 LEAST = 257  # every byte and the edge
@@ -31,7 +32,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(  # pyrefly: ignore
         single=f"{EDGE} $A", pair=f"{EDGE} $A {EDGE} $B", special_tokens=[(EDGE, 0)]
     )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_file(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EDGE, "eos_token": EDGE}
     config |= {"split_special_tokens": True}  # a text that spells EDGE out does not end there
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_file(folder / "tokenizer_config.json", json_bytes(config, indent=2))

@@ -1,16 +1,24 @@
 """Text to token ids and back, over the tokenizers of Hugging Face folders."""
 
+import contextlib
 import datetime
 import functools
 import hashlib
+import importlib.util
 import json
+import os
 import re
-import shutil
-from collections.abc import Collection, Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deer_jax.errors import InputError
+from deer_jax.data.chats import check_text, shown
+from deer_jax.data.templates import Renderer
+from deer_jax.digests import combined
+from deer_jax.errors import InputError, one_line
+from deer_jax.files import write_file
+from deer_jax.formats import open_file, read_bytes, read_json
 
 # What holds a vocabulary, and what may lie beside it.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
@@ -22,6 +30,10 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+READ = (".json", ".jinja", ".model", ".txt")  # whatever transformers opens in a folder ends so
+SENTENCEPIECE = ("sentencepiece", "google.protobuf")  # modules that read a tokenizer.model
+
+PANIC = "PanicException"  # of Rust, which derives from BaseException and has no module to import it from
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -29,7 +41,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class Tokenizer:
-    """A tokenizer of a folder.
+    """A tokenizer of a folder. Whatever the libraries beneath raise over its files or a text is an InputError.
 
     Attributes:
       folder: where its files are.
@@ -44,30 +56,28 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> "Tokenizer | None":
         """The tokenizer of a local folder; None if it has none. Code that a folder brings along is never run."""
         folder = Path(folder)
-        if not any((folder / name).is_file() for name in VOCABULARIES):
+        if not any(os.path.lexists(folder / name) for name in VOCABULARIES):
             return None
-        for name in (*VOCABULARIES, *COMPANIONS):
-            if name.endswith(".json") and (folder / name).is_file():
-                _check_json(folder / name)
-        from huggingface_hub.errors import StrictDataclassError  # what transformers raises over config.json
-        from transformers import AutoTokenizer  # slow to import
+        _check_files(folder)
+        with _foreign(f"{folder}: the tokenizer files cannot be used", "download them again"), _without_panics():
+            from huggingface_hub.errors import StrictDataclassError  # what transformers raises over config.json
+            from transformers import AutoTokenizer  # slow to import
 
-        try:
-            inner = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        except StrictDataclassError as error:
-            line = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"{folder / 'config.json'}: transformers refuses it ({line}); correct it or download it again"
-            ) from None
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
-            line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise InputError(f"{folder}: the tokenizer files cannot be used ({line}); download them again") from None
+            try:
+                inner: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+            except StrictDataclassError as error:
+                raise InputError(
+                    f"{folder / 'config.json'}: transformers refuses it ({one_line(error)}); correct it or download it "
+                    "again"
+                ) from None
+            inner("a"), inner.get_vocab()  # some damage shows only in use
         return cls(inner, folder)
 
     @functools.cached_property
     def _opening(self) -> list[int]:
         """Ids put before every text (BOS, mostly)."""
-        plain, full = self.plain("a"), list(self._inner("a")["input_ids"])
+        with self._using("a text"):
+            plain, full = self.plain("a"), list(self._inner("a")["input_ids"])
         for start in range(len(full) - len(plain) + 1):
             if full[start : start + len(plain)] == plain:
                 return full[:start]
@@ -75,49 +85,80 @@ class Tokenizer:
 
     def plain(self, text: str) -> list[int]:
         """Ids of a text alone, with nothing added."""
-        return list(self._inner(text, add_special_tokens=False)["input_ids"])
+        with self._using("this text"):
+            return list(self._inner(check_text(text, "the text"), add_special_tokens=False)["input_ids"])
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text to be continued: with BOS if the tokenizer adds one, never with a closing EOS."""
         return self._opening + self.plain(text)
 
     def encode_chat(
-        self, messages: Messages, *, now: datetime.datetime | None = None, **template_arguments
-    ) -> list[int]:
+        self, messages: Messages, *, now: datetime.datetime | None = None, tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None, **template_arguments: Any,
+    ) -> list[int]:  # fmt: skip
         """Ids of a chat through the tokenizer's template, up to where the assistant's answer starts.
 
         Args:
-          messages: role and content each. template_arguments: passed to the template, such as enable_thinking.
-          now: for templates that write a date; None is the time of the call.
+          messages: role and content each, see `data.chats`.
+          now: the moment that the template's strftime_now() writes; None is the present.
+          tools, documents: for the template, None where there are none.
+          template_arguments: passed to the template, such as enable_thinking; one it does not know is an InputError.
         """
         if not self._inner.chat_template:
             raise InputError(f"{self.folder}: the tokenizer has no chat template; give plain text")
-        from jinja2 import TemplateError
-
-        if now is not None:
-            template_arguments["strftime_now"] = now.strftime
-        try:
-            text = self._inner.apply_chat_template(
-                list(messages), **{**template_arguments, "add_generation_prompt": True, "tokenize": False}
-            )
-        except (TemplateError, ValueError, TypeError, LookupError) as error:
-            line = " ".join(str(error).split())
-            raise InputError(f"{self.folder}: the chat template refuses these messages: {line}") from None
+        with self._using("these messages"):
+            template = self._inner.get_chat_template(None, tools)
+            special = {name: str(token) for name, token in self._inner.special_tokens_map.items()}
+        if not isinstance(template, str):
+            raise InputError(f"{self.folder}: the chat template must be a text, found {type(template).__name__}")
+        text = self._renderer.render(
+            template, messages, now=now, tools=tools, documents=documents, special=special, arguments=template_arguments
+        )
+        check_text(text, f"{self.folder}: the chat template writes no text")
         return self.plain(text)  # the template writes BOS itself
 
+    @functools.cached_property
+    def _renderer(self) -> Renderer:
+        return Renderer(str(self.folder))
+
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, without special tokens."""
+        """The text of ids, without special tokens. Ids without a text have none; this never raises over an id."""
+        try:
+            with self._using("these ids"):
+                return self._decode(ids)
+        except InputError:
+            known = set(self.vocabulary().values())
+        try:
+            with self._using("these ids"):
+                return self._decode([token for token in ids if token in known])
+        except InputError:
+            return "\N{REPLACEMENT CHARACTER}"
+
+    def _decode(self, ids: Sequence[int]) -> str:
         return self._inner.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def vocabulary(self) -> dict[str, int]:
         """Every token with its id, the added ones included."""
-        return dict(self._inner.get_vocab())
+        with self._using("its own vocabulary"):
+            return dict(self._inner.get_vocab())
+
+    def token(self, number: int) -> str | None:
+        """How the vocabulary writes an id; None if it has no such id."""
+        return next((text for text, token in self.vocabulary().items() if token == number), None)
+
+    def _using(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return _foreign(f"{self.folder}: the tokenizer cannot read {what}", "give token ids or correct its files")
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Short hexadecimal digest of the vocabulary: equal for tokenizers whose ids mean the same."""
         entries = json.dumps(sorted(self.vocabulary().items()), ensure_ascii=False)
         return hashlib.sha256(entries.encode()).hexdigest()[:12]
+
+    def digest(self) -> str:
+        """SHA-256, hexadecimal, of its files as they are now."""
+        files = [self.folder / name for name in (*VOCABULARIES, *COMPANIONS) if (self.folder / name).is_file()]
+        return combined({file.name: hashlib.sha256(read_bytes(file)).hexdigest() for file in files})
 
     @functools.cached_property
     def _unsettled_ids(self) -> frozenset[int]:
@@ -140,21 +181,104 @@ class Tokenizer:
         return count
 
 
-def _check_json(path: Path) -> None:
-    # The Rust tokenizer answers damaged JSON with a bare Exception.
+@contextlib.contextmanager
+def _foreign(line: str, remedy: str) -> Iterator[None]:
+    """Whatever the libraries beneath raise is one line: bare exceptions, and the panics of Rust, which are none."""
     try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: damaged tokenizer file ({error}); download it again") from None
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
+        raise InputError(f"{line} ({type(error).__name__}: {one_line(error)}); {remedy}") from None
+
+
+@contextlib.contextmanager
+def _without_panics() -> Iterator[None]:
+    """Keep back what is written to stderr meanwhile, and drop it if Rust panics: it writes its stack there itself."""
+    try:
+        stderr, held = os.dup(2), tempfile.TemporaryFile()  # noqa: SIM115 - closed below
+    except OSError:  # no stderr, or no room
+        yield
+        return
+    panicked = False
+    with held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            panicked = type(error).__name__ == PANIC
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            if not panicked and held.seek(0, os.SEEK_END):
+                held.seek(0)
+                os.write(2, held.read())
+
+
+def _check_files(folder: Path) -> None:
+    """InputError for what transformers should not be let near, such as a pipe, which it would wait for."""
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix in READ)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {error.strerror}") from None
+    for path in paths:
+        ours = path.name in VOCABULARIES or path.name in COMPANIONS
+        if ours or path.exists():
+            os.close(open_file(path))
+        if ours and path.suffix == ".json":
+            try:
+                read_json(path)
+            except InputError as error:
+                raise InputError(f"{error}; download it again") from None
+    names = {path.name for path in paths}
+    missing = [name for name in SENTENCEPIECE if not _installed(name)]
+    if missing and not names & {"tokenizer.json", "vocab.json"}:
+        found = " and ".join(sorted(names & set(VOCABULARIES)))
+        raise InputError(
+            f"{folder}: has its tokenizer as {found} alone, which sentencepiece reads: "
+            "pip install 'deer_jax[sentencepiece]', or add a tokenizer.json"
+        )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package it would lie in
+        return False
+
+
+def tokenizer_files(folder: Path) -> list[tuple[str, Path]]:
+    """The tokenizer files of a folder, each by its name and where it really lies.
+
+    Raises InputError for a folder without any, and for a link that leaves the folder: it may lead to anything, which a
+    copy would publish. The links of a download from the hub, snapshots/REVISION/NAME to blobs/DIGEST, stay inside.
+    """
+    names = [name for name in (*VOCABULARIES, *COMPANIONS) if os.path.lexists(folder / name)]
+    if not set(names) & set(VOCABULARIES):
+        raise InputError(f"{folder}: no tokenizer files")
+    found = []
+    try:
+        real = folder.resolve()
+        allowed = [real, real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [real]
+        for name in names:
+            path = (folder / name).resolve()
+            if not any(path.is_relative_to(root) for root in allowed):
+                raise InputError(
+                    f"{folder / name}: is a link to {path}, outside its folder; put the file itself in its place"
+                )
+            found.append((name, path))
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise InputError(f"{folder}: cannot be read: {one_line(error)}") from None
+    return found
 
 
 def copy_tokenizer(source: str | Path, folder: str | Path) -> None:
-    """Copy the tokenizer files of one folder into another; a folder without any is an InputError."""
-    names = [name for name in (*VOCABULARIES, *COMPANIONS) if (Path(source) / name).is_file()]
-    if not set(names) & set(VOCABULARIES):
-        raise InputError(f"{source}: no tokenizer files")
-    for name in names:
-        shutil.copyfile(Path(source) / name, Path(folder) / name)
+    """Copy the tokenizer files of one folder into another; for the InputErrors see `tokenizer_files`."""
+    for name, path in tokenizer_files(Path(source)):
+        write_file(Path(folder) / name, read_bytes(path))
 
 
 def differing_ids(target: Tokenizer, drafter: Tokenizer, allowed: Collection[int]) -> tuple[int, ...]:
@@ -168,7 +292,7 @@ def differing_ids(target: Tokenizer, drafter: Tokenizer, allowed: Collection[int
     for token in differing:
         if token not in allowed:
             raise InputError(
-                f"the tokenizers differ at id {token}: {ours[token]!r} for the target, {theirs[token]!r} for the "
-                "drafter; a drafter must share its target's tokenizer"
+                f"the tokenizers differ at id {token}: {shown(ours[token])} for the target, {shown(theirs[token])} for "
+                "the drafter; a drafter must share its target's tokenizer"
             )
     return tuple(differing)

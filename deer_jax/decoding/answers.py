@@ -216,7 +216,7 @@ def _opening(target: Target) -> list[int]:
     found = target.tokenizer.encode("")
     if not found:
         raise InputError(f"the tokenizer of {target.name} puts no BOS before a text: give prompts")
-    return found
+    return encode_prompts(target, [found])[0]  # refuses ids that the model does not have
 
 
 def _texts(target: Target, prompts: Any, template_arguments: Mapping[str, Any] | None) -> list[list[int]]:

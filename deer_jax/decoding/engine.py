@@ -19,7 +19,7 @@ from deer_jax.decoding.prompts import encode_prompts
 from deer_jax.decoding.sampling import Kind, Knobs
 from deer_jax.decoding.state import DecodeResult, DecodeState, DecodeStats, idle_state
 from deer_jax.drafters.protocol import Drafter
-from deer_jax.errors import InputError
+from deer_jax.errors import InputError, PromptError
 from deer_jax.models.cache import cache_bytes
 from deer_jax.models.target import Target
 from deer_jax.sharding import replicated
@@ -234,10 +234,10 @@ def prepare(
             raise InputError(f"max_new_tokens must be a whole number of at least 1, got {count!r}")
         room = target.config.context - len(prompt)
         if count > room:
-            raise InputError(
-                f"prompt {i}: {len(prompt)} prompt tokens and {count} new ones exceed the context of "
-                f"{target.config.context}; shorten the prompt"
-                + (f" or give max_new_tokens <= {room}" if room > 0 else "")
+            raise PromptError(
+                i,
+                f"{len(prompt)} prompt tokens and {count} new ones exceed the context of {target.config.context}; "
+                "shorten the prompt" + (f" or give max_new_tokens <= {room}" if room > 0 else ""),
             )
         limits.append(len(prompt) + int(count))
     engine = Engine(

@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from deer_jax.errors import InputError
+from deer_jax.data.chats import is_chat, normalised, plain, shown
+from deer_jax.data.templates import ArgumentError, check_name
+from deer_jax.data.tokenizer import Tokenizer
+from deer_jax.errors import InputError, PromptError
 from deer_jax.models.target import Target
 
 
@@ -18,44 +21,90 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Token ids of each prompt.
 
-    prompts: a string, a chat (list of messages with role and content), or a list of strings, chats or token-id lists.
-    Strings get BOS if the tokenizer adds one; chats go through the tokenizer's template, which writes its own.
-    now: what a template takes for now; None is the time of the call.
+    Args:
+      prompts: a string, a chat, or a list of strings, chats or token-id lists (NumPy arrays too). A chat is a list of
+        messages with role and content, or a mapping {"messages": ..., "tools": ..., "documents": ...,
+        "chat_template_kwargs": ...}; see `data.chats`. Strings get BOS if the tokenizer adds one; chats go through the
+        tokenizer's template, which writes its own.
+      template_arguments: passed to the template; a chat's own chat_template_kwargs win.
+      now: the moment that templates which write the date write; None is the present.
+
+    Raises InputError for a list that is none, PromptError for anything about one prompt.
     """
-    if isinstance(prompts, str) or _is_chat(prompts):
+    if isinstance(prompts, str) or is_chat(prompts):
         prompts = [prompts]
+    if isinstance(prompts, np.ndarray) and np.issubdtype(prompts.dtype, np.integer):
+        prompts = list(prompts)
     if not isinstance(prompts, Sequence):
         raise InputError(f"prompts must be a string, a chat or a list of these, got {type(prompts).__name__}")
     if not prompts:
         raise InputError("prompts is empty: give at least one")
-    if all(isinstance(prompt, int | np.integer) for prompt in prompts):
+    if all(_is_id(prompt) for prompt in prompts):
         raise InputError("prompts is one list of token ids: wrap it in a list, [[1, 2, 3]]")
-    arguments = {**(template_arguments or {}), **({} if now is None else {"now": now})}
-    return [_encode(target, i, prompt, arguments) for i, prompt in enumerate(prompts)]
+    arguments = plain(dict(template_arguments or {}), "template_arguments")
+    for name in arguments:
+        check_name(name)
+    return [_encode(target, i, prompt, arguments, now) for i, prompt in enumerate(prompts)]
 
 
-def _is_chat(prompt: Any) -> bool:
-    return isinstance(prompt, Sequence) and bool(prompt) and all(isinstance(message, Mapping) for message in prompt)
-
-
-def _encode(target: Target, index: int, prompt: Any, template_arguments: Mapping[str, Any]) -> list[int]:
-    if isinstance(prompt, str) or _is_chat(prompt):
+def _encode(
+    target: Target, index: int, prompt: Any, template_arguments: Mapping[str, Any], now: datetime.datetime | None
+) -> list[int]:
+    said = isinstance(prompt, str) or is_chat(prompt)
+    if said:
         if target.tokenizer is None:
-            raise InputError(f"prompt {index} is text but {target.name} has no tokenizer: give token ids")
-        if not isinstance(prompt, str):
-            tokens = target.tokenizer.encode_chat(prompt, **template_arguments)
-        elif prompt:
-            tokens = target.tokenizer.encode(prompt)
-        else:
-            tokens = []
+            raise PromptError(index, f"is text but {target.name} has no tokenizer: give token ids")
+        try:
+            if not isinstance(prompt, str):
+                tokens = _encode_chat(target, prompt, template_arguments, now)
+            else:
+                tokens = target.tokenizer.encode(prompt) if prompt else []
+        except InputError as error:
+            if isinstance(error, ArgumentError) and error.name in template_arguments:
+                raise
+            raise PromptError(index, str(error)) from None
     else:
-        if not isinstance(prompt, Sequence | np.ndarray) or not all(isinstance(t, int | np.integer) for t in prompt):
-            raise InputError(f"prompt {index} must be a string, a chat or a list of token ids, got {prompt!r:.60}")
-        tokens = [int(token) for token in prompt]
+        tokens = _ids(prompt)
+        if tokens is None:
+            raise PromptError(
+                index, f"must be a string, a chat or a list of token ids, got {shown(prompt, quoted=False)}"
+            )
     if len(tokens) == 0:
-        raise InputError(f"prompt {index} is empty: give at least one token (for none but BOS, give its id)")
+        raise PromptError(index, "is empty: give at least one token (for none but BOS, give its id)")
+    size = target.config.vocab_size
     for token in tokens:
-        if not 0 <= token < target.config.vocab_size:
-            size = target.config.vocab_size
-            raise InputError(f"prompt {index}: token id {token} is outside the vocabulary of {size} (0..{size - 1})")
+        if not 0 <= token < size:
+            text = target.tokenizer.token(token) if said and isinstance(target.tokenizer, Tokenizer) else None
+            name = f"{token}" if text is None else f"{token} ({shown(text)})"
+            raise PromptError(index, f"token id {name} is outside the vocabulary of {size} (0..{size - 1})")
     return tokens
+
+
+def _encode_chat(
+    target: Target, prompt: Any, template_arguments: Mapping[str, Any], now: datetime.datetime | None
+) -> list[int]:
+    assert target.tokenizer is not None
+    chat = normalised(prompt)
+    if chat["messages"][-1]["role"] == "assistant":
+        raise InputError(
+            "ends with a message of the assistant, which the target would answer once more; leave it out: the target "
+            "writes its own"
+        )
+    for name in chat.get("chat_template_kwargs", {}):
+        check_name(name)
+    given = {**template_arguments, **{key: chat[key] for key in ("tools", "documents") if key in chat}}
+    return target.tokenizer.encode_chat(chat["messages"], now=now, **{**given, **chat.get("chat_template_kwargs", {})})
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _ids(prompt: Any) -> list[int] | None:
+    """Token ids as a list; None if the prompt is none of them."""
+    if isinstance(prompt, np.ndarray):
+        whole = prompt.ndim == 1 and np.issubdtype(prompt.dtype, np.integer)
+        return prompt.tolist() if whole or (prompt.ndim == 1 and not prompt.size) else None
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) and all(_is_id(token) for token in prompt):
+        return [int(token) for token in prompt]
+    return None

@@ -182,6 +182,13 @@ class StandaloneDrafter:
     name: str = "drafter"
     tokenizer: Tokenizer | None = None
 
+    def __repr__(self) -> str:
+        reading, dtype = self.method.config, self.params["embed"].dtype
+        return (
+            f"StandaloneDrafter({self.name}: {reading.attention}, draft length {reading.draft_length}, "
+            f"{self.method.model.described()}, {dtype.name})"
+        )
+
     @property
     def draft_length(self) -> int:
         return self.method.config.draft_length

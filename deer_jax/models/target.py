@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -48,6 +49,15 @@ def params_digests(params: Params) -> dict[str, str]:
     }
 
 
+def references(params: Params, tokenizer: Any) -> tuple[weakref.ReferenceType, ...]:
+    """The arrays and the tokenizer of a target, to be known again without being kept alive."""
+    return tuple(weakref.ref(part) for part in _parts(params, tokenizer))
+
+
+def _parts(params: Params, tokenizer: Any) -> list[Any]:
+    return [*jax.tree.leaves(params), *([] if tokenizer is None else [tokenizer])]
+
+
 class Tokenizer(Protocol):
     """What decoding needs of a tokenizer; `data.tokenizer.Tokenizer` is the one for Hugging Face folders."""
 
@@ -73,6 +83,7 @@ class Target:
       mesh: the devices its parameters lie on; None is the default device.
       files: what of its folder decides its answers, as it was when it was loaded; () for one made in memory.
       digests: of these files.
+      loaded: what came from these files (`references`); a target with other weights or tokenizer is one made in memory.
     """
 
     config: ModelConfig
@@ -83,6 +94,10 @@ class Target:
     mesh: Mesh | None = None
     files: tuple[Stamp, ...] = ()
     digests: Digests = dataclasses.field(default_factory=Digests)
+    loaded: tuple[weakref.ReferenceType, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Target({self.name}: {self.config.described()}, {self.dtype.name})"
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -92,14 +107,25 @@ class Target:
     def digest(self) -> str:
         """SHA-256, hexadecimal, of all that decides its answers: weights, configuration, stop ids, tokenizer, dtype.
 
-        Of files by their content, without their folder's name; of a target made in memory by its parameters.
+        Of files by their content, without their folder's name; of a target made in memory by its parameters and the
+        files of its tokenizer. Raises RunError if a file was changed since it was loaded.
         """
         parts: dict[str, Any] = {"dtype": self.dtype.name, "stop_ids": list(self.stop_ids), "config": self.config}
-        for stamp in self.files:
-            parts[f"file {stamp.path.name}"] = self.digests.of(stamp)
-        if not self.files:
+        if self._is_as_loaded():
+            for stamp in self.files:
+                self.digests.begin(stamp)
+            parts |= {f"file {stamp.path.name}": self.digests.of(stamp) for stamp in self.files}
+        else:
             parts |= params_digests(self.params)
+            digest = getattr(self.tokenizer, "digest", None)
+            parts["tokenizer"] = type(self.tokenizer).__name__ if digest is None else digest()
         return combined(parts)
+
+    def _is_as_loaded(self) -> bool:
+        now = _parts(self.params, self.tokenizer)
+        return len(self.loaded) == len(now) and all(
+            reference() is part for reference, part in zip(self.loaded, now, strict=True)
+        )
 
     def logits(self, tokens) -> jax.Array:
         """float32 [B, T, V] of tokens int [B, T]: one full forward, for checks and research."""

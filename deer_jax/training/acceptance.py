@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from deer_jax.data.answers import AnswerFiles
-from deer_jax.data.sources import read_prompts, template_arguments
+from deer_jax.data.sources import placed, read_prompts, template_arguments
 from deer_jax.decoding.acceptance import acceptance_by_depth, acceptance_interval, repeated_windows
 from deer_jax.decoding.engine import decode
 from deer_jax.decoding.prompts import encode_prompts
 from deer_jax.drafters.protocol import Drafter
-from deer_jax.errors import InputError
+from deer_jax.errors import PromptError
 from deer_jax.models.target import Target
 from deer_jax.training.recipe import Evaluation
 
@@ -41,19 +41,16 @@ class Acceptance:
 def read_held_out(target: Target, evaluation: Evaluation, now: datetime.datetime | None = None) -> list[list[int]]:
     """The evaluation's prompts as token ids, all of them. now: for chat templates that write a date; None is now."""
     found = read_prompts(evaluation.prompts, field=evaluation.field, chat=evaluation.chat)
-    encoded = encode_prompts(
-        target,
-        [prompt.content for prompt in found],
-        template_arguments(evaluation.template, "evaluation: template"),
-        now=now,
-    )
-    for number, prompt in enumerate(encoded):
-        if len(prompt) + evaluation.max_new_tokens > target.config.context:
-            raise InputError(
-                f"{evaluation.prompts}: prompt {found[number].id} of {len(prompt)} tokens and "
-                f"{evaluation.max_new_tokens} new ones exceed the context of {target.config.context}; lower "
-                "evaluation.max_new_tokens or remove it"
-            )
+    arguments = template_arguments(evaluation.template, "evaluation: template")
+    with placed(found):
+        encoded = encode_prompts(target, [prompt.content for prompt in found], arguments, now)
+        for number, prompt in enumerate(encoded):
+            if len(prompt) + evaluation.max_new_tokens > target.config.context:
+                raise PromptError(
+                    number,
+                    f"{len(prompt)} tokens and {evaluation.max_new_tokens} new ones exceed the context of "
+                    f"{target.config.context}; lower evaluation.max_new_tokens or remove the prompt",
+                )
     return encoded
 
 

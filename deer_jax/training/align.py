@@ -12,7 +12,8 @@ import numpy as np
 
 from deer_jax.checkpoints.claims import WHOLE, Claim, claimed
 from deer_jax.checkpoints.drafters import FROM_TARGET, describe_drafter, load_drafter, place_drafter, usable_drafter
-from deer_jax.checkpoints.huggingface import deciding_files, resolve_folder
+from deer_jax.checkpoints.hub import resolve_folder
+from deer_jax.checkpoints.huggingface import deciding_files
 from deer_jax.checkpoints.load import compute_dtype, load_target
 from deer_jax.checkpoints.runs import DRAFTER, RECORD, best_checkpoint, is_run
 from deer_jax.data.answers import AnswerFiles
@@ -70,7 +71,7 @@ def align(
     values = to_mapping(recipe)
     with claimed(Path(recipe.output), values, kind=DRAFTER, essential=essential, verify=verify) as claim:
         work = _Alignment(recipe, claim, show)
-        claim.settle(work.inputs(), lambda folder: describe_drafter(folder, work.drafter))
+        claim.settle(work.inputs(), lambda folder: describe_drafter(folder, work.drafter, work.target.stop_ids))
         stop = should_stop or (lambda: False)
         run = Trainer(work, recipe, lock=claim.lock, mesh=work.mesh, dtype=work.dtype, show=show, should_stop=stop)
         report = run.train()

@@ -1,6 +1,7 @@
 """The numbers by their definitions, against plain loops."""
 
 import io
+import itertools
 import json
 
 import numpy as np
@@ -15,6 +16,7 @@ from deer_jax.bench.report import (
     repeated_windows,
     table,
 )
+from deer_jax.decoding import acceptance
 from deer_jax.decoding.agreement import Agreement, Departure
 from deer_jax.decoding.state import DecodeResult, DecodeStats
 
@@ -40,6 +42,7 @@ SAME = Agreement(2, 6, ())
 NEAR, FAR = (Agreement(2, 5, (Departure(1, 1, gap, 1e-5),)) for gap in (1e-5, 1e-2))
 
 
+@pytest.mark.representative
 def test_measure():
     found = measure(
         DRAFTED, PLAIN, drafter="x", temperature=0.0, batch_size=2, compile_seconds=7.0, agreements=[SAME, NEAR]
@@ -76,17 +79,52 @@ def test_plain_and_sampled():
     assert sampled.temperature == 0.7
 
 
-def test_interval_is_a_bootstrap_over_prompts():
-    rng = np.random.default_rng(1)
-    histograms = rng.integers(0, 20, (40, 5))
+# [prompts, k+1]: few rounds that accept much and many that accept little, and the other way round.
+UNEQUAL = {
+    3: [[0, 0, 1], [40, 10, 0], [60, 20, 20]],
+    5: [[0, 1, 0], [2, 1, 1], [1, 0, 19], [50, 0, 0], [38, 27, 35]],
+}
+
+
+def resampled(histograms, divide):
+    """The acceptance length of every way to draw the prompts with replacement, in order."""
+    ways = itertools.product(histograms, repeat=len(histograms))
+    return sorted(divide([(sum(row), sum((i + 1) * n for i, n in enumerate(row))) for row in way]) for way in ways)
+
+
+def ratio_of_sums(rows):
+    return sum(committed for _, committed in rows) / sum(rounds for rounds, _ in rows)
+
+
+def mean_of_ratios(rows):
+    return sum(committed / rounds for rounds, committed in rows) / len(rows)
+
+
+def quantile(values, share):
+    """The smallest value that at least this share of all does not exceed."""
+    return values[int(np.ceil(share * len(values))) - 1]
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize("prompts", UNEQUAL)
+def test_interval_is_that_of_all_resamples_of_the_prompts(prompts, monkeypatch):
+    """95 % of them, each a ratio of sums: exact from all 27 or 3,125."""
+    monkeypatch.setattr(acceptance, "RESAMPLES", 200_000)  # so that chance is no excuse
+    histograms = UNEQUAL[prompts]
+    values = resampled(histograms, ratio_of_sums)
+    found = acceptance_interval(np.array(histograms))
+    assert found == pytest.approx((quantile(values, 0.025), quantile(values, 0.975)), rel=0.01)
+    assert found != pytest.approx((quantile(values, 0.05), quantile(values, 0.95)), rel=0.02), "that of 90 %"
+    if prompts > 3:  # the outermost of 27 draw one prompt thrice, to which both are the same
+        means = resampled(histograms, mean_of_ratios)
+        assert found != pytest.approx((quantile(means, 0.025), quantile(means, 0.975)), rel=0.02)
+
+
+def test_interval_is_the_same_on_every_call():
+    histograms = np.random.default_rng(1).integers(0, 20, (40, 5))
     low, high = acceptance_interval(histograms)
-    committed, rounds = (histograms * [1, 2, 3, 4, 5]).sum(axis=1), histograms.sum(axis=1)
+    rounds, committed = histograms.sum(axis=1), (histograms * [1, 2, 3, 4, 5]).sum(axis=1)
     assert low < committed.sum() / rounds.sum() < high
-    ratios = []
-    for _ in range(2000):
-        drawn = [int(rng.integers(0, 40)) for _ in range(40)]
-        ratios.append(sum(committed[i] for i in drawn) / sum(rounds[i] for i in drawn))
-    assert (low, high) == pytest.approx(np.percentile(ratios, [2.5, 97.5]), abs=0.15 * (high - low))
     assert acceptance_interval(histograms) == (low, high)
 
 

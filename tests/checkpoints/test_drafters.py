@@ -15,6 +15,7 @@ from deer_jax.checkpoints.huggingface import save_folder
 from deer_jax.config import DrafterConfig
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.errors import InputError
+from tests.fast import representing
 from tests.tiny import random_params, tiny
 
 V, MASK = 40, 30
@@ -69,7 +70,7 @@ def test_the_public_layout_drafts_losslessly_and_never_its_mask(folders, target)
     assert deer_jax.decode(target, prompts, drafter=drafter, draft_length=4, max_new_tokens=12).tokens == plain.tokens
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", representing(["float32", "bfloat16"], "float32"))
 def test_saving_and_loading_a_drafter_is_exact(folders, target, tmp_path, dtype):
     config = DrafterConfig(attention="bidirectional", head="in_place", draft_length=3, differing_ids=(4, 9))
     drafter = deer_jax.drafter_from_target(deer_jax.load_target(folders / "target", dtype=dtype), config, layers=(1,))

@@ -62,7 +62,7 @@ def test_an_exported_run_is_its_drafter_with_rounded_values(folder, target, tmp_
         dtype == "bfloat16"
     )
     names = {path.name for path in output.iterdir()}
-    assert names == {"config.json", "generation_config.json", "model.safetensors"}
+    assert names == {"config.json", "export.json", "generation_config.json", "model.safetensors"}
 
 
 def test_transformers_reads_the_backbone(folder, exported):

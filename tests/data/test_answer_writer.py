@@ -25,6 +25,7 @@ def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.representative
 def test_grows_and_goes_on(path):
     writer = AnswerWriter(path, SETTINGS)
     assert (writer.items, writer.running) == (set(), {})
@@ -38,6 +39,7 @@ def test_grows_and_goes_on(path):
     assert sorted(found.name for found in path.parent.iterdir()) == ["answers.jsonl", "answers.jsonl.state.json"]
 
 
+@pytest.mark.representative
 @pytest.mark.parametrize("torn", ['{"item": 2, "pro', '{"item": 2}', "\0"])
 def test_a_torn_line_is_dropped(path, torn):
     AnswerWriter(path, SETTINGS).save([record(1)], {2: [4]})

@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import os
 import shutil
 
 import pytest
 
+from deer_jax.data import tokenizer as tokenizer_module
 from deer_jax.data.tokenizer import Tokenizer, copy_tokenizer, differing_ids
 from deer_jax.errors import InputError
 
@@ -44,6 +46,7 @@ def stories(stories_dir, tmp_path):
     return make
 
 
+@pytest.mark.representative
 def test_plain_text_with_bos(stories_dir):
     tokenizer = Tokenizer.load(stories_dir)
     ids = tokenizer.encode("Once upon a time")
@@ -81,6 +84,7 @@ def test_a_closing_eos_is_not_added(stories):
     assert tokenizer.encode("") == [1]
 
 
+@pytest.mark.representative
 def test_chat_template_with_arguments(qwen):
     thinking = qwen.encode_chat(CHAT)
     short = qwen.encode_chat(CHAT, enable_thinking=False)
@@ -174,3 +178,68 @@ def test_a_config_that_transformers_refuses_is_one_line(stories_dir, tmp_path, w
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match=r"config\.json: transformers refuses it"):
         Tokenizer.load(tmp_path)
+
+
+def test_links_out_of_the_folder_are_not_copied(stories_dir, tmp_path):
+    secret, source = tmp_path / "id_rsa", tmp_path / "source"
+    secret.write_text("secret", encoding="utf-8")
+    source.mkdir()
+    shutil.copyfile(stories_dir / "tokenizer.json", source / "tokenizer.json")
+    (source / "merges.txt").symlink_to(secret)
+    (tmp_path / "copy").mkdir()
+    with pytest.raises(
+        InputError, match=r"source/merges\.txt: is a link to .*id_rsa, outside its folder; put the file"
+    ):
+        copy_tokenizer(source, tmp_path / "copy")
+    assert list((tmp_path / "copy").iterdir()) == []
+    (source / "merges.txt").unlink()
+    (source / "merges.txt").symlink_to("tokenizer.json")  # stays inside
+    copy_tokenizer(source, tmp_path / "copy")
+    assert not (tmp_path / "copy" / "merges.txt").is_symlink()
+
+
+def test_folders_of_the_hub_are_copied(stories_dir, tmp_path):
+    """Their files are links to the same repository's blobs."""
+    source, blob = tmp_path / "models--a--b" / "snapshots" / "1f2e", tmp_path / "models--a--b" / "blobs" / "77"
+    for folder in (source, blob.parent, tmp_path / "copy"):
+        folder.mkdir(parents=True)
+    shutil.copyfile(stories_dir / "tokenizer.json", blob)
+    (source / "tokenizer.json").symlink_to("../../blobs/77")
+    copy_tokenizer(source, tmp_path / "copy")
+    assert (tmp_path / "copy" / "tokenizer.json").read_bytes() == blob.read_bytes()
+    (source / "merges.txt").symlink_to("../../../id_rsa")
+    with pytest.raises(InputError, match="outside its folder"):
+        copy_tokenizer(source, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json", "merges.txt", "other.json"])
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_file_is_refused_and_not_waited_for(stories_dir, tmp_path, name, kind):
+    for each in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(stories_dir / each, tmp_path / each)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name) if kind == "pipe" else (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=rf"\A{tmp_path}/{name}: is [^\n]*; name a file[^\n]*\Z"):
+        Tokenizer.load(tmp_path)
+
+
+def test_links_to_nothing_are_one_line(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("tokenizer.json")
+    with pytest.raises(InputError, match=r"tokenizer\.json: cannot be read: Too many levels of symbolic links"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_tokenizer_model_alone_names_what_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "SENTENCEPIECE", ("no_such_module", "no.such.one"))
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e")
+    with pytest.raises(
+        InputError, match=r"tokenizer\.model alone, which sentencepiece reads: pip install 'deer_jax\[s"
+    ):
+        Tokenizer.load(tmp_path)
+
+
+def test_text_that_has_no_bytes_is_refused(stories_dir):
+    tokenizer = Tokenizer.load(stories_dir)
+    for encode in (tokenizer.encode, tokenizer.plain):
+        with pytest.raises(InputError, match="character 2 is half of a surrogate pair"):
+            encode("a\ud83d")

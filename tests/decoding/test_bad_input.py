@@ -22,14 +22,14 @@ def target() -> Target:
 GOOD = {"prompts": [[1, 2, 3], [4]], "max_new_tokens": 4}
 BAD = {
     "no prompts": ({"prompts": []}, "prompts is empty: give at least one"),
-    "an empty prompt": ({"prompts": [[1], []]}, "prompt 1 is empty: give at least one token"),
-    "an empty text": ({"prompts": [""], "tokenizer": Pieces({})}, "prompt 0 is empty: give at least one token"),
-    "an id too large": ({"prompts": [[1], [V]]}, r"prompt 1: token id 48 is outside the vocabulary of 48 \(0\.\.47\)"),
-    "an id below zero": ({"prompts": [[-1]]}, "prompt 0: token id -1 is outside the vocabulary"),
+    "an empty prompt": ({"prompts": [[1], []]}, r"prompts\[1\]: is empty: give at least one token"),
+    "an empty text": ({"prompts": [""], "tokenizer": Pieces({})}, r"prompts\[0\]: is empty: give at least one token"),
+    "an id too large": ({"prompts": [[1], [V]]}, r"s\[1\]: token id 48 is outside the vocabulary of 48 \(0\.\.47\)"),
+    "an id below zero": ({"prompts": [[-1]]}, r"prompts\[0\]: token id -1 is outside the vocabulary"),
     "a flat list": ({"prompts": [1, 2, 3]}, r"one list of token ids: wrap it in a list"),
     "a number": ({"prompts": 5}, "prompts must be a string, a chat or a list of these, got int"),
-    "ids that are no integers": ({"prompts": [[1.5]]}, r"prompt 0 must be a string, .* got \[1\.5\]"),
-    "text without tokenizer": ({"prompts": ["hi"]}, "prompt 0 is text but target has no tokenizer: give token ids"),
+    "ids that are no integers": ({"prompts": [[1.5]]}, r"prompts\[0\]: must be a string, .* got \[1\.5\]"),
+    "text without tokenizer": ({"prompts": ["hi"]}, r"prompts\[0\]: is text but target has no tokenizer: give"),
     "a temperature below zero": ({"temperature": -0.1}, r"temperature must be 0 \(greedy\) or positive, got -0.1"),
     "a temperature of nan": ({"temperature": float("nan")}, "temperature must be .*, got nan"),
     "an infinite temperature": ({"temperature": float("inf")}, "temperature must be .*, got inf"),
@@ -45,7 +45,7 @@ BAD = {
     "too few limits": ({"max_new_tokens": [3]}, "max_new_tokens has 1 entries for 2 prompts"),
     "beyond the context": (
         {"max_new_tokens": [254, 252]},
-        "prompt 0: 3 prompt tokens and 254 new ones exceed the context of 256; .* max_new_tokens <= 253",
+        r"prompts\[0\]: 3 prompt tokens and 254 new ones exceed the context of 256; .* max_new_tokens <= 253",
     ),
     "a drafter for another vocabulary": (
         {"drafter": table_drafter([[1]], 7)},

@@ -1,9 +1,14 @@
-"""The real pretrained target says what transformers' own `generate` says."""
+"""The real pretrained target says what transformers' own `generate` says; and no stop token is in a text."""
+
+import dataclasses
 
 import pytest
 
 import deer_jax
 from deer_jax.data.tokenizer import Tokenizer
+from tests.doubles import Pieces, table_drafters
+from tests.fast import representing
+from tests.tiny import random_params, tiny
 
 PROMPTS = [
     "Once upon a time", "Lily and Tom", "One day, a big dog", "The sun was hot", "Mom gave Ben a red ball",
@@ -29,3 +34,22 @@ def test_greedy_text_equals_that_of_transformers(stories_dir):
         text = tokenizer.decode([token for token in new if token not in target.stop_ids])
         assert plain.tokens[i] == new, prompt
         assert plain.texts[i] == drafted.texts[i] == text, prompt
+
+
+@pytest.mark.parametrize("drafted", representing([False, True], True))
+def test_a_stop_token_that_is_ordinary_text_is_no_part_of_the_answer(drafted):
+    config = tiny("qwen3", vocab_size=48, width=16, heads=2, kv_heads=1, head_width=8, mlp_width=24)
+    target = deer_jax.Target(config=config, params=random_params(config, 5, scan=False))
+    prompts, options = [[8, 9]], {"max_new_tokens": 12}
+    (free,) = deer_jax.decode(target, prompts, **options).tokens
+    at = next(i for i in range(2, 12) if free[i] not in free[:i])
+    if drafted:  # the stop token ends a block of accepted drafts
+        right = table_drafters(target, prompts, [free])["right"]
+        options |= {"drafter": right, "draft_length": 3}
+    pieces = {token: f"<{token}>".encode() for token in range(48)}  # every token has a text
+    spoken = dataclasses.replace(target, tokenizer=Pieces(pieces), stop_ids=(free[at],))
+    for ignore_stop, tokens, said in ((False, free[: at + 1], free[:at]), (True, free, free)):
+        result = deer_jax.decode(spoken, prompts, **options, ignore_stop=ignore_stop)
+        assert result.tokens == [tokens]
+        assert result.texts == ["".join(f"<{token}>" for token in said)]
+        assert "".join(deer_jax.stream(spoken, prompts, **options, ignore_stop=ignore_stop)) == result.texts[0]

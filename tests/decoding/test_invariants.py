@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from jax._src.array import ArrayImpl  # there is no public way to see a copy to the host on CPU
 
-import deer_jax
 from deer_jax import DrafterConfig, Target, decode, drafter_from_target, stream
 from deer_jax.config import Sampling
-from deer_jax.decoding import engine, loop
+from deer_jax.decoding import engine
 from deer_jax.decoding.engine import Engine, bucket
 from tests.doubles import Pieces, table_drafter, table_drafters, text_table
 from tests.tiny import random_params, tiny
@@ -350,8 +349,3 @@ def test_bucket(n, expected):
 )
 def test_prefill_chunks(count, expected):
     assert engine.prefill_chunks(count) == expected
-
-
-def test_public_names_are_there():
-    assert {"decode", "stream", "Target", "drafter_from_target", "DecodeResult"} <= set(deer_jax.__all__)
-    assert loop.Plan.__hash__ is not None

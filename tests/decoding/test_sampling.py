@@ -11,8 +11,9 @@ import pytest
 from deer_jax.config import Sampling
 from deer_jax.decoding.accept import Verdict, accepted_prefix
 from deer_jax.decoding.loop import commit, first_stop
-from deer_jax.decoding.sampling import Kind, Knobs, keys_for, largest_threshold, log_probabilities
+from deer_jax.decoding.sampling import Kind, Knobs, keys_for, largest_threshold, log_probabilities, pick_draft
 from deer_jax.decoding.state import idle_state
+from deer_jax.drafters.protocol import Context
 from tests.decoding.processed import processed
 from tests.tiny import tiny
 
@@ -112,6 +113,36 @@ def test_forbidden_tokens_stay_forbidden():
         assert (np.exp(ours(logits, 0.8, top_k, top_p))[0, [1, 3]] == 0).all()
 
 
+@functools.partial(jax.jit, static_argnames=("first", "kind"))
+def picked(logits, first, kind, knobs):
+    ints = jnp.zeros(logits.shape[0], jnp.int32)
+    context = Context(jnp.zeros((logits.shape[0], 1), jnp.int32), ints + 1, ints)
+    return pick_draft(logits, first, context=context, rounds=ints, kind=kind, knobs=knobs)
+
+
+@pytest.mark.representative
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 0.8)])
+@pytest.mark.parametrize("draft_temperature", [None, 0.4, 1.7])
+def test_drafts_are_drawn_at_the_draft_temperature(draft_temperature, top_k, top_p):
+    """q is that of plain NumPy, and tokens that q rules out are not drawn."""
+    sampling = Sampling(temperature=1.0, draft_temperature=draft_temperature, top_k=top_k, top_p=top_p)
+    logits = all_logits(ties=False)
+    draft = picked(jnp.asarray(logits)[:, None], 0, Kind.of(sampling), Knobs.of(sampling, 0))
+    assert draft.tokens.shape == (ROWS, 1)
+    for row in range(ROWS):
+        expected = processed(logits[row], draft_temperature or 1.0, top_k, top_p)
+        np.testing.assert_allclose(np.exp(draft.log_q[row, 0]), expected, rtol=1e-5, atol=1e-7)
+        assert expected[draft.tokens[row, 0]] > 0
+
+
+def test_a_draft_temperature_of_zero_is_the_argmax_and_certain():
+    sampling, logits = Sampling(temperature=1.0, draft_temperature=0.0), all_logits(ties=False)
+    draft = picked(jnp.asarray(logits)[:, None], 0, Kind.of(sampling), Knobs.of(sampling, 0))
+    assert draft.log_q is None
+    np.testing.assert_array_equal(draft.tokens[:, 0], logits.argmax(axis=-1))
+
+
+@pytest.mark.representative
 def test_every_part_of_a_key_counts():
     """Keys of all combinations of seed, prompt, round, position and purpose differ; the row they are for is no part."""
     seen = set()
@@ -159,6 +190,7 @@ def plain_commit(row, choice, accepted, stop_ids):
     return new
 
 
+@pytest.mark.representative
 @pytest.mark.parametrize("k", [0, 3])
 def test_commit_equals_a_plain_loop(k):
     rng, B, S, stop_ids = np.random.default_rng(k), 60, 24, (2, 5)

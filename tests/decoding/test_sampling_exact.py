@@ -19,7 +19,8 @@ from deer_jax.decoding import accept, engine, loop, sampling
 from deer_jax.decoding.sampling import ACCEPT, DRAFT, RESAMPLE, log_probabilities
 from deer_jax.drafters.protocol import Draft
 from tests.decoding.processed import processed
-from tests.doubles import anchor_drafter, table_drafter
+from tests.doubles import anchor_drafter, stepwise_drafter, table_drafter
+from tests.fast import representing
 from tests.tiny import random_params, tiny
 
 ROWS = 16384
@@ -39,11 +40,19 @@ def standalone(target: Target, attention: str, head: str = "shifted"):
     return dataclasses.replace(drafter, params=weights)
 
 
-def fixed_logits(target: Target, label: str = ""):
+def draft_logits(target: Target) -> np.ndarray:
     V = target.config.vocab_size
     logits = 1.5 * np.random.default_rng(5).normal(size=(V, 3, V))
     logits[..., -1] += 1  # a favourite: many rejections, behind which the other tokens are drawn again
-    return anchor_drafter(logits, label)
+    return logits
+
+
+def fixed_logits(target: Target, label: str = ""):
+    return anchor_drafter(draft_logits(target), label)
+
+
+def by_position(target: Target, *, chained: bool):
+    return stepwise_drafter(draft_logits(target), chained=chained)
 
 
 def fixed_tokens(target: Target):
@@ -109,17 +118,19 @@ class Case:
     prompt: tuple[int, ...] = (1,)
     stop_ids: tuple[int, ...] = ()
 
-    def p_value(self, label: str | None = None) -> float:
-        n = self.n or self.k + 2
+    def decode(self, label: str | None = None) -> list[list[int]]:
         target = make_target(self.V, stop_ids=self.stop_ids)
         drafter = self.drafter(target, *(() if label is None else (label,))) if self.drafter else None
-        result = decode(
+        return decode(
             target, [list(self.prompt)] * ROWS, drafter=drafter, draft_length=self.k if drafter else None,
-            max_new_tokens=n, batch_size=ROWS, seed=SEED, **self.settings,
-        )  # fmt: skip
+            max_new_tokens=self.n or self.k + 2, batch_size=ROWS, seed=SEED, **self.settings,
+        ).tokens  # fmt: skip
+
+    def p_value(self, label: str | None = None) -> float:
+        tokens, target = self.decode(label), make_target(self.V, stop_ids=self.stop_ids)
         cuts = {name: self.settings[name] for name in ("temperature", "top_k", "top_p") if name in self.settings}
-        assert len(result.tokens) == ROWS
-        return p_value(result.tokens, exact(target, self.prompt, n, **cuts))
+        assert len(tokens) == ROWS
+        return p_value(tokens, exact(target, self.prompt, self.n or self.k + 2, **cuts))
 
 
 CAUSAL = functools.partial(standalone, attention="block_causal")
@@ -141,6 +152,7 @@ CASES = {
     "certain": Case(4, 2, fixed_tokens, {"temperature": 1.0}),
     "fixed": Case(4, 2, fixed_logits, {"temperature": 1.0}),
     "fixed-equal": Case(4, 2, fixed_logits, {"temperature": 0.6, "draft_temperature": 0.6}),
+    "position-by-position": Case(4, 2, functools.partial(by_position, chained=True), {"temperature": 1.0}),
     "stop": Case(4, 3, fixed_logits, {"temperature": 1.0}, n=5, stop_ids=(3, 1)),
 }  # fmt: skip
 
@@ -229,9 +241,14 @@ HARMLESS = {
 LEVEL_EACH = LEVEL / (len(CASES) + len(MISTAKES) + len(HARMLESS))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", representing(CASES, "fixed"))
 def test_joint_distribution_is_the_targets(name):
     assert CASES[name].p_value() > LEVEL_EACH
+
+
+def test_a_pick_for_each_position_draws_what_one_for_the_block_does():
+    """The same logits and keys: the same tokens, as `first` says where in the block a pick is."""
+    assert dataclasses.replace(BASE, drafter=functools.partial(by_position, chained=False)).decode() == BASE.decode()
 
 
 def planted_p_value(monkeypatch, label: str, patches) -> float:
@@ -250,7 +267,7 @@ def planted_p_value(monkeypatch, label: str, patches) -> float:
     return value
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize("name", representing(MISTAKES, "residual-of-p"))
 def test_planted_mistakes_are_noticed(name, monkeypatch):
     assert planted_p_value(monkeypatch, name, MISTAKES[name]) < LEVEL_EACH
 

@@ -34,6 +34,7 @@ def check_masks(masked, weight, total, candidates, settings):
     return count
 
 
+@pytest.mark.representative
 @pytest.mark.parametrize("stage", [ONE, TWO])
 @pytest.mark.parametrize(("prompt", "length"), [(1, 2), (3, 4), (1, 9), (5, 12), (4, 40)])
 def test_blocks_keep_their_contract(stage, prompt, length):
@@ -65,6 +66,7 @@ def test_blocks_keep_their_contract(stage, prompt, length):
         assert blocks.text_weight == pytest.approx([each * yes for yes in predicting], rel=1e-5)
 
 
+@pytest.mark.representative
 @pytest.mark.parametrize("stage", [ONE, TWO])
 @pytest.mark.parametrize(("prompt", "length"), [(1, 2), (3, 4), (2, 30)])
 def test_cuts_keep_their_contract(stage, prompt, length):
@@ -144,6 +146,7 @@ def test_the_rates_of_a_text_are_one_in_each_stratum_in_any_order():
     assert len(orders) > 15
 
 
+@pytest.mark.representative
 def test_worked_example():
     text, prompt = ["def", "f", "(", "x", ")", ":"], 2
     settings = Corruption(stage=TWO, width=3, blocks=1, alpha=2.0)

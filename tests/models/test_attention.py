@@ -7,6 +7,7 @@ import pytest
 from deer_jax.models.attention import attend
 from deer_jax.models.cache import KVCache
 from tests import reference
+from tests.fast import representing
 
 B, T, N, K, S, H = 3, 4, 6, 2, 7, 8
 
@@ -20,13 +21,16 @@ def qkv():
     return normal(B, T, N, H, seed=0), normal(B, T, K, H, seed=1), normal(B, T, K, H, seed=2)
 
 
+@pytest.mark.representative
 def test_causal(qkv):
     visible = np.broadcast_to(np.tril(np.ones((T, T), bool)), (B, T, T))
     np.testing.assert_allclose(attend(*qkv), reference.attention(*qkv, visible), rtol=0, atol=1e-5)
 
 
 # block: the whole cache at once; by pieces that do not divide it (the last one is moved back); one slot at a time
-@pytest.mark.parametrize(("shared", "block"), [(True, None), (False, None), (False, 3), (True, 1), (False, 99)])
+@pytest.mark.parametrize(
+    ("shared", "block"), representing([(True, None), (False, None), (False, 3), (True, 1), (False, 99)], (False, 3))
+)
 def test_any_visibility_over_a_ragged_cache(qkv, shared, block):
     q, k, v = qkv
     rng = np.random.default_rng(3)

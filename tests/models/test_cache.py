@@ -9,6 +9,7 @@ from deer_jax.models.cache import STATIC_ROWS, KVCache, cache_bytes, empty_cache
 from tests.tiny import tiny
 
 
+@pytest.mark.representative
 def test_the_example_of_the_docstring():
     buffer, fresh = jnp.full((2, 4), 7), jnp.array([[1, 2], [3, 4]])
     out = write_rows(buffer, fresh, jnp.array([0, 2]))

@@ -10,6 +10,7 @@ from deer_jax.models.cache import KVCache, write_cache
 from deer_jax.models.target import Target, full_logits
 from deer_jax.models.transformer import bind, is_stacked, unstack_layers
 from tests import reference
+from tests.fast import representing
 from tests.tiny import random_params, tiny
 
 
@@ -17,7 +18,7 @@ def tokens_for(config, shape, seed=0):
     return np.random.default_rng(seed).integers(0, config.vocab_size, shape, dtype=np.int32)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", representing(["llama", "qwen2", "qwen3", "qwen3_moe"], "qwen2"))
 def test_forward_equals_plain_numpy(family):
     config = tiny(family)
     params = random_params(config, 1)
@@ -49,7 +50,9 @@ def test_a_visibility_and_positions_of_ones_own():
     np.testing.assert_allclose(run(params, tokens, positions, visible), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("family", "scan"), [("llama", False), ("qwen3", True), ("qwen3_moe", True)])
+@pytest.mark.parametrize(
+    ("family", "scan"), representing([("llama", False), ("qwen3", True), ("qwen3_moe", True)], ("llama", False))
+)
 def test_blocks_over_a_cache_equal_the_full_forward(family, scan):
     """Rows advance by different amounts; slots from start on hold garbage, rejected tokens among it."""
     config, rows, width, length = tiny(family), 3, 5, 24

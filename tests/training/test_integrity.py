@@ -1,4 +1,4 @@
-"""Runs that lose nothing and hide nothing: one writer, unchanged inputs, a folder that is there, sound metrics."""
+"""Runs that lose nothing and hide nothing: one writer, the same inputs, a folder that is still there, sound metrics."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_a_second_start_reads_no_file_again_unless_it_is_told_to(begun, tmp_path
             '"rms_norm_eps": 1e-05',
             "the target's configuration changed (",
         ),
-        ("answers.jsonl", '"ended": false', '"ended": true', "the answers changed ("),
+        ("answers.jsonl", '"ended": false', '"ended": true', "the answers changed"),
     ],
 )
 def test_what_else_decides_a_run_may_not_change_either(begun, tmp_path, name, before, after, what):
@@ -147,7 +147,6 @@ def test_a_chat_template_that_writes_the_date_writes_that_of_the_begin(tmp_path)
     evaluation = {"prompts": str(tmp_path / "held_out.jsonl"), "max_new_tokens": 2, "temperatures": [0]}
     values = short(tmp_path, target=str(tmp_path / "model"), evaluation=evaluation)
     deer_jax.align(values)
-    assert deer_jax.align(values).finished
     identity = tmp_path / "run" / "identity.json"
     text = identity.read_text()
     identity.write_text(re.sub(r'"begun": "\d{4}', '"begun": "1999', text))

@@ -171,6 +171,7 @@ def test_without_an_average_there_is_none(drafter):
     assert init_state(drafter.params, dataclasses.replace(FIXED, ema=0.0), STEPS).average == {}
 
 
+@pytest.mark.representative
 @pytest.mark.parametrize(("warmup", "steps"), [(3, 20), (0, 5), (100, 10), (1, 2), (100, 1)])
 def test_schedule(warmup, steps):
     config = dataclasses.replace(FIXED, warmup=warmup)

@@ -1,0 +1,107 @@
+"""What a model is named by: a folder here, or an id of the Hugging Face hub."""
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+from deer_jax.errors import InputError, named, one_line, shown
+from deer_jax.formats import unreadable
+
+HUB = "hub:"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+# What people call folders of their own: `runs/mine` from the wrong place is no question for the hub.
+FOLDERS = frozenset(
+    {
+        "answers", "artifacts", "bin", "build", "cache", "checkpoint", "checkpoints", "ckpt", "ckpts", "config",
+        "configs", "data", "dataset", "datasets", "deer_jax", "demo", "dev", "dist", "docs", "drafter", "drafters",
+        "examples", "experiment", "experiments", "export", "exported", "exports", "home", "log", "logs", "mnt",
+        "model", "models", "notebooks", "opt", "out", "output", "outputs", "pretrained", "private", "project",
+        "projects", "release", "results", "root", "run", "runs", "saved", "scratch", "scripts", "shared", "src",
+        "srv", "target", "targets", "temp", "test", "tests", "tmp", "tokenizer", "tokenizers", "train", "trained",
+        "training", "usr", "var", "weights", "work", "workspace",
+    }
+)  # fmt: skip
+
+
+def resolve_folder(path_or_id: str | os.PathLike[str]) -> Path:
+    """The local folder of this name, or the downloaded one of a hub id.
+
+    `hub:OWNER/NAME` is one of the hub in any case. OWNER/NAME alone is where no such folder is here and it does not
+    look like a path. Raises InputError, one line; what looks like a path asks nothing of the network.
+    """
+    text = os.fspath(path_or_id) if isinstance(path_or_id, str | os.PathLike) else None
+    if not isinstance(text, str) or not text:
+        raise InputError(f"a model is named by a folder or a hub id, got {shown(path_or_id)}")
+    if text.startswith(HUB):
+        hub_id = text.removeprefix(HUB)
+        if not HUB_ID.fullmatch(hub_id):
+            raise InputError(f"{named(text)}: a model of the Hugging Face hub is written {HUB}OWNER/NAME")
+        return _download(hub_id, text)
+    path = existing_folder(text)
+    if path is not None:
+        return path
+    if _looks_like_a_path(text):
+        example = text if HUB_ID.fullmatch(text) else "OWNER/NAME"
+        where = "" if os.path.isabs(text) else f" here (in {_here()})"
+        raise InputError(
+            f"{named(text, 200)}: no such folder{where}; check the path; "
+            f"a model of the Hugging Face hub is written {HUB}{example}"
+        )
+    return _download(text, text)
+
+
+def model_name(path_or_id: str | os.PathLike[str]) -> str:
+    """What a model is called: the last part of its path or id."""
+    return Path(path_or_id).name or str(path_or_id)
+
+
+def expanded(text: str | os.PathLike[str]) -> Path:
+    """The path, a leading ~ replaced by the home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~nobody, or no home at all
+        raise InputError(f"{named(text, 200)}: no such home folder; check the path") from None
+
+
+def existing_folder(text: str | os.PathLike[str]) -> Path | None:
+    """The folder at a path; None if nothing is there."""
+    path = expanded(text)
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise unreadable(named(text, 200), error) from None
+    if not stat.S_ISDIR(mode):
+        raise InputError(f"{named(text, 200)}: is a file; name the folder of the model")
+    return path
+
+
+def _looks_like_a_path(text: str) -> bool:
+    first = text.partition("/")[0]
+    return not HUB_ID.fullmatch(text) or first.lower() in FOLDERS or os.path.lexists(first)
+
+
+def _here() -> str:
+    try:
+        return named(os.getcwd(), 200)
+    except OSError:
+        return "a folder that is gone"
+
+
+def _download(hub_id: str, text: str) -> Path:
+    import huggingface_hub  # slow to import, and only needed here
+    from huggingface_hub.errors import HTTPError
+
+    wrong: Any = (OSError, HTTPError, ValueError, RuntimeError)
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(DOWNLOADED)))
+    except wrong as error:
+        first = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(
+            f"{named(text, 200)}: no such folder, and it could not be downloaded from the Hugging Face hub "
+            f"({one_line(RuntimeError(first))}); check the spelling and the network, or give a local folder"
+        ) from None
