@@ -25,6 +25,7 @@ from deer_jax.formats import json_bytes, read_json, read_yaml, unreadable
 
 FORMAT = 1  # of a run's folder
 MODELS = ("target", "start drafter")  # inputs that are files of a model
+WHOLE = "as this version reads it"  # beside them: one digest of all that was made of them
 NAMED = 4  # changes that a message lists
 
 
@@ -183,9 +184,10 @@ def input_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
             short = all(isinstance(value, str | int | None) and len(str(value)) < 20 for value in (old, new))
             changes.append(f"{label:.40} was {old}, is {new}" if short else f"the {label:.40} changed")
             continue
+        differing = [name for name in dict.fromkeys((*old, *new)) if old.get(name) != new.get(name)]
         parts: dict[str, list[str]] = {}
-        for name in dict.fromkeys((*old, *new)):
-            if old.get(name) != new.get(name):
+        for name in differing:
+            if name != WHOLE or differing == [WHOLE]:
                 parts.setdefault(_part(label, name), []).append(name)
         for part, names in parts.items():
             named = ", ".join(name[-60:] for name in names[:3]) + (", ..." if len(names) > 3 else "")
@@ -195,7 +197,7 @@ def input_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
 
 def _part(label: str, name: str) -> str:
     """Which part of a model a file is, for a message."""
-    if label not in MODELS:
+    if label not in MODELS or name == WHOLE:
         return ""
     if name.endswith((".safetensors", "checkpoint.json")):
         return "'s weights"

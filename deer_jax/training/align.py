@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from deer_jax.checkpoints.claims import Claim, claimed
+from deer_jax.checkpoints.claims import WHOLE, Claim, claimed
 from deer_jax.checkpoints.drafters import FROM_TARGET, describe_drafter, load_drafter, place_drafter, usable_drafter
 from deer_jax.checkpoints.hub import resolve_folder
 from deer_jax.checkpoints.huggingface import deciding_files
@@ -163,7 +163,7 @@ class _Alignment:
         """What must not change between the calls of one run, beside the recipe."""
         target = {stamp.path.name: self.digests.of(stamp) for stamp in self.target.files}
         return {
-            "target": {"config.json, as this version reads it": self.target.digest(), **target},
+            "target": {WHOLE: self.target.digest(), **target},
             "start drafter": self.start,
             "answers": {os.fspath(path): self.digests.of(Stamp.of(path)) for path in self.records.paths},
             "held-out prompts": hashlib.sha256(repr(self.held_out).encode()).hexdigest(),

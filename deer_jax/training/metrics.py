@@ -47,13 +47,13 @@ class MetricsLog:
         self.tokens = max((line["tokens"] for line in kept if type(line.get("tokens")) is int), default=0)
         try:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-            self._file = os.fdopen(os.open(self.path, flags, 0o666), "ab")
             (folder / FOLDER).mkdir(exist_ok=True)
             # Written in this thread: the usual writer of tensorboardX has one of its own, which hangs on a full disk.
             # A name of its own: two calls within one second would write the same file.
             self._board = EventsWriter(str(folder / FOLDER / "events"), f".{secrets.token_hex(4)}")
             restart = SessionLog(status=SessionLog.START)
             self._board.write_event(Event(wall_time=time.time(), step=resumed_at + 1, session_log=restart))
+            self._file = os.fdopen(os.open(self.path, flags, 0o666), "ab")
         except OSError as error:
             raise self._refused(error) from None
 

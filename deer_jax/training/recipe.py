@@ -10,11 +10,11 @@ from typing import Any, Literal
 from deer_jax.checkpoints.families import check_family
 from deer_jax.config import DrafterConfig, ModelConfig, Sampling
 from deer_jax.diffusion.corruption import Corruption
-from deer_jax.errors import InputError
-from deer_jax.formats import parse_yaml, read_yaml
+from deer_jax.errors import InputError, shown
+from deer_jax.formats import mapping, parse_yaml, read_yaml
 from deer_jax.sharding import MeshShape
 from deer_jax.training.step import OptimizerConfig
-from deer_jax.training.values import build, check_keys, mapping, placed, shown
+from deer_jax.training.values import build, check_keys, placed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,19 +7,11 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from deer_jax.config import from_mapping, nearest
-from deer_jax.errors import InputError
+from deer_jax.errors import InputError, shown
+from deer_jax.formats import mapping
 
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 MOST_WHOLE = 2**32  # a seed may be just below it; nothing that is counted comes near
-
-
-def shown(value: Any, most: int = 80) -> str:
-    """A value for a message."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a number of thousands of digits
-        return "a value too long to print"
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def check_keys(
@@ -35,13 +27,6 @@ def check_keys(
             name = key[:80] if isinstance(key, str) else shown(key)
             hint = f"it belongs into {place}" if place else nearest(name, known)
             raise InputError(f"{where}: unknown key '{name}', {hint}")
-
-
-def mapping(value: Any, where: str) -> Mapping[Any, Any]:
-    """The value, if it is keys and values."""
-    if not isinstance(value, Mapping):
-        raise InputError(f"{where} must be keys and values, got {shown(value)}")
-    return value
 
 
 def build(cls, values: Any, where: str):
