@@ -96,7 +96,7 @@ def decode(
             settings = {
                 "target": target.digest(), "drafter": drafter_digest(drafter) if k else None,
                 "prompts": prompts_digest(names, encoded), "draft_length": int(k),
-                "max_new_tokens": new[0] if len(set(new)) == 1 else combined({"each": new}),
+                "max_new_tokens": new[0] if len(set(new)) == 1 else combined({"each": new})[:16],
                 **{name: None if value is None else float(value) for name, value in vars(sampling).items()},
                 "seed": int(seed), "ignore_stop": bool(ignore_stop),
             }  # fmt: skip

@@ -215,13 +215,13 @@ def test_the_loop_works_in_the_memory_it_was_given(prompts, limits, scan, name):
     arrays = jax.tree.leaves(caches)
     plan = test_engine.plan
     wanted = {(plan,), (plan.target, plan.drafter)}  # the loop's static arguments, and those of prefill
-    compiled = [
+    found = [
         (key[0].__name__, program)
         for key, program in programs._compiled.items()
         if key[1] in wanted and _is_for(key, target.params, arrays[0].shape)
     ]
-    assert {"prefill", "admit", "run_segment"} <= {function for function, _ in compiled}
-    for function, program in compiled:
+    assert {"prefill", "admit", "run_segment"} <= {function for function, _ in found}
+    for function, program in found:
         aliased = program.memory_analysis().alias_size_in_bytes
         assert aliased >= sum(x.nbytes for x in arrays), function
         copies = cache_copies(program.as_text(), {x.shape for x in arrays})
