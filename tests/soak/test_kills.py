@@ -68,7 +68,7 @@ class Killer:
 
     def summary(self) -> None:
         verb = self.argv[len(COMMAND)]
-        print(f"\n{verb}: killed {self.killed} times, done before a kill {self.finished} times, outcome as uninterrupted")
+        print(f"\n{verb}: {self.killed} kills, {self.finished} times done before one; ends as if uninterrupted")
 
 
 def leftovers(folder: Path) -> list[str]:
