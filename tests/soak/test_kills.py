@@ -68,7 +68,7 @@ class Killer:
 
     def summary(self) -> None:
         verb = self.argv[len(COMMAND)]
-        print(f"\n{verb}: {self.killed} kills, {self.finished} times done before; as if there had been none")
+        print(f"\n{verb}: {self.killed} kills, {self.finished} times done before one; ends as if uninterrupted")
 
 
 def leftovers(folder: Path) -> list[str]:
