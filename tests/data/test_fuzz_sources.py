@@ -22,7 +22,20 @@ VALUES = (
     [None], [[]], [{}], {"role": "user"}, {"role": "user", "content": "a"}, {"from": "x", "value": "y"}, {"type": "x"},
 )  # fmt: skip
 FIELDS = (*[None] * 12, "prompt", "messages", "id", "{prompt}{id}", "{instruction}\\n{input}", "{", "{a!r}")
-DAMAGE = (b"", b"\xff", b"\0", b"\n", b"\r", b'"', b"[" * 9999, b"9" * 5000, b"\xef\xbb\xbf", b"\\ud83d", b"}{")
+DAMAGE = (
+    b"",
+    b"\xff",
+    b"\0",
+    b"\n",
+    b"\r",
+    b'"',
+    b"[" * 9999,
+    b"[" * 800 + b"]" * 800,
+    b"9" * 5000,
+    b"\xef\xbb\xbf",
+    b"\\ud83d",
+    b"}{",
+)
 
 
 def mutate(rng: random.Random, value):
