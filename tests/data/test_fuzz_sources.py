@@ -9,6 +9,7 @@ from deer_jax.data.chats import is_chat, normalised
 from deer_jax.data.sources import read_prompts
 from deer_jax.errors import InputError
 
+NESTED = b"[" * 800 + b"]" * 800
 ROWS = (
     {"prompt": "a"}, {"id": 3, "prompt": [1, 2], "answer": [3]}, {"tokens": [1, 2]}, {"turns": ["a", "b"]},
     {"text": "a", "test_list": ["b"]}, {"question": "a", "answer": "b"}, {"problem": "a"},
