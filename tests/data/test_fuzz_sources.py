@@ -31,6 +31,7 @@ DAMAGE = (
     b"\r",
     b'"',
     b"[" * 9999,
+    NESTED,
     b"[" * 800 + b"]" * 800,
     b"9" * 5000,
     b"\xef\xbb\xbf",
