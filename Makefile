@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := "$(BIN)/python" -m pip install --quiet --disable-pip-version-check --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quickstart test docs grid soak lint format clean
+.PHONY: help demo quickstart check test docs grid soak lint format clean
 
 help:  ## this list
 	@sed -n -E 's/^([a-z]+):.*## */\1 /p' Makefile | while read -r verb text; do \
@@ -18,6 +18,9 @@ demo: $(VENV)/.demo  ## decode with the bundled pair, beside plain decoding
 quickstart: $(VENV)/.demo  ## everything, small: text, target, answers, drafter, numbers, export (15 minutes)
 	"$(BIN)/deer-jax" pipeline --steps configs/quickstart.yaml --output runs/quickstart
 
+check: lint  ## format, lint and type checks, then one of each exactness test (90 seconds)
+	"$(BIN)/python" -m pytest -n $(WORKERS) -m representative
+
 test: lint  ## format, lint and type checks, then all tests
 	"$(BIN)/python" -m pytest -n $(WORKERS)
 
@@ -27,8 +30,8 @@ docs: $(VENV)/.test  ## write docs/api.md from the docstrings and options
 grid: $(VENV)/.test  ## the exactness grid: speculative against plain decoding over many settings
 	"$(BIN)/python" benchmarks/exactness_grid.py
 
-soak: $(VENV)/.test  ## kill -9 an alignment run at twenty moments; it must end as if it had not been killed
-	DEER_JAX_KILLS=20 "$(BIN)/python" -m pytest tests/training/test_kill.py
+soak: $(VENV)/.test  ## kill -9 every verb at twenty moments; each must end as if it had not been killed (an hour)
+	DEER_JAX_KILLS=20 "$(BIN)/python" -m pytest -s tests/soak
 
 lint: $(VENV)/.test  ## format, lint and type checks
 	"$(BIN)/ruff" format --check .

@@ -25,13 +25,13 @@ import numpy as np
 
 from deer_jax import DrafterConfig, Target, decode, drafter_from_target
 from deer_jax.checkpoints.load import load_target
-from deer_jax.decoding import engine
+from deer_jax.decoding import programs
 from tests.decoding.agreement import assert_same_greedy
 from tests.doubles import table_drafters
 from tests.tiny import random_params, tiny
 
 DATA = Path(os.environ.get("DEER_JAX_DATA") or ROOT.parent / "shared" / "data")
-engine.PREFILL_CHUNK = 16  # long prompts take several passes, and there are few shapes to compile
+programs.PREFILL_CHUNK = 16  # long prompts take several passes, and there are few shapes to compile
 LENGTHS = (70, 1, 66, 33, 2, 17, 64, 65, 5, 40, 3, 16, 70, 8, 12, 50, 1, 1, 1, 1)
 # Which prompts a batch size decodes. What refills its slots is of one token, so that no prefill is compiled for it;
 # alone in its slot, any prompt is.
@@ -138,7 +138,7 @@ def run(target: Target, lengths, batches, names, new_tokens: int) -> Count:
             print(line.line(f"{target.name}, k {k}, {name}", time.perf_counter() - begin), flush=True)
             total.add(line)
         # Drafters share the programs of one k; those of all k together would exceed the memory maps of a process.
-        engine._compiled.clear()
+        programs._compiled.clear()
         jax.clear_caches()
     return total
 

@@ -6,7 +6,7 @@ from deer_jax.checkpoints.export import export
 from deer_jax.checkpoints.load import load_target
 from deer_jax.config import DrafterConfig
 from deer_jax.decoding.answers import AnswersReport, answers
-from deer_jax.decoding.engine import decode
+from deer_jax.decoding.decode import decode
 from deer_jax.decoding.state import DecodeResult, DecodeStats
 from deer_jax.decoding.stream import stream, stream_blocks
 from deer_jax.demo import demo_pair

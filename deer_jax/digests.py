@@ -68,6 +68,11 @@ class Digests:
         self._guard = threading.Lock()
         self.read = 0
 
+    def know(self, known: Any) -> None:
+        """Add records of an earlier time, where there are none yet."""
+        with self._guard:
+            self._known = {path: tuple(record) for path, record in _usable(known).items()} | self._known
+
     def begin(self, stamp: Stamp) -> None:
         """See to it that the digest will be there."""
         with self._guard:

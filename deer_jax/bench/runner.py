@@ -9,11 +9,12 @@ import jax
 
 from deer_jax.bench.report import PLAIN, BenchReport, measure
 from deer_jax.decoding.agreement import Agreement, compare_greedy
-from deer_jax.decoding.engine import decode
+from deer_jax.decoding.checks import check_models
+from deer_jax.decoding.decode import decode
 from deer_jax.decoding.prompts import encode_prompts
 from deer_jax.decoding.state import DecodeResult
 from deer_jax.drafters.protocol import Drafter
-from deer_jax.errors import InputError
+from deer_jax.errors import InputError, NotFiniteError
 from deer_jax.models.target import Target
 
 Progress = Callable[[int, int, str], None]  # finished runs, all runs, the method that runs next
@@ -61,9 +62,12 @@ def bench(
 
     Raises:
       InputError: anything wrong with the arguments.
+      NotFiniteError: logits that are not finite, whose and in which method.
     """
     if repeats < 1:
         raise InputError(f"repeats must be at least 1, got {repeats}")
+    for drafter in drafters.values():
+        check_models(target, drafter)
     ways = _ways(drafters, draft_lengths)
     encoded = encode_prompts(target, prompts, template_arguments)
     total = len(ways) * (1 + repeats)
@@ -74,11 +78,14 @@ def bench(
         if progress:
             progress(finished, total, name)
         way = ways[name]
-        result = decode(
-            target, encoded, drafter=way.drafter, draft_length=way.k, max_new_tokens=max_new_tokens,
-            temperature=temperature, top_k=top_k, top_p=top_p, draft_temperature=draft_temperature, seed=seed,
-            batch_size=batch_size, ignore_stop=ignore_stop, time_prefill=True,
-        )  # fmt: skip
+        try:
+            result = decode(
+                target, encoded, drafter=way.drafter, draft_length=way.k, max_new_tokens=max_new_tokens,
+                temperature=temperature, top_k=top_k, top_p=top_p, draft_temperature=draft_temperature, seed=seed,
+                batch_size=batch_size, ignore_stop=ignore_stop, time_prefill=True,
+            )  # fmt: skip
+        except NotFiniteError as error:
+            raise NotFiniteError(error.index, f"{name}: {error.reason}") from None
         finished += 1
         return result
 

@@ -19,7 +19,7 @@ from deer_jax.checkpoints.huggingface import read_bos_id, read_config, read_stop
 from deer_jax.checkpoints.load import compute_dtype
 from deer_jax.checkpoints.runs import DRAFTER, TARGET, best_checkpoint, is_run, read_best
 from deer_jax.data.tokenizer import Tokenizer
-from deer_jax.errors import InputError, named
+from deer_jax.errors import InputError, RunError, named
 from deer_jax.files import Lock, disk_error
 from deer_jax.formats import json_bytes, open_file, read_json
 from deer_jax.models.transformer import abstract_params
@@ -70,15 +70,20 @@ def _about(source: str | Path, dtype: jnp.dtype) -> dict[str, Any]:
         raise InputError(
             f"{named(source, 200)}: is no folder of a pretrain or align run; give the `output` of its recipe"
         )
-    _, record = best_checkpoint(folder)
+    step, digest = _best(folder)
     return {
         "format": FORMAT,
         "kind": kind,
-        "source": folder.absolute().name,
-        "step": record["step"],
-        "checkpoint_sha256": record["sha256"],  # of a record that has the digests of all its files
+        "step": step,
+        "checkpoint_sha256": digest,
         "dtype": dtype.name,
     }
+
+
+def _best(run: Path) -> tuple[int, str]:
+    """The step of the checkpoint that `read_best` reads, and the digest of its record, which has those of its files."""
+    _, record = best_checkpoint(run)
+    return record["step"], record["sha256"]
 
 
 def _sha256(file: Path) -> str:
@@ -90,8 +95,9 @@ def _is_whole(output: Path, about: Mapping[str, Any]) -> bool:
     """Whether a folder is the export described, with all its files."""
     try:
         found = read_json(output / EXPORT, most=2**22)
-        files = found.pop("files")
-        return found == about and all((output / name).stat().st_size == each["bytes"] for name, each in files.items())
+        files = found["files"]
+        same = bool(files) and about.items() <= found.items()
+        return same and all((output / name).stat().st_size == each["bytes"] for name, each in files.items())
     except (InputError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 
@@ -105,12 +111,14 @@ def _write(source: Path, output: Path, dtype: jnp.dtype, about: Mapping[str, Any
         shapes |= {"special": jax.ShapeDtypeStruct((2, config.width), jnp.float32)}
     stop_ids, bos_id = read_stop_ids(described), read_bos_id(described)
     params = jax.tree.map(lambda x: x.astype(dtype), read_best(source, shapes))
+    if _about(source, dtype) != about:
+        raise RunError(f"{source}: was trained further while it was exported; start again")
 
     def finish(folder: Path) -> None:
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())
         }
-        (folder / EXPORT).write_bytes(json_bytes({**about, "files": files}, indent=2))
+        (folder / EXPORT).write_bytes(json_bytes({"source": source.absolute().name, **about, "files": files}, indent=2))
 
     save_folder(
         output, config, {name: value for name, value in params.items() if name != "special"},

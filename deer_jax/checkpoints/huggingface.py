@@ -53,7 +53,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 MOST_CONFIG_BYTES = 2**22
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 COMPARED_ROWS = 4096  # a slice of a vocabulary that host memory never notices
-OS_CODE = re.compile(r"\bcode: (\d+)")
+OS_CODE = re.compile(r"\(os error (\d+)\)|\bcode: (\d+)")
 
 Progress = Callable[[int, int], None]
 
@@ -296,11 +296,12 @@ def _write_weights(
 def _save(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     try:
         save_file(dict(tensors), file, metadata={"format": "pt"})
-    except SafetensorError as error:  # what the system says is in its text: Os { code: 28, kind: StorageFull, ...
+    except SafetensorError as error:  # what the system said is in its text: No space left on device (os error 28)
         code = OS_CODE.search(str(error))
         if code is None:
             raise RunError(f"{file.name}: cannot be written: {one_line(error)}") from None
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
+        number = int(code[1] or code[2])
+        raise OSError(number, os.strerror(number)) from None
 
 
 def write_description(

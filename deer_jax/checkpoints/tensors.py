@@ -62,7 +62,7 @@ def weight_files(folder: Path) -> list[Path]:
 def _inside(folder: Path, name: str) -> Path:
     """The file of this name in the folder itself, or in the hub's cache that the folder is part of."""
     file = folder / name if name.isprintable() else folder
-    if file.name != name or len(name) > 255:
+    if file.name != name or name == ".." or len(name) > 255:
         raise InputError(f"{folder / INDEX}: {shown(name)} is no name of a file in this folder")
     if not os.path.lexists(file):
         raise InputError(f"{file}: no such file, though the index names it; download it again")

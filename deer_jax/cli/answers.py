@@ -6,13 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from deer_jax.cli.common import ConfigOptions, PromptOptions, TargetOptions, check_distinct, check_writable
+from deer_jax.cli.common import (
+    ConfigOptions,
+    PromptOptions,
+    TargetOptions,
+    check_distinct,
+    check_writable,
+    known_digests,
+)
 from deer_jax.cli.options import parse
 from deer_jax.cli.progress import Reporter
-from deer_jax.data.sources import placed
+from deer_jax.data.sources import Prompt, placed
 from deer_jax.decoding.answers import AnswersReport, answers
 from deer_jax.errors import InputError
 
+FROM_BOS = Prompt("BOS", [], "from BOS")
 EXAMPLE = (
     "deer-jax answers --target models/stories260k --prompts stories.jsonl --temperatures 0,0.7,1 --output answers.jsonl"
 )
@@ -44,6 +52,9 @@ class Options(ConfigOptions, PromptOptions, TargetOptions):
     top_p: Annotated[float, "sample among the likeliest tokens that together have this probability; 1: all"] = 1.0
     seed: Annotated[int, "fixes every random choice"] = 0
     batch_size: Annotated[int, "answers made at once"] = 64
+    verify: Annotated[
+        bool, "read all files of the target again before going on; otherwise, those of another size or time of change"
+    ] = False
 
 
 def run(argv: Sequence[str]) -> None:
@@ -55,9 +66,9 @@ def run(argv: Sequence[str]) -> None:
         raise InputError("--from-bos continues from BOS alone: without options about prompts")
     check_distinct([options.output], [options.prompts, options.config])
     check_writable(options.output)
-    target = options.load_target()
+    target = options.load_target(known_digests(options.output, verify=options.verify))
     try:
-        with placed(prompts or ()), Reporter("answering") as reporter:
+        with placed(prompts or [FROM_BOS]), Reporter("answering") as reporter:
             report = answers(
                 target,
                 None if prompts is None else [prompt.content for prompt in prompts],
@@ -74,8 +85,8 @@ def run(argv: Sequence[str]) -> None:
                 template_arguments=options.template_arguments(),
                 progress=lambda done, total, speed: reporter.show(done, total, f"{speed:,.0f} tokens/s"),
             )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{options.output} keeps what is done; the same command goes on from there") from None
+    except KeyboardInterrupt as error:
+        raise type(error)(f"{options.output} keeps what is done; the same command goes on from there") from None
     print(f"deer-jax: {options.output}: {summary(report, options, target.config.context)}", file=sys.stderr)
 
 

@@ -15,8 +15,10 @@ from deer_jax.checkpoints.load import load_target
 from deer_jax.cli.options import Source
 from deer_jax.cli.progress import Reporter
 from deer_jax.config import DrafterConfig, Sampling
+from deer_jax.data.answers import read_state
 from deer_jax.data.chats import as_chat, is_chat
 from deer_jax.data.sources import Prompt, read_prompts, template_arguments
+from deer_jax.digests import Digests
 from deer_jax.drafters.protocol import Drafter
 from deer_jax.errors import InputError
 from deer_jax.files import check_file, write_file
@@ -38,9 +40,10 @@ class TargetOptions:
         Literal["bfloat16", "float32"] | None, "of the weights; by default float32 on CPU, else bfloat16"
     ] = None
 
-    def load_target(self) -> Target:
+    def load_target(self, digests: Digests | None = None) -> Target:
+        """digests: see `load_target`."""
         with Reporter("loading, bytes") as reporter:
-            return load_target(self.target, dtype=self.dtype, progress=reporter.show)
+            return load_target(self.target, dtype=self.dtype, progress=reporter.show, digests=digests)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,14 +55,14 @@ class ModelOptions(TargetOptions):
         f"what a '{FROM_TARGET}' drafter sees: the text causally (default), or everything in both directions",
     ] = None
 
-    def load(self, sources: Sequence[str]) -> tuple[Target, list[Drafter]]:
-        """The target and the drafters from their sources."""
+    def load(self, sources: Sequence[str], digests: Digests | None = None) -> tuple[Target, list[Drafter]]:
+        """The target and the drafters from their sources; digests: see `load_target`."""
         config = None
         if self.draft_attention is not None:
             if not any(source.partition(":")[0] == FROM_TARGET for source in sources):
                 raise InputError(f"--draft-attention is for '{FROM_TARGET}' drafters; a folder brings its own")
             config = DrafterConfig(attention=self.draft_attention)
-        target = self.load_target()
+        target = self.load_target(digests)
         with Reporter("loading, bytes") as reporter:
             drafters: list[Drafter] = [
                 load_drafter(
@@ -161,6 +164,15 @@ class OutputOptions(ConfigOptions):
     """output"""
 
     json: Annotated[Path | None, "write the numbers to this file"] = None
+
+
+def known_digests(output: Path, *, verify: bool = False) -> Digests:
+    """The digests that the run which makes an output knows; InputError for an output that cannot go on.
+
+    verify: read every file anyway.
+    """
+    state = read_state(output)
+    return Digests(state.files if state else None, verify=verify)
 
 
 def show(table: Table) -> None:

@@ -1,7 +1,6 @@
 """deer-jax decode: answers of a target to prompts, with or without a drafter."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +16,14 @@ from deer_jax.cli.common import (
     PromptOptions,
     check_distinct,
     check_writable,
+    known_digests,
     write_json,
-    write_text,
 )
 from deer_jax.cli.options import Source, parse
 from deer_jax.cli.progress import Reporter
 from deer_jax.data.sources import Prompt, placed
-from deer_jax.decoding.engine import decode
-from deer_jax.decoding.state import DecodeResult
+from deer_jax.decoding.decode import decode
+from deer_jax.decoding.state import DecodeResult, DecodeStats
 from deer_jax.decoding.stream import stream
 from deer_jax.errors import InputError
 
@@ -38,7 +37,11 @@ class Options(OutputOptions, DecodeOptions, PromptOptions, ModelOptions):
     drafter: Annotated[Source | None, f"{DRAFTER_HELP}; without one, plain decoding", "SOURCE"] = None
     draft_length: Annotated[int | None, "tokens drafted per round; by default what the drafter was trained for"] = None
     batch_size: Annotated[int | None, "prompts that run at once (default: up to 16)"] = None
-    output: Annotated[Path | None, "write the answers here, one JSON object per line, instead of printing them"] = None
+    output: Annotated[
+        Path | None,
+        "append each answer here as it finishes, one JSON object per line, instead of printing it; the same command "
+        "goes on where it was stopped; FILE.state.json is put beside it",
+    ] = None
     stream: Annotated[bool, "print the answer to a single prompt while it is made"] = False
 
 
@@ -51,39 +54,56 @@ def run(argv: Sequence[str]) -> None:
     check_writable(options.json)
     if options.stream and (len(prompts) != 1 or options.output or options.json or options.batch_size):
         raise InputError("--stream prints the answer to one prompt: without --output, --json and --batch-size")
-    target, drafters = options.load([options.drafter] if options.drafter else [])
+    digests = known_digests(options.output) if options.output else None
+    target, drafters = options.load([options.drafter] if options.drafter else [], digests)
     arguments |= {"drafter": drafters[0] if drafters else None, "draft_length": options.draft_length}
     contents = [prompt.content for prompt in prompts]
 
     if options.stream:
         with placed(prompts):
-            for piece in stream(target, contents, **arguments):
+            for piece in stream(target, contents, **arguments, finished=lambda stats: report(stats, "\n")):
                 print(piece, end="", flush=True)
-        print()
         return
-    with placed(prompts), Reporter("decoding") as reporter:
-        result = decode(
-            target, contents, **arguments, batch_size=options.batch_size, time_prefill=True,
-            progress=lambda done, total, tokens: reporter.show(done, total, f"{tokens:,} tokens"),
-        )  # fmt: skip
-    if options.output:
-        write_text(options.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(prompts, result)))
-    else:
+    try:
+        with placed(prompts), Reporter("decoding") as reporter:
+            result = decode(
+                target, contents, **arguments, batch_size=options.batch_size, time_prefill=True,
+                output=options.output, ids=[prompt.id for prompt in prompts] if options.output else None,
+                progress=lambda done, total, tokens: reporter.show(done, total, f"{tokens:,} tokens"),
+            )  # fmt: skip
+    except KeyboardInterrupt as error:
+        if options.output is None:
+            raise
+        raise type(error)(f"{options.output} keeps what is done; the same command goes on from there") from None
+    if not options.output:
         for row in rows(prompts, result):
             print(f"== {row['id']} ({row['new_tokens']} tokens, {row['rounds']} rounds)")
             print(row["tokens"] if row["text"] is None else row["text"])
-    stats = result.stats
     if options.json:
         write_json(options.json, statistics(result) | {"target": target.name, "drafter": options.drafter})
-    print(
-        f"deer-jax: τ {stats.acceptance_length:.2f}, {stats.tokens_per_second:,.1f} tokens/s, "
-        f"{sum(stats.rounds):,} rounds in {stats.seconds:.1f} s ({stats.compile_seconds:.1f} s of compiling excluded)",
-        file=sys.stderr,
-    )
+    report(result.stats, output=options.output)
+
+
+def report(stats: DecodeStats, before: str = "", output: Path | None = None) -> None:
+    """The numbers, on one line of stderr; `before` ends the answer on stdout."""
+    print(before, end="", flush=True)
+    made = sum(stats.new_tokens) - stats.resumed_tokens
+    count = f"{len(stats.new_tokens):,} answers"
+    if output and not made:
+        print(f"deer-jax: {output}: is complete, {count}, nothing to do", file=sys.stderr)
+        return
+    parts = [f"{output}: {count}"] if output else []
+    if stats.draft_length:
+        parts.append(f"τ {stats.acceptance_length:.2f}")
+    parts.append(f"{stats.tokens_per_second:,.1f} tokens/s")
+    of = f" (of {sum(stats.new_tokens):,}, the others from before)" if stats.resumed_tokens else ""
+    compiling = f"({stats.compile_seconds:.1f} s of compiling excluded)"
+    parts.append(f"{made:,} tokens{of} in {stats.seconds:.1f} s {compiling}")
+    print(f"deer-jax: {', '.join(parts)}", file=sys.stderr)
 
 
 def rows(prompts: Sequence[Prompt], result: DecodeResult) -> list[dict]:
-    """One record per prompt, as `--output` writes them."""
+    """What is printed of each prompt."""
     return [
         {
             "id": prompt.id,

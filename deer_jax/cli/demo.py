@@ -15,7 +15,7 @@ from deer_jax.cli.common import check_writable, show
 from deer_jax.cli.options import parse
 from deer_jax.cli.progress import Reporter
 from deer_jax.data.sources import read_prompts
-from deer_jax.decoding.engine import decode
+from deer_jax.decoding.decode import decode
 from deer_jax.decoding.stream import stream_blocks
 from deer_jax.demo import PROMPTS, demo_pair
 from deer_jax.drafters.protocol import Drafter

@@ -4,6 +4,7 @@ import difflib
 import importlib
 import importlib.metadata
 import io
+import logging
 import os
 import platform
 import re
@@ -92,6 +93,7 @@ def _run(argv: Sequence[str]) -> int:
         keep_compiled_programs()
         # Nobody needs to be told that transformers found no PyTorch: only its tokenizers are used.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # nor that it keeps its list of fonts nowhere
         try:
             importlib.import_module(f"deer_jax.cli.{verb}").run(argv[1:])
         except SystemExit:  # --help

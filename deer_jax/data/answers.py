@@ -7,16 +7,29 @@ that the ids belong to, see `Tokenizer.fingerprint`; files made elsewhere may la
 """
 
 import bisect
+import contextlib
+import datetime
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from deer_jax.errors import InputError
+from deer_jax.errors import InputError, RunError
+from deer_jax.files import Lock, disk_error, replaceable, write_file
+from deer_jax.formats import json_bytes, open_file, parse_json, read_json, unreadable
+
+MOST_LINE = 2**26  # bytes; an answer that fills a context of a million tokens has some eight million
+# What a run is known by that nobody can read: how a line says that it differs.
+UNREADABLE = {
+    "target": "the target's weights, configuration, tokenizer or dtype changed",
+    "drafter": "the drafter's weights or configuration changed",
+    "prompts": "the prompts or their names changed",
+}
 
 
 class AnswerFiles:
@@ -32,6 +45,7 @@ class AnswerFiles:
         self._lines = [_line_ends(path) for path in self.paths]
         self._first = np.cumsum([0, *(len(ends) for ends in self._lines)]).tolist()  # number of each file's first line
         self._kept = np.arange(self._first[-1])  # line, of all files, by number
+        self._items: list[dict[int, int]] = [{} for _ in self.paths]  # line of every item read so far, by file
         for first in self._first[:-1]:
             self[first]  # a wrong file is noticed before anything is compiled
 
@@ -49,40 +63,52 @@ class AnswerFiles:
         return f"AnswerFiles({', '.join(path.name for path in self.paths)}, {len(self)})"
 
     def __getitem__(self, index) -> dict[str, Any]:
-        """The record, and under "where" its file and line."""
+        """The record, and under "where" its file and line. InputError for one that is none, or whose item another line
+        that was read has too."""
         index = int(self._kept[index])
         file = bisect.bisect_right(self._first, index) - 1
         line = index - self._first[file]
         path, ends = self.paths[file], self._lines[file]
         start = int(ends[line - 1]) if line else 0
-        with path.open("rb") as stream:
-            stream.seek(start)
-            content = stream.read(int(ends[line]) - start)
-        return self._checked(content, f"{path}:{line + 1}")
+        where = f"{path}:{line + 1}"
+        if ends[line] - start > MOST_LINE:
+            raise InputError(f"{where}: a line of {ends[line] - start:,} bytes is no answer")
+        try:
+            with os.fdopen(open_file(path), "rb") as stream:
+                stream.seek(start)
+                content = stream.read(int(ends[line]) - start)
+        except OSError as error:
+            raise unreadable(path, error) from None
+        record = self._checked(content, where)
+        item = record.get("item")
+        if type(item) is int and (other := self._items[file].setdefault(item, line)) != line:
+            first, second = sorted((other, line))
+            raise InputError(
+                f"{path}:{second + 1}: item {item} stands in line {first + 1} already; remove one of the lines"
+            )
+        return record
 
     def _checked(self, line: bytes, where: str) -> dict[str, Any]:
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{where}: not valid JSON: {error}") from None
+        record = parse_json(line, where)
         if not isinstance(record, dict):
             raise InputError(f"{where}: expected an object with 'prompt' and 'answer', found {type(record).__name__}")
         missing = [name for name in ("prompt", "answer") if name not in record]
         if missing:
-            raise InputError(f"{where}: missing {', '.join(missing)}; found: {', '.join(record) or 'nothing'}")
+            names = f"{', '.join(map(ascii, record)) or 'nothing':.200}"
+            raise InputError(f"{where}: missing {', '.join(missing)}; found: {names}")
         for name in ("prompt", "answer"):
             ids = record[name]
             if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
                 raise InputError(f"{where}: '{name}' must be a list of one or more token ids")
             if max(ids) >= self._vocab_size:
                 raise InputError(
-                    f"{where}: token id {max(ids)} in '{name}' is outside the target's vocabulary of "
+                    f"{where}: token id {max(ids)!s:.40} in '{name}' is outside the target's vocabulary of "
                     f"{self._vocab_size}; the answers are another model's"
                 )
         theirs = record.get("tokenizer")
         if theirs and self._tokenizer and theirs != self._tokenizer:
             raise InputError(
-                f"{where}: the answers were made with another tokenizer ({theirs}) than the target's "
+                f"{where}: the answers were made with another tokenizer ({theirs!r:.40}) than the target's "
                 f"({self._tokenizer}); let this target answer"
             )
         return record | {"where": where}
@@ -92,109 +118,256 @@ def _line_ends(path: Path) -> np.ndarray:
     """Offset behind each line, a last one without newline included."""
     found, size = [], 0
     try:
-        with path.open("rb") as stream:
+        with os.fdopen(open_file(path), "rb") as stream:
             while chunk := stream.read(2**24):
                 found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + 1 + size)
                 size += len(chunk)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        raise unreadable(path, error) from None
     if not size:
         raise InputError(f"{path}: is empty; let a target answer prompts first")
     ends = np.concatenate(found)
     return ends if len(ends) and ends[-1] == size else np.append(ends, size)
 
 
+class State(NamedTuple):
+    """What FILE.state.json keeps of the run that makes FILE."""
+
+    settings: dict[str, Any]
+    running: dict[int, list[int]]
+    size: int  # bytes of FILE when it was last saved
+    sha256: str  # of these bytes
+    begun: datetime.datetime
+    files: Any  # what `Digests.records` returned
+
+
+def state_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.state.json")
+
+
+def read_state(output: str | Path) -> State | None:
+    """The state of the run that makes an output, None before it has begun. InputError for what cannot go on."""
+    output = Path(output)
+    try:
+        special = replaceable(output) == "special"
+        path = state_path(output)
+        exists, begun = os.path.lexists(output), os.path.lexists(path)
+    except (OSError, ValueError) as error:
+        raise error if isinstance(error, InputError) else disk_error(output, error) from None
+    if special:
+        raise InputError(f"{output}: is no regular file, and what is appended there could not go on; name a file")
+    if begun:
+        return _state_of(read_json(path), path, _remedy(output))
+    if exists:
+        raise InputError(
+            f"{output}: exists without {path.name}, so it is no run that can go on; write to another output, or remove "
+            "it"
+        )
+    return None
+
+
+def _remedy(output: Path) -> str:
+    return f"write to another output, or remove {output} and {state_path(output).name}"
+
+
+def _state_of(values: dict[str, Any], path: Path, remedy: str) -> State:
+    wrong = InputError(f"{path}: is not the state of a run; {remedy}")
+    settings, running, size, sha256 = (values.get(name) for name in ("settings", "running", "size", "sha256"))
+    try:
+        whole = values.get("checksum") == _checksum(values)
+    except RecursionError:
+        raise wrong from None
+    if not whole:
+        raise InputError(f"{path}: was damaged or changed by something else; {remedy}") if settings else wrong
+    if not isinstance(settings, dict) or not isinstance(running, dict) or type(size) is not int or size < 0:
+        raise wrong
+    if not isinstance(sha256, str) or not all(re.fullmatch("[0-9]{1,12}", item) for item in running):
+        raise wrong
+    for tokens in running.values():
+        if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens):
+            raise wrong
+    try:
+        begun = datetime.datetime.fromisoformat(values["begun"])
+    except (KeyError, TypeError, ValueError):
+        raise wrong from None
+    items = {int(item): tokens for item, tokens in running.items()}
+    return State(settings, items, size, sha256, begun, values.get("files"))
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    rest = {name: value for name, value in values.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 class AnswerWriter:
     """An answer file that grows, so that the run that makes it can be stopped at any moment and go on.
 
     What is finished is appended. What runs is kept in a second file beside it, FILE.state.json, with the settings of
-    the run; a run with other settings is refused, and so is a file that has no such companion. A line that was being
-    written when the run was stopped is dropped.
+    the run; a run with other settings is refused, and so is a file that has no such companion or is not as it was
+    saved. A line that was being written when the run was stopped is dropped. One process writes a file at a time, for
+    the length of a `with` block; `begin` comes first in it.
+
+        with AnswerWriter("answers.jsonl") as writer:
+            writer.begin(settings, items=range(100))
+            writer.save([{"item": 3, ...}], running={})
 
     Attributes:
+      begun: when the run was begun, to the second; local time.
+      files: digests that the run knows, see `Digests`.
       items: numbers of the items that the file answers.
       running: tokens so far of the others that were begun, by item.
     """
 
-    def __init__(self, path: str | Path, settings: Mapping[str, Any]):
-        """settings: what the answers depend on, as JSON values."""
+    def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.state = self.path.with_name(f"{self.path.name}.state.json")
-        self._settings = json.loads(json.dumps(settings))  # as they are read back
+        self.state = state_path(self.path)
         self.items: set[int] = set()
         self.running: dict[int, list[int]] = {}
-        with _disk(self.state):
-            begun = self.state.exists()
-        if begun:
-            self._resume()
-        elif self.path.exists():
-            raise InputError(
-                f"{self.path}: exists without {self.state.name}, so it is no run that can go on; write to another "
-                "output, or remove it"
-            )
+        self._size, self._hash, self._descriptor = 0, hashlib.sha256(), -1
+
+    def __enter__(self) -> "AnswerWriter":
+        """InputError for an output that another process writes, or that cannot go on; nothing was written then."""
+        read_state(self.path)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(Lock(self.path))
+            self._before = read_state(self.path)
+            self._open = stack.pop_all()
+        now = datetime.datetime.now().replace(microsecond=0)
+        self.begun = self._before.begun if self._before else now
+        self.files: Any = self._before.files if self._before else {}
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._open.close()
+
+    def begin(
+        self,
+        settings: Mapping[str, Any],
+        items: Container[int],
+        found: Callable[[dict[str, Any], str], None] | None = None,
+    ) -> None:
+        """Go on with the run, or begin it.
+
+        Args:
+          settings: what the answers depend on, as JSON values.
+          items: numbers of all items that the run has.
+          found: called with every record that the file has, and its place.
+        """
+        self._settings = json.loads(json.dumps(settings))  # as they are read back
+        if self._before is not None:
+            self._check(self._before.settings)
+        else:
+            self._save_state()  # before the file, which would be refused without it
+        flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+        if self._before is None or self._before.size == 0:
+            flags |= os.O_CREAT
+        try:
+            self._descriptor = os.open(self.path, flags, 0o666)
+        except FileNotFoundError:
+            raise InputError(f"{self.path}: is gone, of which {self.state.name} says that it can go on; "
+                             f"bring it back, or remove {self.state.name} to begin again") from None  # fmt: skip
+        except OSError as error:
+            raise disk_error(self.path, error) from None
+        self._open.callback(os.close, self._descriptor)
+        if self._before is not None:
+            self._read(self._before, items, found)
+            self.running = {i: tokens for i, tokens in self._before.running.items() if i not in self.items}
+            if any(item not in items for item in self.running):
+                raise InputError(f"{self.state}: is not the state of this run; {_remedy(self.path)}")
         self.save([], {})
-        with _disk(self.path):
-            self.path.open("ab").close()  # after its state, without which it would be refused
 
     def save(self, records: Sequence[Mapping[str, Any]], running: Mapping[int, list[int]]) -> None:
         """Append finished records, each with its "item", and replace what is known of those that run.
 
-        Both are on the disk when this returns. An error of the disk leaves what was saved before.
+        Both are on the disk when this returns. RunError for a full disk, or where something else has changed the file;
+        what was saved before is kept.
         """
+        self._append(b"".join(json_bytes(record) for record in records))
         finished = {record["item"] for record in records}
         self.items |= finished
         self.running = {item: tokens for item, tokens in {**self.running, **running}.items() if item not in finished}
-        if records:
-            with _disk(self.path), self.path.open("ab") as stream:
-                stream.write("".join(json.dumps(record) + "\n" for record in records).encode())
-                stream.flush()
-                os.fsync(stream.fileno())
-        partial = self.state.with_name(f"{self.state.name}.partial")
-        with _disk(self.state):
-            with partial.open("w", encoding="ascii") as stream:
-                stream.write(json.dumps({"settings": self._settings, "running": self.running}))
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(self.state)
+        self._save_state()
 
-    def _resume(self) -> None:
-        remedy = f"write to another output, or remove {self.path} and {self.state.name}"
+    def _append(self, content: bytes) -> None:
+        ours = os.fstat(self._descriptor)
         try:
-            state = json.loads(self.state.read_bytes())
-            theirs, running = state["settings"], {int(item): list(tokens) for item, tokens in state["running"].items()}
+            there = os.lstat(self.path)
+        except OSError:
+            there = None
+        if there is None or (there.st_dev, there.st_ino, there.st_size) != (ours.st_dev, ours.st_ino, self._size):
+            raise RunError(f"{self.path}: was removed or changed while it was being written; what was to be appended "
+                           "is lost")  # fmt: skip
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+            if content:
+                os.fsync(self._descriptor)
         except OSError as error:
-            raise InputError(f"{self.state}: cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{self.state}: is not the state of a run; {remedy}") from None
-        names = [name for name in {**theirs, **self._settings} if theirs.get(name) != self._settings.get(name)]
-        if names:
-            differ = ", ".join(f"{name} {theirs.get(name)} (now {self._settings.get(name)})" for name in names)
-            raise InputError(f"{self.path}: was begun with other settings: {differ}; {remedy}")
-        if self.path.exists():
-            with _disk(self.path), self.path.open("r+b") as stream:
-                self._read(stream, remedy)
-        self.running = {item: tokens for item, tokens in running.items() if item not in self.items}
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._size)
+            kept = "what was written before is kept, and the same run goes on from there"
+            raise disk_error(self.path, error, kept) from None
+        self._size += len(content)
+        self._hash.update(content)
 
-    def _read(self, stream, remedy: str) -> None:
-        """Collect the items of whole lines and cut what follows the last of them."""
-        whole = 0
-        for number, line in enumerate(stream, 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                self.items.add(int(json.loads(line)["item"]))
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{self.path}:{number}: is no answer of this run; {remedy}") from None
-            whole += len(line)
-        stream.truncate(whole)
+    def _save_state(self) -> None:
+        values = {
+            "settings": self._settings, "running": {str(item): tokens for item, tokens in self.running.items()},
+            "size": self._size, "sha256": self._hash.hexdigest(), "begun": self.begun.isoformat(), "files": self.files,
+        }  # fmt: skip
+        write_file(self.state, json_bytes(values | {"checksum": _checksum(values)}))
 
+    def _check(self, theirs: Mapping[str, Any]) -> None:
+        differ = [
+            UNREADABLE.get(name) or f"{name} {theirs.get(name)!r:.60} (now {self._settings.get(name)!r:.60})"
+            for name in {**self._settings, **theirs}
+            if theirs.get(name) != self._settings.get(name)
+        ]
+        if differ:
+            raise InputError(
+                f"{self.path}: was begun with other settings: {', '.join(differ):.500}; {_remedy(self.path)}"
+            )
 
-@contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written: {error.strerror}; what was written before is kept, and the same run goes on "
-            "from there"
-        ) from None
+    def _read(self, saved: State, items: Container[int], found: Callable[[dict[str, Any], str], None] | None) -> None:
+        """Collect what whole lines hold, and cut a torn one behind what was saved.
+
+        Lines that were appended but not yet saved are kept.
+        """
+        lines: dict[int, int] = {}
+        whole = not saved.size and saved.sha256 == self._hash.hexdigest()
+        with os.fdopen(os.dup(self._descriptor), "rb") as stream:
+            for number, line in enumerate(iter(lambda: stream.readline(MOST_LINE), b""), 1):
+                where = f"{self.path}:{number}"
+                if not line.endswith(b"\n"):
+                    if len(line) == MOST_LINE:
+                        raise InputError(f"{where}: a line of more than {MOST_LINE:,} bytes is no answer")
+                    break
+                record = self._record(line, where, items)
+                if (first := lines.setdefault(record["item"], number)) != number:
+                    raise InputError(
+                        f"{where}: item {record['item']} stands in line {first} already; {_remedy(self.path)}"
+                    )
+                if found is not None:
+                    found(record, where)
+                self._size += len(line)
+                self._hash.update(line)
+                whole = whole or (self._size == saved.size and self._hash.hexdigest() == saved.sha256)
+        if not whole:
+            raise InputError(
+                f"{self.path}: its first {saved.size:,} bytes are not those that were saved; {_remedy(self.path)}"
+            )
+        self.items = set(lines)
+        try:
+            os.ftruncate(self._descriptor, self._size)
+        except OSError as error:
+            raise disk_error(self.path, error) from None
+
+    def _record(self, line: bytes, where: str, items: Container[int]) -> dict[str, Any]:
+        try:
+            record = parse_json(line, where)
+        except InputError as error:
+            raise InputError(f"{error}; {_remedy(self.path)}") from None
+        if not isinstance(record, dict) or type(record.get("item")) is not int or record["item"] not in items:
+            raise InputError(f"{where}: is no answer of this run; {_remedy(self.path)}")
+        return record

@@ -170,7 +170,10 @@ def check_text(text: str, where: str) -> str:
 
 def shown(value: Any, most: int = 60, *, quoted: bool = True) -> str:
     """A foreign value in an error: on one line, printable, and short."""
-    text = value[: most + 1] if isinstance(value, str) else f"{value!r:.{most + 1}}"
+    try:
+        text = value[: most + 1] if isinstance(value, str) else f"{value!r:.{most + 1}}"
+    except (RecursionError, ValueError):  # nested a thousand deep, a number of thousands of digits
+        text = f"of type {type(value).__name__}"
     text = text if text.isprintable() else ascii(text)[1:-1]
     text = one_line(ValueError(text), most) if text.strip() else text[:most]
     return f"'{text}'" if quoted else text

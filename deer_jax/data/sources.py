@@ -77,7 +77,8 @@ class Prompt:
     @property
     def place(self) -> str:
         """Where it stands, with its own name if it has one."""
-        return self.where if self.where.endswith((f":{self.id}", f" {self.id}")) else f"{self.where} (id {self.id})"
+        numbered = self.where.endswith((f":{self.id}", f" {self.id}"))
+        return self.where if numbered else f"{self.where} (id {shown(self.id, quoted=False)})"
 
 
 def read_prompts(
@@ -119,6 +120,8 @@ def read_prompts(
             content, answered = _without_answer(content, where)
             cut += answered
         name = next((row[key] for key in IDS if row.get(key) is not None), number)
+        if not isinstance(name, str | int | float):
+            raise InputError(f"{where}: the id must be a text or a number, found {type(name).__name__}")
         found.append(Prompt(check_text(str(name), f"{where}: id"), content, where))
         if len(found) == limit:
             break

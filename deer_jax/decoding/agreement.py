@@ -14,7 +14,8 @@ import numpy as np
 
 from deer_jax.config import Sampling
 from deer_jax.decoding import loop
-from deer_jax.decoding.engine import Engine, bucket, prefill_chunks
+from deer_jax.decoding.engine import Engine
+from deer_jax.decoding.programs import capacity_for
 from deer_jax.drafters.protocol import Draft
 from deer_jax.models.target import Target
 
@@ -81,8 +82,7 @@ def _at(target: Target, text: Sequence[int], ours: int, other: int, k: int, batc
 def cached_logits(target: Target, text: Sequence[int], k: int, offset: int, batch: int) -> np.ndarray:
     """float32 [V] after `text`, read over the cache in a block of k + 1 tokens whose last `offset` + 1 end the text."""
     split = len(text) - offset
-    needed = [len(text) + k + 1, *(start + width for start, width in prefill_chunks(split - 1))]
-    engine = Engine(target, None, 0, Sampling(), 0, (), batch, bucket(max(needed), 64))
+    engine = Engine(target, None, 0, Sampling(), 0, (), batch, capacity_for([len(text)], k))
     engine.admit([text[:split]] * batch, [len(text) + 1] * batch, range(batch), range(batch))
     draft = np.zeros((batch, k), np.int32)
     draft[:, :offset] = text[split:]

@@ -1,13 +1,11 @@
-"""Decoding as users call it: prompts into slots, segments of the loop, finished rows out, slots refilled."""
+"""Rows and segments: prompts into slots, segments of the loop, finished rows out, slots refilled."""
 
 import dataclasses
 import os
 import re
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,47 +13,23 @@ import numpy as np
 
 from deer_jax.config import Sampling
 from deer_jax.decoding import loop
-from deer_jax.decoding.prompts import encode_prompts
+from deer_jax.decoding.finite import not_finite
+from deer_jax.decoding.programs import compiled, power_of_two, prefill_chunks
 from deer_jax.decoding.sampling import Kind, Knobs
-from deer_jax.decoding.state import DecodeResult, DecodeState, DecodeStats, idle_state
+from deer_jax.decoding.state import NONE, TARGET, DecodeState, idle_state
 from deer_jax.drafters.protocol import Drafter
-from deer_jax.errors import InputError, PromptError
+from deer_jax.errors import InputError, NotFiniteError
 from deer_jax.models.cache import cache_bytes
 from deer_jax.models.target import Target
 from deer_jax.sharding import replicated
 
-PREFILL_CHUNK = 512  # prompt tokens one pass reads per row; longer prompts take several
 PREFILL_TOKENS = 32768  # prompt tokens one pass reads over all rows; bounds its activations
-DEFAULT_SLOTS = 16
-PROGRAMS = 128  # compiled programs that are kept: each holds memory maps, of which a process has a limited number
-ROUNDS_PER_SEGMENT = 32  # when progress is shown: the time until it moves, or until Ctrl-C is served
 
-Progress = Callable[[int, int, int], None]  # finished prompts, all prompts, new tokens of finished ones
 Row = dict[str, np.ndarray]  # one slot's part of what a segment fetched
 
 
-def bucket(n: int, least: int) -> int:
-    """The smallest size >= n on a grid of four steps per doubling, from `least` on: few shapes, little waste."""
-    size = least
-    while 2 * size < n:
-        size *= 2
-    step = max(size // 4, 1)
-    return size if n <= size else size + -(-(n - size) // step) * step
-
-
-def power_of_two(n: int, least: int = 1) -> int:
-    """The smallest power of two >= n and >= least."""
-    return max(least, 1 << max(n - 1, 0).bit_length())
-
-
-_compiled: dict[Any, Any] = {}  # the programs used last come last
-
-
 class Engine:
-    """Slots of one shape: admits prompts, runs segments, hands back what it fetched.
-
-    Compiled programs are kept, keyed by what is static and by shapes, and shared by all engines of the process.
-    """
+    """Slots of one shape: admits prompts, runs segments, hands back what it fetched."""
 
     def __init__(self, target: Target, drafter: Drafter | None, k: int, sampling: Sampling, seed: int,
                  stop_ids: Sequence[int], slots: int, capacity: int):  # fmt: skip
@@ -80,17 +54,9 @@ class Engine:
         return state if self.target.mesh is None else jax.device_put(state, replicated(self.target.mesh))
 
     def _run(self, function, static: tuple, *args, **options):
-        """Call a function of `loop` with static arguments first; a program is compiled when its shapes are new."""
-        leaves, tree = jax.tree.flatten(args)
-        key = (function, static, tree, tuple((x.shape, x.dtype, x.sharding) for x in leaves), *options.items())
-        program = _compiled.pop(key, None)
-        if program is None:
-            begin = time.perf_counter()
-            program = function.lower(*static, *args, **options).compile()
-            self.compile_seconds += time.perf_counter() - begin
-        _compiled[key] = program
-        if len(_compiled) > PROGRAMS:
-            del _compiled[next(iter(_compiled))]
+        """Call a function of `loop` with static arguments first."""
+        program, seconds = compiled(function, static, *args, **options)
+        self.compile_seconds += seconds
         return program(*args)
 
     def admit(
@@ -105,7 +71,7 @@ class Engine:
         rounds = [0] * len(prompts) if rounds is None else rounds
         width = max(len(prompt) - 1 for prompt in prompts)
         # A second pass over a row needs a copy of that row's cache, so long prompts go one at a time.
-        group = 1 if width > PREFILL_CHUNK else PREFILL_TOKENS // power_of_two(width, 16)
+        group = 1 if len(prefill_chunks(width)) > 1 else PREFILL_TOKENS // power_of_two(width, 16)
         for first in range(0, len(prompts), group):
             part = slice(first, first + group)
             self._admit(prompts[part], limits[part], indices[part], rounds[part], rows[part])
@@ -119,7 +85,9 @@ class Engine:
         numbers = ([len(prompt) for prompt in prompts], limits, indices, rounds, rows)
         placing = [jnp.asarray([x[i] for i in repeat], jnp.int32) for x in numbers]
         for start, width in prefill_chunks(max(len(prompt) for prompt in prompts) - 1):
-            chunk = jnp.asarray(tokens[:, start : start + width])  # cut where the capacity ends
+            # Padding ends where the tokens do, at the capacity, which knows nothing of it: a write that ran over the
+            # end would be moved back, onto what is there.
+            chunk = jnp.asarray(tokens[:, start : start + width])
             models, caches = (self.plan.target, self.plan.drafter), (self.state.cache, self.state.drafter)
             caches = self._run(
                 loop.prefill, models, *self.params, caches, chunk, jnp.int32(start), placing[-1], first=start == 0
@@ -137,32 +105,19 @@ class Engine:
         state = self.state
         return self.fetch(
             {"tokens": state.tokens, "length": state.length, "done": state.done, "rounds": state.rounds,
-             "histogram": state.histogram}
+             "histogram": state.histogram, "fault": state.fault}
         )  # fmt: skip
+
+    def not_finite(self, fault: int, new_tokens: int) -> str:
+        """What to say of a row that has ended with this `DecodeState.fault`."""
+        if fault == TARGET or self.drafter is None:
+            return not_finite(f"the target {self.target.name}", self.params[0], new_tokens)
+        return not_finite(f"the drafter {self.drafter.name}", self.params[1], new_tokens)
 
     def fetch(self, tree):
         """Copy to the host and wait: the only place that does."""
         self.fetches += 1
         return jax.device_get(tree)
-
-
-def prefill_chunks(count: int) -> list[tuple[int, int]]:
-    """Start and padded width of the passes that read `count` prompt tokens.
-
-    600 -> [(0, 512), (512, 128)]
-    """
-    chunks = []
-    for start in range(0, count, PREFILL_CHUNK):
-        rest = count - start
-        chunks.append((start, PREFILL_CHUNK if rest >= PREFILL_CHUNK else power_of_two(rest, 16)))
-    return chunks
-
-
-def capacity_for(prompts: Sequence[Sequence[int]], limits: Sequence[int], k: int) -> int:
-    """Slots of cache per row that hold every prompt, padded as prefill reads it, and every answer's last block."""
-    needed = [limit + k + 1 for limit in limits]
-    needed += [start + width for start, width in prefill_chunks(max(map(len, prompts)) - 1)]
-    return bucket(max(needed), 64)
 
 
 def check_memory(target: Target, drafter: Drafter | None, slots: int, capacity: int):
@@ -196,71 +151,15 @@ def free_bytes(devices: Iterable[jax.Device]) -> int:
     return free // len(devices)
 
 
-def prepare(
-    target: Target,
-    prompts: list[list[int]],
-    drafter: Drafter | None,
-    draft_length: int | None,
-    max_new_tokens: int | Sequence[int],
-    sampling: Sampling,
-    seed: int,
-    slots: int,
-    ignore_stop: bool,
-) -> tuple[Engine, list[int]]:
-    """Check everything that can be wrong before any work is done; the engine and each prompt's limit."""
-    k = 0 if drafter is None else drafter.draft_length if draft_length is None else draft_length
-    if not isinstance(k, int | np.integer) or k < 0:
-        raise InputError(f"draft_length must be 0 (plain decoding) or a positive whole number, got {k!r}")
-    check_run(seed, slots)
-    if drafter is None and draft_length:
-        raise InputError(f"draft_length is {draft_length} but there is no drafter: give one, or draft_length=0")
-    vocab = target.config.vocab_size
-    if drafter is not None and drafter.method.target_vocab != vocab:
-        raise InputError(
-            f"{drafter.name} drafts for a vocabulary of {drafter.method.target_vocab}, {target.name} has {vocab}: "
-            "load it for this target, load_drafter(..., target=target)"
-        )
-    if drafter is not None and k > drafter.draft_length:
-        warnings.warn(
-            f"draft_length {k} is beyond the {drafter.draft_length} that {drafter.name} was trained for", stacklevel=3
-        )
-    several = isinstance(max_new_tokens, Sequence | np.ndarray)
-    new = list(max_new_tokens) if several else [max_new_tokens] * len(prompts)
-    if len(new) != len(prompts):
-        raise InputError(f"max_new_tokens has {len(new)} entries for {len(prompts)} prompts")
-    limits = []
-    for i, (prompt, count) in enumerate(zip(prompts, new, strict=True)):
-        if not isinstance(count, int | np.integer) or count < 1:
-            raise InputError(f"max_new_tokens must be a whole number of at least 1, got {count!r}")
-        room = target.config.context - len(prompt)
-        if count > room:
-            raise PromptError(
-                i,
-                f"{len(prompt)} prompt tokens and {count} new ones exceed the context of {target.config.context}; "
-                "shorten the prompt" + (f" or give max_new_tokens <= {room}" if room > 0 else ""),
-            )
-        limits.append(len(prompt) + int(count))
-    engine = Engine(
-        target, drafter if k else None, k, sampling, seed, () if ignore_stop else target.stop_ids,
-        min(slots, len(prompts)), capacity_for(prompts, limits, k),
-    )  # fmt: skip
-    return engine, limits
-
-
-def check_run(seed: int, batch_size: int):
-    """Refuse a seed or a number of slots that is none."""
-    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
-        raise InputError(f"seed must be a whole number from 0 to {2**32 - 1}, got {seed!r}")
-    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
-        raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
-
-
 def serve(
     engine: Engine, prompts: Sequence[Sequence[int]], limits: Sequence[int], indices: Sequence[int],
     rounds: Sequence[int] | None = None, *, max_rounds: int | None = None, time_prefill: bool = False,
 ) -> Iterator[tuple[dict[int, Row], dict[int, Row]]]:  # fmt: skip
     """Answer all prompts: a slot that gets free takes the next. After each segment, the rows that have finished in it
     and those that run on, by the prompts' places in the list.
+
+    A row whose logits are not finite ends it with NotFiniteError, by its place, after the segment was handed out: it is
+    among those that run on there, with the tokens it had before.
 
     Args:
       limits, indices, rounds: of each prompt, see `Engine.admit`.
@@ -293,89 +192,11 @@ def serve(
         running: dict[int, Row] = {}
         for row, place in enumerate(holds):
             if place is not None:
-                done = bool(after["done"][row])
+                done = bool(after["done"][row]) and after["fault"][row] == NONE
                 (finished if done else running)[place] = {name: value[row] for name, value in after.items()}
                 holds[row] = None if done else place
         yield finished, running
-
-
-def decode(
-    target: Target,
-    prompts: Any,
-    *,
-    drafter: Drafter | None = None,
-    draft_length: int | None = None,
-    max_new_tokens: int | Sequence[int] = 256,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    draft_temperature: float | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    ignore_stop: bool = False,
-    template_arguments: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-    time_prefill: bool = False,
-) -> DecodeResult:
-    """Answers of the target, drafted in blocks if a drafter is given, and the same with or without it.
-
-    Greedy (temperature 0) the tokens are those of plain decoding, up to near-ties of the target's two best logits;
-    sampling, their distribution is.
-
-    Args:
-      prompts: a string, a chat (list of messages), or a list of strings, chats or token-id lists; any number.
-      drafter: proposes blocks; None decodes plainly, in the same loop with k = 0.
-      draft_length: k drafted tokens per round; 0 is plain, None what the drafter was trained for.
-      max_new_tokens: one number, or one per prompt.
-      temperature: 0 is greedy. top_k: 0 keeps all. top_p: 1 keeps all. Applied in this order, to both models.
-      draft_temperature: None is the temperature, 0 drafts the argmax; any value is exact.
-      seed: with the prompt's number it fixes every random choice, whatever the batch.
-      batch_size: slots that run at once (default up to 16); a finished slot takes the next prompt.
-      ignore_stop: run to max_new_tokens whatever the target says.
-      template_arguments: passed on to the chat template, as in {"enable_thinking": False}.
-      progress: called with (finished prompts, all prompts, new tokens of finished ones); the loop then runs in short
-        segments, so that Ctrl-C is served.
-      time_prefill: wait after each prefill (one wait more per refill), to fill in `stats.prefill_seconds`.
-
-    Raises:
-      InputError: anything wrong with the arguments, before any work is done.
-    """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, draft_temperature=draft_temperature)
-    slots = DEFAULT_SLOTS if batch_size is None else batch_size
-    encoded = encode_prompts(target, prompts, template_arguments)
-    engine, limits = prepare(target, encoded, drafter, draft_length, max_new_tokens, sampling, seed, slots, ignore_stop)
-
-    begin, new_tokens = time.perf_counter(), 0
-    found: dict[int, Row] = {}
-    rounds = ROUNDS_PER_SEGMENT if progress else None
-    for finished, _ in serve(
-        engine, encoded, limits, range(len(encoded)), max_rounds=rounds, time_prefill=time_prefill
-    ):
-        found |= finished
-        new_tokens += sum(int(row["length"]) - len(encoded[place]) for place, row in finished.items())
-        if progress:
-            progress(len(found), len(encoded), new_tokens)
-    seconds = time.perf_counter() - begin - engine.compile_seconds
-
-    rows = [found[i] for i in range(len(encoded))]
-    tokens = [row["tokens"][len(prompt) : row["length"]].tolist() for row, prompt in zip(rows, encoded, strict=True)]
-    stats = DecodeStats(
-        draft_length=engine.plan.k,
-        new_tokens=[len(answer) for answer in tokens],
-        rounds=[int(row["rounds"]) for row in rows],
-        accepted_histogram=[row["histogram"].tolist() for row in rows],
-        seconds=seconds,
-        prefill_seconds=engine.prefill_seconds,
-        compile_seconds=engine.compile_seconds,
-        fetches=engine.fetches,
-    )
-    stops = () if ignore_stop else target.stop_ids
-    texts = None if target.tokenizer is None else [answer_text(target, answer, stops) for answer in tokens]
-    return DecodeResult(texts=texts, tokens=tokens, stats=stats)
-
-
-def answer_text(target: Target, tokens: Sequence[int], stop_ids: Sequence[int]) -> str:
-    """The text of new tokens, without the stop token that may end them."""
-    assert target.tokenizer is not None
-    stopped = bool(tokens) and tokens[-1] in stop_ids
-    return target.tokenizer.decode(tokens[:-1] if stopped else tokens)
+        for place, row in running.items():
+            if row["fault"] != NONE:
+                new_tokens = int(row["length"]) - len(prompts[place]) + rounds[place]
+                raise NotFiniteError(place, engine.not_finite(int(row["fault"]), new_tokens))

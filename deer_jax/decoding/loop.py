@@ -13,7 +13,7 @@ from jax import lax
 from deer_jax.config import ModelConfig
 from deer_jax.decoding.accept import Verdict, accept_greedy, accept_sampled
 from deer_jax.decoding.sampling import Kind, Knobs, pick_draft
-from deer_jax.decoding.state import DecodeState
+from deer_jax.decoding.state import DRAFTER, NONE, TARGET, DecodeState
 from deer_jax.drafters.protocol import Draft, Method
 from deer_jax.models.cache import write_cache, write_rows
 from deer_jax.models.transformer import Params, bind, prefill_rows
@@ -41,7 +41,7 @@ def one_round(plan: Plan, params: Params, drafter_params: Params, state: DecodeS
     else:
         verdict = accept_greedy(logits, draft)
     state = dataclasses.replace(state, drafter=drafter, cache=write_cache(state.cache, fresh, state.length - 1))
-    return commit(state, verdict, stop_ids)
+    return commit(state, verdict, stop_ids, faults_of(logits, draft))
 
 
 def propose(plan: Plan, drafter_params: Params, state: DecodeState, knobs: Knobs):
@@ -64,26 +64,45 @@ def read_block(config: ModelConfig, params: Params, state: DecodeState, draft: D
         return model.logits(hidden), fresh
 
 
-def commit(state: DecodeState, verdict: Verdict, stop_ids) -> DecodeState:
+def faults_of(logits, draft: Draft):
+    """int32 [B, k+1]: whose logits are not finite at each block position; the drafter's count for the whole draft.
+
+    logits float32 [B, k+1, V]. The largest of them is not finite where any is not.
+    """
+    with jax.named_scope("finite"):
+        finite = jnp.isfinite(jnp.max(jnp.abs(logits), axis=-1))
+        drafter = jnp.int32(NONE)
+        if draft.finite is not None:
+            drafter = jnp.where(draft.finite, NONE, DRAFTER)[:, None]
+        return jnp.where(finite, drafter, TARGET).astype(jnp.int32)
+
+
+def commit(state: DecodeState, verdict: Verdict, stop_ids, faults) -> DecodeState:
     """Append accepted + 1 tokens to every running row, up to its first stop token and its limit.
 
-    stop_ids int32 [n]. Writes all k+1 choices; those behind the committed ones are scratch.
+    stop_ids int32 [n]. Writes all k+1 choices; those behind the committed ones are scratch. faults int32 [B, k+1]: a
+    row that has one at a position that decided a token it would commit ends here and commits nothing; what lies behind
+    a rejected draft decided nothing.
     """
     with jax.named_scope("commit"):
         choice, accepted = verdict
         stop_at = first_stop(choice, stop_ids)
         offered = jnp.minimum(accepted, stop_at) + 1
         count = jnp.where(state.done, 0, jnp.minimum(offered, state.limit - state.length))
+        decided = jnp.arange(choice.shape[1])[None] < count[:, None]
+        fault = jnp.maximum(state.fault, jnp.max(jnp.where(decided, faults, NONE), axis=1))
+        count = jnp.where(fault == NONE, count, 0)
         length = state.length + count
-        running = (~state.done).astype(jnp.int32)
+        running = (~state.done & (fault == NONE)).astype(jnp.int32)
         committed = jax.nn.one_hot(offered - 1, choice.shape[1], dtype=jnp.int32) * running[:, None]
         return dataclasses.replace(
             state,
             tokens=write_rows(state.tokens, choice, state.length),
             length=length,
-            done=state.done | (stop_at < count) | (length >= state.limit),
+            done=state.done | (stop_at < count) | (length >= state.limit) | (fault != NONE),
             rounds=state.rounds + running,
             histogram=state.histogram + committed,
+            fault=fault,
         )
 
 
@@ -97,12 +116,14 @@ def first_stop(tokens, stop_ids):
 def run_segment(
     plan: Plan, params: Params, drafter_params: Params, state: DecodeState, knobs: Knobs, stop_ids, max_rounds, max_done
 ) -> DecodeState:
-    """Rounds until every row is done, or `max_done` rows are, or `max_rounds` have run (both int32 [])."""
+    """Rounds until every row is done, or `max_done` rows are, or `max_rounds` have run (both int32 []), or until a row
+    has met logits that are not finite."""
 
     def running(carry):
         count, state = carry
         done = jnp.sum(state.done, dtype=jnp.int32)
-        return (count < max_rounds) & (done < jnp.minimum(max_done, state.done.shape[0]))
+        going = (count < max_rounds) & (done < jnp.minimum(max_done, state.done.shape[0]))
+        return going & jnp.all(state.fault == NONE)
 
     def body(carry):
         count, state = carry
@@ -157,5 +178,6 @@ def admit(
         prompt_index=state.prompt_index.at[rows].set(index),
         rounds=state.rounds.at[rows].set(rounds),
         histogram=state.histogram.at[rows].set(0),
+        fault=state.fault.at[rows].set(NONE),
         drafter=drafter,
     )

@@ -75,7 +75,7 @@ def _encode(
     for token in tokens:
         if not 0 <= token < size:
             text = target.tokenizer.token(token) if said and isinstance(target.tokenizer, Tokenizer) else None
-            name = f"{token}" if text is None else f"{token} ({shown(text)})"
+            name = shown(token, quoted=False) if text is None else f"{token} ({shown(text)})"
             raise PromptError(index, f"token id {name} is outside the vocabulary of {size} (0..{size - 1})")
     return tokens
 

@@ -132,9 +132,11 @@ def pick_draft(logits, first: int, *, context, rounds, kind: Kind, knobs: Knobs)
     logits [B, n, V]; see `drafters.protocol.Pick`.
     """
     with jax.named_scope("pick"):
+        # The largest logit is NaN where one is, and infinite where one is or where nothing may be picked.
+        finite = jnp.all(jnp.isfinite(jnp.max(logits, axis=-1)), axis=1)
         if not kind.draft_sampled:
-            return Draft(jnp.argmax(logits, axis=-1).astype(jnp.int32), None)
+            return Draft(jnp.argmax(logits, axis=-1).astype(jnp.int32), None, finite)
         log_q = log_probabilities(logits, knobs.draft_temperature, kind, knobs)
         position = context.length[:, None] + first + jnp.arange(logits.shape[1])[None]
         keys = keys_for(knobs.seed, context.prompt_index, rounds, position, DRAFT)
-        return Draft(draw(keys, log_q), log_q)
+        return Draft(draw(keys, log_q), log_q, finite)

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from deer_jax.drafters.protocol import Context
 from deer_jax.models.cache import KVCache, empty_cache
 
+# What ended a row early: logits that are not finite, and whose. The target's weigh more where both are.
+NONE, DRAFTER, TARGET = 0, 1, 2
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,7 @@ class DecodeState:
       prompt_index: which prompt the row holds; part of the keys of its random numbers.
       rounds: the row's own count.
       histogram: rounds of the row that committed i + 1 tokens (i accepted drafts), before the limit's cut.
+      fault: NONE, or whose logits were not finite in the round that ended the row, which committed nothing.
       drafter: the drafter's own state.
     """
 
@@ -36,6 +40,7 @@ class DecodeState:
     prompt_index: jax.Array  # int32 [B]
     rounds: jax.Array  # int32 [B]
     histogram: jax.Array  # int32 [B, k+1]
+    fault: jax.Array  # int32 [B]
     cache: KVCache
     drafter: Any
 
@@ -58,6 +63,7 @@ def idle_state(config, batch: int, capacity: int, k: int, dtype, drafter_state) 
         prompt_index=ints(batch),
         rounds=ints(batch),
         histogram=ints(batch, k + 1),
+        fault=ints(batch),
         cache=empty_cache(config, batch, capacity, dtype),
         drafter=drafter_state,
     )
@@ -73,6 +79,7 @@ class DecodeStats:
       rounds: draft-and-verify rounds.
       accepted_histogram: [k+1] counts: rounds that committed i + 1 tokens, counted up to and including a stop token
         and before the limit's cut.
+      resumed_tokens: of new_tokens, those that the call found in its output; speeds do not count them.
       seconds: wall clock of the call, compilation excluded, prefill included.
       prefill_seconds: the part of it that read prompts; None where it was not measured (`time_prefill`).
       compile_seconds: what compilation took, not part of `seconds`.
@@ -87,6 +94,7 @@ class DecodeStats:
     prefill_seconds: float | None
     compile_seconds: float
     fetches: int
+    resumed_tokens: int = 0
 
     @property
     def acceptance_length(self) -> float:
@@ -94,8 +102,12 @@ class DecodeStats:
         return acceptance_length(self.accepted_histogram)
 
     @property
+    def _made(self) -> int:
+        return sum(self.new_tokens) - self.resumed_tokens
+
+    @property
     def tokens_per_second(self) -> float:
-        return sum(self.new_tokens) / self.seconds if self.seconds else 0.0
+        return self._made / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float | None:
@@ -103,7 +115,7 @@ class DecodeStats:
         if self.prefill_seconds is None:
             return None
         seconds = self.seconds - self.prefill_seconds
-        return sum(self.new_tokens) / seconds if seconds > 0 else 0.0
+        return self._made / seconds if seconds > 0 else 0.0
 
 
 def acceptance_length(histograms: list[list[int]]) -> float:

@@ -1,11 +1,15 @@
 """One answer while it is made: as pieces of text, or round by round as blocks of tokens."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from deer_jax.config import Sampling
-from deer_jax.decoding.engine import Engine, answer_text, prepare
+from deer_jax.decoding.checks import check_models, prepare
+from deer_jax.decoding.decode import answer_text, decoded, statistics
+from deer_jax.decoding.engine import Engine, serve
 from deer_jax.decoding.prompts import encode_prompts
+from deer_jax.decoding.state import DecodeStats
 from deer_jax.drafters.protocol import Drafter
 from deer_jax.errors import InputError
 from deer_jax.models.target import Target
@@ -27,14 +31,19 @@ def stream(
     seed: int = 0,
     ignore_stop: bool = False,
     template_arguments: Mapping[str, Any] | None = None,
+    finished: Callable[[DecodeStats], Any] | None = None,
 ) -> Iterator[str]:
-    """Pieces of one answer as they are committed; joined they equal the text of `decode` with the same arguments."""
+    """Pieces of one answer as they are committed; joined they equal the text of `decode` with the same arguments.
+
+    finished: called after the last piece with what `decode` would report.
+    """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, draft_temperature=draft_temperature)
+    check_models(target, drafter)
     if target.tokenizer is None:
         raise InputError(f"{target.name} has no tokenizer, so there is no text to stream: use stream_blocks")
     encoded = _one(encode_prompts(target, prompt, template_arguments))
     engine, limits = prepare(target, encoded, drafter, draft_length, max_new_tokens, sampling, seed, 1, ignore_stop)
-    return _pieces(engine, encoded, limits, () if ignore_stop else target.stop_ids)
+    return _pieces(engine, encoded, limits, () if ignore_stop else target.stop_ids, finished)
 
 
 def stream_blocks(
@@ -61,6 +70,7 @@ def stream_blocks(
         k = 4:  [12, 7, 31], [5], [9, 9, 40, 2, 8]   2 drafts accepted, none, all 4
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, draft_temperature=draft_temperature)
+    check_models(target, drafter)
     encoded = _one(encode_prompts(target, prompt, template_arguments))
     engine, limits = prepare(target, encoded, drafter, draft_length, max_new_tokens, sampling, seed, 1, ignore_stop)
     return _rounds(engine, encoded, limits, 1)
@@ -72,22 +82,35 @@ def _one(encoded: list[list[int]]) -> list[list[int]]:
     return encoded
 
 
-def _rounds(engine: Engine, encoded: list[list[int]], limits: list[int], rounds: int) -> Iterator[list[int]]:
+def _rounds(
+    engine: Engine,
+    encoded: list[list[int]],
+    limits: list[int],
+    rounds: int,
+    finished: Callable[[DecodeStats], Any] | None = None,
+) -> Iterator[list[int]]:
     """The tokens of every so many rounds, to the end of the answer."""
-    engine.admit(encoded, limits, [0], [0])
-    seen, done = len(encoded[0]), False
-    while not done:
-        after = engine.segment(rounds)
-        done, length = bool(after["done"][0]), int(after["length"][0])
-        yield after["tokens"][0, seen:length].tolist()
-        seen = length
+    seen, begin = len(encoded[0]), time.perf_counter()
+    for ended, running in serve(engine, encoded, limits, [0], max_rounds=rounds):
+        row = (ended | running)[0]
+        yield row["tokens"][seen : row["length"]].tolist()
+        seen = int(row["length"])
+        if ended and finished is not None:
+            seconds = time.perf_counter() - begin - engine.compile_seconds
+            finished(statistics(engine, [decoded(row, len(encoded[0]))], seconds))
 
 
-def _pieces(engine: Engine, encoded: list[list[int]], limits: list[int], stop_ids: Sequence[int]) -> Iterator[str]:
+def _pieces(
+    engine: Engine,
+    encoded: list[list[int]],
+    limits: list[int],
+    stop_ids: Sequence[int],
+    finished: Callable[[DecodeStats], Any] | None,
+) -> Iterator[str]:
     tokenizer = engine.target.tokenizer
     assert tokenizer is not None
-    shown, tokens = "", []
-    for fresh in _rounds(engine, encoded, limits, ROUNDS_PER_PIECE):
+    shown, tokens, stats = "", [], []
+    for fresh in _rounds(engine, encoded, limits, ROUNDS_PER_PIECE, stats.append):
         tokens += fresh
         # Bytes may still become part of a character, or be found to be none.
         text = answer_text(engine.target, tokens[: tokenizer.settled(tokens)], stop_ids)
@@ -97,3 +120,5 @@ def _pieces(engine: Engine, encoded: list[list[int]], limits: list[int], stop_id
             shown = text
     if rest := answer_text(engine.target, tokens, stop_ids)[len(shown) :]:
         yield rest
+    if finished is not None:
+        finished(stats[0])

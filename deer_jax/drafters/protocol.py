@@ -25,10 +25,13 @@ class Draft(NamedTuple):
 
     tokens: jax.Array  # int32 [B, k]
     log_q: jax.Array | None  # float32 [B, k, V]; None: each token was certain (point mass)
+    finite: jax.Array | None = None  # bool [B], of the logits the tokens were picked from; None: there were none
 
 
 # pick(logits float32 [B, n, V'], first) draws n tokens per row for draft positions first..first+n-1 under the sampling
-# settings of the run. A block drafter calls it once; one whose tokens depend on each other, once per position.
+# settings of the run. A block drafter calls it once; one whose tokens depend on each other, once per position and
+# joins what it gets. Logits of -inf are never picked; a row that has nothing else, or NaN or +inf, is not finite, and
+# the decode ends with an error.
 Pick = Callable[[jax.Array, int], Draft]
 
 

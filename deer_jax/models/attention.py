@@ -56,6 +56,17 @@ def attend(
     return _finish(out, rows.shape, v.dtype)
 
 
+def with_finite_values(k, v):
+    """Keys and values whose values are all finite: a row of values that is not has keys of NaN instead.
+
+    Hidden keys leave no trace, but a weight of 0 times a value of NaN would be NaN. So whoever sees a row that is not
+    finite is not finite either, and nobody else, as if the row were not there: a rejected draft's is never seen.
+    """
+    finite = jnp.isfinite(v)
+    k = jnp.where(jnp.all(finite, axis=-1, keepdims=True), k, jnp.array(jnp.nan, k.dtype))
+    return k, jnp.where(finite, v, jnp.zeros((), v.dtype))
+
+
 def _attend_blocks(q, k, v, blocks: BlockMask) -> jax.Array:
     """`attend` without the scores that nobody may see: each block apart, blocks against the text, text alone."""
     (B, M, R), K = blocks.real.shape, k.shape[2]

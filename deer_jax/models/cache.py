@@ -2,7 +2,8 @@
 
 Invariant: a pass that starts at position p attends to slots 0..p-1 and to its own fresh block, nothing else. Whatever
 lies in slot p and beyond (rejected drafts, padding of a prefill) is invisible and is overwritten by the next write
-at p. Values must be finite there (0 * NaN is NaN), which is why caches start as zeros.
+at p. Values are finite there (0 * NaN is NaN): caches start as zeros, and what a pass writes went through
+`attention.with_finite_values`.
 """
 
 import dataclasses

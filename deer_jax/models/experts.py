@@ -56,7 +56,9 @@ def _by_active_expert(rows, chosen, weights, experts, layer, config: ModelConfig
     def one_expert(i, total):
         expert = by_load[i].astype(jnp.int32)
         out = gated_mlp(rows, *(pick(experts[name], expert) for name in ("gate", "up", "down")))
-        return total + out * lax.dynamic_slice_in_dim(weight_of, expert, 1, axis=1)
+        weight = lax.dynamic_slice_in_dim(weight_of, expert, 1, axis=1)
+        # Not out * 0 for the rows that did not choose it: an expert that is not finite would reach them too.
+        return total + jnp.where(weight != 0, out * weight, jnp.zeros((), out.dtype))
 
     return lax.fori_loop(0, jnp.sum(load > 0), one_expert, jnp.zeros_like(rows))
 

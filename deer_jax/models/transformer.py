@@ -23,7 +23,7 @@ from jax import lax
 
 from deer_jax.config import ModelConfig
 from deer_jax.models import experts as moe
-from deer_jax.models.attention import attend
+from deer_jax.models.attention import attend, with_finite_values
 from deer_jax.models.cache import KVCache, write_cache
 from deer_jax.models.layers import gated_mlp, linear, linear_turned, logits, rms_norm, rotary, rotate
 
@@ -133,7 +133,7 @@ class Layer(nnx.Module):
         with jax.named_scope("attention"):
             h = rms_norm(x, self.input_norm[...], config.norm_eps)
             q, k = rotate(heads("q", config.heads), cos_sin), rotate(heads("k", config.kv_heads), cos_sin)
-            v = heads("v", config.kv_heads)
+            k, v = with_finite_values(k, heads("v", config.kv_heads))
             mixed = attend(q, k, v, visible=visible, cache=cache, layer=index, start=start, block=block)
             x = x + project(mixed.reshape(B, T, -1), self.o[...])
         with jax.named_scope("mlp"):

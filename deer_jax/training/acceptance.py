@@ -10,10 +10,10 @@ import numpy as np
 from deer_jax.data.answers import AnswerFiles
 from deer_jax.data.sources import placed, read_prompts, template_arguments
 from deer_jax.decoding.acceptance import acceptance_by_depth, acceptance_interval, repeated_windows
-from deer_jax.decoding.engine import decode
+from deer_jax.decoding.decode import decode
 from deer_jax.decoding.prompts import encode_prompts
 from deer_jax.drafters.protocol import Drafter
-from deer_jax.errors import PromptError
+from deer_jax.errors import NotFiniteError, PromptError, RunError
 from deer_jax.models.target import Target
 from deer_jax.training.recipe import Evaluation
 
@@ -99,16 +99,20 @@ def measure(
     seed: int,
     progress: Callable[[str], Any],
 ) -> list[Acceptance]:
-    """Acceptance at every draft length and temperature of the evaluation, in this order."""
+    """Acceptance at every draft length and temperature of the evaluation, in this order. RunError for logits that are
+    not finite, with the prompt's number from 1."""
     result = []
     for k in evaluation.draft_lengths or (drafter.draft_length,):
         for temperature in evaluation.temperatures:
             note = f"evaluating k = {k}, T = {temperature:g}"
-            found = decode(
-                target, prompts, drafter=drafter, draft_length=k, max_new_tokens=evaluation.max_new_tokens,
-                temperature=temperature, seed=seed, batch_size=evaluation.batch_size,
-                progress=lambda done, total, _, note=note: progress(f"{note}: {done} of {total}"),
-            )  # fmt: skip
+            try:
+                found = decode(
+                    target, prompts, drafter=drafter, draft_length=k, max_new_tokens=evaluation.max_new_tokens,
+                    temperature=temperature, seed=seed, batch_size=evaluation.batch_size,
+                    progress=lambda done, total, _, note=note: progress(f"{note}: {done} of {total}"),
+                )  # fmt: skip
+            except NotFiniteError as error:
+                raise RunError(f"{note}: held-out prompt {error.index + 1}: {error.reason}") from None
             histograms = np.asarray(found.stats.accepted_histogram)
             result.append(
                 Acceptance(

@@ -7,7 +7,7 @@ import pytest
 from deer_jax.bench import runner
 from deer_jax.bench.runner import bench
 from deer_jax.config import DrafterConfig
-from deer_jax.decoding.engine import decode
+from deer_jax.decoding.decode import decode
 from deer_jax.decoding.state import acceptance_length
 from deer_jax.drafters.standalone import drafter_from_target
 from deer_jax.errors import InputError

@@ -153,6 +153,30 @@ def test_a_plain_model_becomes_a_drafter_by_saying_how_it_reads(folders, target)
     np.testing.assert_array_equal(drafter.params["special"][0], drafter.params["embed"][MASK])
 
 
+def test_wrong_arguments_say_what_to_call(folders, target):
+    with pytest.raises(InputError, match=r"\Atarget must be a loaded one, as in load_target\('a/b'\), got 'a/b'\Z"):
+        deer_jax.load_drafter(folders / "public", target="a/b")
+    with pytest.raises(InputError, match=r"\Aconfig must be a DrafterConfig, got {'draft_length': 4}\Z"):
+        deer_jax.load_drafter(folders / "public", target=target, config={"draft_length": 4})
+    with pytest.raises(InputError, match=r"\A[^\n]*runs/mine: no such folder here[^\n]*hub:runs/mine\Z"):
+        deer_jax.load_drafter("runs/mine", target=target)
+
+
+def test_a_drafter_prints_as_one_line(folders, target):
+    assert repr(deer_jax.load_drafter("from-target:0", target=target)) == (
+        "StandaloneDrafter(from-target:0: block_causal, draft length 8, qwen3, 1 layers of width 32, 40 tokens, "
+        "context 256, float32)"
+    )
+
+
+def test_a_mask_beyond_the_vocabulary_is_refused(folders, target, tmp_path):
+    folder = tmp_path / "small"
+    config = tiny("qwen2", vocab_size=MASK)
+    save_folder(folder, config, random_params(config), tokenizer_source=folders / "masked_words")
+    with pytest.raises(InputError, match=r"\A[^\n]*<M> is id 30, the vocabulary ends at 29\Z"):
+        deer_jax.load_drafter(folder, target=target)
+
+
 def test_the_first_differing_token_is_named(folders, target, tmp_path):
     drafter = deer_jax.drafter_from_target(target)
     deer_jax.save_drafter(tmp_path / "drafter", drafter)

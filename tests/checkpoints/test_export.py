@@ -4,7 +4,11 @@ Exported targets are tested where they are trained, in tests/training/test_pretr
 """
 
 import dataclasses
+import hashlib
+import json
+import os
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +17,10 @@ import pytest
 
 import deer_jax
 from deer_jax import InputError
-from deer_jax.checkpoints.huggingface import load_params, read_config
+from deer_jax.checkpoints.huggingface import load_params, read_config, read_stop_ids
 from deer_jax.checkpoints.runs import DRAFTER, TARGET, Checkpoint, Checkpoints, best_of, is_run
+from deer_jax.cli import export as cli
+from deer_jax.errors import RunError
 from deer_jax.files import Lock
 from deer_jax.models.target import full_logits
 from deer_jax.models.transformer import stack_layers
@@ -27,6 +33,7 @@ READING = {"attention": "bidirectional", "separator": False, "draft_length": 4, 
 def folder(tmp_path_factory):
     """The folder of tests.training.runs, and in it a run of two steps."""
     folder = runs.prepare(tmp_path_factory.mktemp("export"))
+    (folder / "target" / "generation_config.json").write_text('{"eos_token_id": [30, 31]}')
     stage = runs.recipe(folder)["stages"][0] | {"steps": 2}
     deer_jax.align(runs.recipe(folder, evaluation=None, stages=[stage], reading=READING))
     return folder
@@ -101,6 +108,81 @@ def test_the_best_checkpoint_is_exported_and_of_that_its_average(folder, tmp_pat
     assert {float(x) for leaf in leaves(params) for x in leaf.reshape(-1)} == {-3.0}
 
 
+def state_of(folder):
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+
+
+def test_the_same_export_again_is_done(folder, tmp_path, capsys):
+    output = tmp_path / "model"
+    deer_jax.export(folder / "run", output)
+    before = state_of(output)
+    said = json.loads((output / "export.json").read_text())
+    assert {"source": "run", "kind": "drafter", "step": 2, "dtype": "bfloat16"}.items() <= said.items()
+    digests = {name: hashlib.sha256(content).hexdigest() for name, (_, content) in before.items()}
+    del digests["export.json"]
+    assert {name: each["sha256"] for name, each in said["files"].items()} == digests
+
+    assert deer_jax.export(folder / "run", output) == output
+    moved = shutil.copytree(folder / "run", tmp_path / "moved")
+    assert deer_jax.export(moved, output) == output
+    argv = ["--source", str(folder / "run"), "--output", str(output)]
+    cli.run(argv)
+    assert f"{output}: is complete, nothing to do" in capsys.readouterr().err
+    assert state_of(output) == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_is_not_the_same_export_is_not_taken_for_it(folder, tmp_path):
+    def refused(source, output, **options):
+        before = state_of(output)
+        with pytest.raises(InputError, match="exists and is not an empty folder; remove it or choose another"):
+            deer_jax.export(source, output, **options)
+        assert state_of(output) == before
+
+    whole = deer_jax.export(folder / "run", tmp_path / "whole")
+    refused(folder / "run", whole, dtype="float32")
+    for number, spoil in enumerate((
+        lambda path: (path / "model.safetensors").unlink(),
+        lambda path: (path / "model.safetensors").write_bytes(b"short"),
+        lambda path: (path / "export.json").write_text("{"),
+        lambda path: (path / "export.json").write_text('{"files": 3}'),
+        lambda path: (path / "export.json").unlink(),
+    )):  # fmt: skip
+        spoiled = Path(shutil.copytree(whole, tmp_path / str(number)))
+        spoil(spoiled)
+        refused(folder / "run", spoiled)
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    drafter = deer_jax.load_drafter(run, target=deer_jax.load_target(folder / "target"))
+    with Lock(run, inside=True) as lock:
+        Checkpoints(run, keep=9, lock=lock).save(3, {"params": stack_layers(drafter.params)}, 1.0)
+    refused(run, whole)  # of a later checkpoint
+
+
+def test_values_that_are_not_finite_are_not_exported(folder, tmp_path):
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    drafter = deer_jax.load_drafter(run, target=deer_jax.load_target(folder / "target"))
+    params = stack_layers(drafter.params)
+    params["layers"]["q"] = params["layers"]["q"].at[1, 0, 0].set(jnp.inf)
+    with Lock(run, inside=True) as lock:
+        Checkpoints(run, keep=9, lock=lock).save(3, {"params": params}, 1.0)
+    with pytest.raises(RunError, match=r"\Amodel.layers.1.self_attn.q_proj.weight has values that are not finite"):
+        deer_jax.export(run, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_one_export_at_a_time(folder, tmp_path):
+    output = tmp_path / "model"
+    with Lock(output), pytest.raises(InputError, match=rf"model: is being written by process {os.getpid()} on "):
+        deer_jax.export(folder / "run", output)
+    (tmp_path / ".model.partial-0123abcd").mkdir()  # of a process that was killed
+    deer_jax.export(folder / "run", output)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_exported_drafter_stops_where_its_target_does(exported):
+    assert read_stop_ids(exported) == (30, 31)
+
+
 def test_best_of():
     assert best_of([]) is None
     assert best_of([Checkpoint(1, None), Checkpoint(2, None)]) is None
@@ -126,6 +208,11 @@ def test_what_cannot_be_exported(folder, exported, tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     for source in (folder / "none", folder, folder / "target", exported):
         refused(source, tmp_path / "model", f"{source}: is no folder of a pretrain or align run; give the `output` of")
+    for source, words in (("", "is no folder of"), ("x" * 5000, "File name too long"), ("a\0b", "null byte")):
+        refused(source, tmp_path / "model", words)
+    refused(folder / "run", "", "output is empty: name the folder to make")
+    refused(folder / "run", tmp_path / "mine" / "thesis.txt" / "model", "model: cannot be written: ")
+    refused(folder / "run", "~nobody-of-this-name/x", "no such home folder")
     refused(folder / "run", tmp_path / "model", "dtype must be bfloat16 or float32, got 'int8'", dtype="int8")
     new = shutil.copytree(folder / "run", tmp_path / "new", ignore=shutil.ignore_patterns("checkpoints"))
     refused(new, tmp_path / "model", "new: the run has no checkpoint yet; training writes the first one later")

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -13,16 +15,16 @@ from safetensors.numpy import load_file, save_file
 
 from deer_jax.checkpoints import huggingface
 from deer_jax.checkpoints.families import config_from, tensor_slots, write_config
-from deer_jax.checkpoints.hub import resolve_folder
 from deer_jax.checkpoints.huggingface import (
     load_params,
+    read_bos_id,
     read_config,
     read_stop_ids,
     save_folder,
 )
 from deer_jax.checkpoints.load import compute_dtype, load_target
 from deer_jax.config import Rope
-from deer_jax.errors import InputError
+from deer_jax.errors import InputError, RunError
 from tests.tiny import REAL, random_params, tiny
 
 LLAMA = {
@@ -30,6 +32,14 @@ LLAMA = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 96,
     "max_position_embeddings": 256,
 }  # fmt: skip
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+QWEN3_MOE = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 
 
 def refused(*words):
@@ -147,6 +157,33 @@ def test_defaults_follow_transformers():
         ({"vocab_size": None}, ["vocab_size is missing"]),
         ({"num_attention_heads": 3}, ["heads", "multiple"]),
         ({"num_attention_heads": 0}, ["heads"]),
+        ({"architectures": {"a": 1}}, ["architecture {'a': 1} is not supported"]),
+        ({"architectures": ["LlamaForCausalLMEagle3"]}, ["LlamaForCausalLMEagle3 is not supported"]),
+        ({"architectures": ["DFlashDraftModel"]}, ["DFlashDraftModel is not supported", "LlamaForCausalLM"]),
+        ({"architectures": "x" * 9000}, ["is not supported"]),
+        ({"hidden_act": ["silu"]}, ["hidden_act"]),
+        ({"attention_bias": "false"}, ["attention_bias must be true or false, got 'false'"]),
+        ({"rms_norm_eps": -1}, ["norm_eps must be above 0"]),
+        ({"rms_norm_eps": 1e30}, ["norm_eps must be above 0 and at most 0.1, got 1e\\+30"]),
+        ({"rope_theta": 1e-30}, ["theta must be in 1..1e\\+15, got 1e-30"]),
+        ({"rope_theta": 10**400}, ["rope_theta must be a number"]),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, ["factor must be in 1"]),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 8.0}}, ["low_freq_factor must be below high_freq_factor"]),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": -1.0}}, ["low_freq_factor must be above 0"]),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 0}}, ["original_max_position_embeddings"]),
+        ({"rope_scaling": YARN | {"beta_fast": 0.5}}, ["beta_slow must be below beta_fast"]),
+        ({"rope_scaling": YARN | {"beta_slow": -1}}, ["beta_slow must be above 0"]),
+        ({"rope_scaling": YARN | {"attention_factor": 0}}, ["attention_factor must be above 0"]),
+        ({"rope_scaling": YARN | {"mscale": -0.1}}, ["mscale must be in 0"]),
+        ({"rope_scaling": YARN | {"truncate": "no"}}, ["truncate must be true or false, got 'no'"]),
+        ({"rope_scaling": YARN, "rope_theta": 1}, ["theta must be above 1"]),
+        ({"partial_rotary_factor": "half"}, ["partial_rotary_factor 'half'"]),
+        ({"num_hidden_layers": 10**9}, ["layers must be", "at most 10,000, got 1000000000"]),
+        ({"vocab_size": 2**31}, ["vocab_size must be", "at most"]),
+        (QWEN3_MOE | {"num_experts": 10**9}, ["experts must be", "at most 100,000"]),
+        (QWEN3_MOE | {"num_experts": 0}, ["num_experts must be at least 1"]),
+        (QWEN3_MOE | {"num_experts": 4, "norm_topk_prob": "yes"}, ["norm_topk_prob must be true or false, got 'yes'"]),
+        ({"architectures": ["Qwen2ForCausalLM"], "max_window_layers": "all"}, ["max_window_layers must be an integer"]),
     ],
 )
 def test_unsupported_configurations_are_refused(values, words):
@@ -159,40 +196,74 @@ def test_configurations_without_a_family_are_refused():
         tensor_slots(tiny("llama", qkv_bias=True))
 
 
-def test_missing_folders_are_refused(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    asked = []
-
-    def download(name, *, allow_patterns):
-        asked.append((name, allow_patterns))
-        if name == "owner/there":
-            return str(tmp_path)
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nmore")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with refused("/no/such/folder", "check the path"):
-        load_target("/no/such/folder")
-    with refused("justaname"):
-        resolve_folder("justaname")
-    assert not asked
-    with refused("owner/absent", "no network", "spelling"):
-        load_target("owner/absent")
-    assert resolve_folder("owner/there") == tmp_path
-    assert "*.safetensors" in asked[0][1]
-    assert not any("bin" in pattern for pattern in asked[0][1])
-    (tmp_path / "file").touch()
-    with refused("is a file"):
-        resolve_folder(tmp_path / "file")
-    with refused("config.json", "no such file"):
-        load_target(tmp_path)
-
-
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"])
 def test_damaged_configurations_are_refused(content, spoiled):
     (spoiled / "config.json").write_bytes(content)
     with refused("config.json"):
         read_config(spoiled)
+
+
+def test_counts_are_compared_before_anything_is_listed(spoiled):
+    path = spoiled / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"num_hidden_layers": 9_999}))
+    with refused(r"config.json says 9,999 layers, 89,994 tensors; the files hold 21"):
+        load_target(spoiled)
+    experts = {"num_experts": 99_999, "moe_intermediate_size": 8, "num_experts_per_tok": 2, "num_hidden_layers": 9_999}
+    path.write_text(json.dumps(values | experts | {"architectures": ["Qwen3MoeForCausalLM"]}))
+    with refused("says 9,999 layers of 99,999 experts, 2,99[0-9],[0-9]*,[0-9]* tensors; the files hold 21"):
+        load_target(spoiled)
+
+
+def test_an_index_names_files_in_its_folder_only(good, tmp_path):
+    secret = tmp_path / "secret.safetensors"
+    shutil.copyfile(good / "model.safetensors", secret)
+    keys = load_file(secret)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copyfile(good / "config.json", folder / "config.json")
+    names = ["../secret.safetensors", str(secret), "..", ".", "", "a/b.safetensors", "a\nb", "\0", "x" * 300]
+    for name in names:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(keys, name)}))
+        with refused("model.safetensors.index.json: ", "is no name of a file in this folder"):
+            load_target(folder)
+    linked = {"weight_map": dict.fromkeys(keys, "linked.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(linked))
+    (folder / "linked.safetensors").symlink_to(secret)
+    with refused("linked.safetensors: is a link out of its folder"):
+        load_target(folder)
+    (folder / "linked.safetensors").unlink()
+    os.mkfifo(folder / "linked.safetensors")
+    with refused("linked.safetensors: is no regular file"):
+        load_target(folder)
+    # A link within the folder is none of these, and the hub's cache is made of links to its own blobs.
+    (folder / "linked.safetensors").unlink()
+    secret.rename(folder / "here.safetensors")
+    (folder / "linked.safetensors").symlink_to("here.safetensors")
+    assert load_target(folder).config.layers == 2
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "1"
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir()
+    (snapshot / "here.safetensors").rename(blobs / "abc")
+    (snapshot / "linked.safetensors").unlink()
+    (snapshot / "linked.safetensors").symlink_to("../../blobs/abc")
+    assert load_target(snapshot).config.layers == 2
+    (snapshot / "linked.safetensors").unlink()
+    blobs.rename(tmp_path / "blobs")
+    (snapshot / "linked.safetensors").symlink_to(tmp_path / "blobs" / "abc")
+    with refused("is a link out of its folder"):
+        load_target(snapshot)
+
+
+def test_a_tensor_in_two_files_is_refused(spoiled):
+    shutil.copyfile(spoiled / "model.safetensors", spoiled / "b.safetensors")
+    (spoiled / "model.safetensors").rename(spoiled / "a.safetensors")
+    index = {"weight_map": {"model.norm.weight": "a.safetensors", "lm_head.weight": "b.safetensors"}}
+    (spoiled / "model.safetensors.index.json").write_text(json.dumps(index))
+    with refused("b.safetensors: .* stands in a.safetensors too"):
+        load_target(spoiled)
 
 
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:100], lambda b: b[:-10], lambda b: b"\xff" * 99])
@@ -302,10 +373,53 @@ def test_stop_ids(generation, model, ids, tmp_path):
     assert read_stop_ids(tmp_path) == ids
 
 
-def test_wrong_stop_ids_are_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
-    with refused("eos_token_id", "</s>"):
-        read_stop_ids(tmp_path)
+@pytest.mark.parametrize("ids", ["</s>", -1, 2**31, 2.0, True, [[2]], [2, None], {"a": 2}, [2**31], list(range(2000))])
+def test_wrong_stop_ids_are_refused(tmp_path, ids):
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_text(json.dumps({"eos_token_id": ids}))
+        with refused(f"{name}: eos_token_id must be an id or a list of ids, got "):
+            read_stop_ids(tmp_path)
+
+
+def test_wrong_bos_ids_are_refused(tmp_path):
+    for found in ("<s>", [1], -1, 2**31, True):
+        (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": found}))
+        with refused("config.json: bos_token_id must be an id, got "):
+            read_bos_id(tmp_path)
+
+
+def test_wrong_arguments_say_what_to_call(good):
+    with refused(r"mesh must be what make_mesh returns, as in make_mesh\(fsdp=8\), got 8"):
+        load_target(good, mesh=8)
+    with refused("a model is named by a folder or a hub id, got 8"):
+        load_target(8)
+
+
+def test_a_target_prints_as_one_line(good):
+    assert repr(load_target(good)) == ("Target(good: llama, 2 layers of width 32, 96 tokens, context 256, float32)")
+
+
+def test_values_that_are_not_finite_are_not_saved(tmp_path):
+    config = tiny("llama")
+    params = random_params(config, 0)
+    params["layers"]["up"] = params["layers"]["up"].at[1, 0, 0].set(jnp.nan)
+    with pytest.raises(RunError, match=r"\Amodel.layers.1.mlp.up_proj.weight has values that are not finite[^\n]*\Z"):
+        save_folder(tmp_path / "model", config, params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """The kernel refuses a large file to this process as it would a full disk, with another word."""
+    config = tiny("llama", vocab_size=2000)
+    params = random_params(config, 0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"\A[^\n]*model: cannot be written: File too large\Z"):
+            save_folder(tmp_path / "model", config, params)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_dtypes():
@@ -316,11 +430,14 @@ def test_dtypes():
             compute_dtype(wrong)
 
 
-def test_a_tokenizer_must_fit_the_vocabulary(spoiled, stories_dir):
+def test_a_tokenizer_may_have_ids_beyond_the_vocabulary(spoiled, stories_dir):
+    """transformers adds such a token to folders that it saves; a prompt that has it is refused where it is read."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(stories_dir / name, spoiled / name)
-    with refused("ids up to 511", "95"):
-        load_target(spoiled)
+    target = load_target(spoiled)
+    assert max(target.tokenizer.vocabulary().values()) > target.config.vocab_size
+    with refused("outside the vocabulary of 96"):
+        target.logits([[1, 400]])
 
 
 def test_loading_a_target_without_tokenizer(good):

@@ -143,7 +143,7 @@ def test_shipped_configs_are_read(path):
         ("decode --target T --prompt a --limit 2", "--field and --limit are for a file"),
         ("decode --target T --prompt a", "--prompt 1: is text but tiny has no tokenizer"),
         ("decode --target T --prompt a --chat --template think", "--template: expected NAME=VALUE, got 'think'"),
-        ("decode --target T --prompt a --chat --template think=[", "--template: expected NAME=VALUE"),
+        ("decode --target T --prompt a --chat --template think=[", "--template 'think': not valid YAML: line 1"),
         ("decode --target T --prompt a --template think=1", "--template has no effect on plain text: add --chat"),
         ("decode --target T --prompts P --template think=1", "--template has no effect on plain text: add --chat"),
         ("decode --target T --prompt=", "--prompt is empty"),

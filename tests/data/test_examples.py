@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import os
 import re
 
 import numpy as np
 import pytest
 
 from deer_jax import InputError
+from deer_jax.data import answers as module
 from deer_jax.data.answers import AnswerFiles
 from deer_jax.data.examples import example_batches
 from deer_jax.diffusion.corruption import Corruption
@@ -60,10 +62,41 @@ def test_records_in_any_order(tmp_path, tail):
         assert records[i]["answer"] == [9 - i]
 
 
+def test_an_item_that_stands_twice_is_refused_with_both_lines(tmp_path):
+    rows = [{"prompt": [1], "answer": [2], "item": item} for item in (4, 5, 4)]
+    one, other = (write(tmp_path / name, rows[i:]) for i, name in ((0, "a"), (1, "b")))
+    records = AnswerFiles([other], vocab_size=10)
+    assert [records[i]["item"] for i in (0, 1, 1, 0)] == [5, 4, 4, 5]
+    records = AnswerFiles([other, one], vocab_size=10)  # files of several runs have the same numbers
+    assert [records[i]["item"] for i in (0, 1, 2, 3)] == [5, 4, 4, 5]
+    with pytest.raises(InputError, match=rf"{one}:3: item 4 stands in line 1 already"):
+        records[4]
+    plain = AnswerFiles([write(tmp_path / "c", [{"prompt": [1], "answer": [2]}] * 2)], vocab_size=10)
+    assert plain[0]["answer"] == plain[1]["answer"]
+
+
+def test_what_is_no_file_of_answers_is_refused(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    for path, message in ((tmp_path / "pipe", "is no regular file"), (tmp_path, "is a folder"), ("/dev/zero", "is no")):
+        with pytest.raises(InputError, match=message):
+            AnswerFiles([path], vocab_size=10)
+    path = write(tmp_path / "a", ['{"prompt": [1], "answer": [1], "prompt": [2]}\n'])
+    with pytest.raises(InputError, match=r"a:1: not readable as JSON: the key 'prompt' stands twice"):
+        AnswerFiles([path], vocab_size=10)
+    monkeypatch.setattr(module, "MOST_LINE", 100)
+    path = write(tmp_path / "a", [{"prompt": [1], "answer": [1]}, {"prompt": [1], "answer": [1] * 99}])
+    records = AnswerFiles([path], vocab_size=10)
+    with pytest.raises(InputError, match=r"a:2: a line of 32\d bytes is no answer"):
+        records[1]
+    path.unlink()
+    with pytest.raises(InputError, match="a: no such file"):
+        records[0]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "{path}: cannot be read: No such file or directory"),
+        (None, "{path}: no such file"),
         ("", "{path}: is empty; let a target answer prompts first"),
         ("[1, 2\n", "{path}:1: not valid JSON: "),
         ("[1, 2]\n", "{path}:1: expected an object with 'prompt' and 'answer', found list"),

@@ -9,6 +9,7 @@ from deer_jax.data.chats import is_chat, normalised
 from deer_jax.data.sources import read_prompts
 from deer_jax.errors import InputError
 
+NESTED = b"[" * 800 + b"]" * 800
 ROWS = (
     {"prompt": "a"}, {"id": 3, "prompt": [1, 2], "answer": [3]}, {"tokens": [1, 2]}, {"turns": ["a", "b"]},
     {"text": "a", "test_list": ["b"]}, {"question": "a", "answer": "b"}, {"problem": "a"},
@@ -22,7 +23,21 @@ VALUES = (
     [None], [[]], [{}], {"role": "user"}, {"role": "user", "content": "a"}, {"from": "x", "value": "y"}, {"type": "x"},
 )  # fmt: skip
 FIELDS = (*[None] * 12, "prompt", "messages", "id", "{prompt}{id}", "{instruction}\\n{input}", "{", "{a!r}")
-DAMAGE = (b"", b"\xff", b"\0", b"\n", b"\r", b'"', b"[" * 9999, b"9" * 5000, b"\xef\xbb\xbf", b"\\ud83d", b"}{")
+DAMAGE = (
+    b"",
+    b"\xff",
+    b"\0",
+    b"\n",
+    b"\r",
+    b'"',
+    b"[" * 9999,
+    NESTED,
+    b"[" * 800 + b"]" * 800,
+    b"9" * 5000,
+    b"\xef\xbb\xbf",
+    b"\\ud83d",
+    b"}{",
+)
 
 
 def mutate(rng: random.Random, value):

@@ -187,9 +187,7 @@ def test_links_out_of_the_folder_are_not_copied(stories_dir, tmp_path):
     shutil.copyfile(stories_dir / "tokenizer.json", source / "tokenizer.json")
     (source / "merges.txt").symlink_to(secret)
     (tmp_path / "copy").mkdir()
-    with pytest.raises(
-        InputError, match=r"source/merges\.txt: is a link to .*id_rsa, outside its folder; put the file"
-    ):
+    with pytest.raises(InputError, match=r"source/merges\.txt: is a link to .*id_rsa, outside its folder"):
         copy_tokenizer(source, tmp_path / "copy")
     assert list((tmp_path / "copy").iterdir()) == []
     (source / "merges.txt").unlink()

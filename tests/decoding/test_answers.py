@@ -1,12 +1,17 @@
 """Answer files: what is in them by their definition, whatever the batch and however often the run was stopped."""
 
 import dataclasses
+import datetime
 import json
+import os
+import shutil
 
+import jax
 import numpy as np
 import pytest
 
-from deer_jax import InputError, Target, answers, decode
+from deer_jax import InputError, Target, answers, decode, load_target
+from deer_jax.data import answers as writer_module
 from deer_jax.decoding import answers as module
 from deer_jax.decoding.answers import beginning
 from tests.tiny import random_params, tiny
@@ -235,10 +240,14 @@ def test_another_run_is_refused(target, prompts, tmp_path):
     answers(target, prompts, tmp_path / "a", **options)
     before = (tmp_path / "a").read_bytes()
     other = Target(config=target.config, params=random_params(target.config, 6, scan=False), stop_ids=target.stop_ids)
+    params = jax.tree.map(lambda x: x, target.params)
+    params["layers"][1]["down"] = params["layers"][1]["down"].at[5, 3].add(1e-3)  # as a merged adapter: norm and
+    nudged = dataclasses.replace(target, params=params)  # embedding are the same
     for model, texts, changes, message in (
-        (other, prompts, {}, r"target target float32 \w+ \(now target float32 \w+\); write"),
-        (target, prompts[:-1], {}, r"prompts \w+ \(now \w+\);"),
-        (target, prompts, {"ids": list("abcdef")}, r"prompts \w+ \(now \w+\);"),
+        (other, prompts, {}, "the target's weights, configuration, tokenizer or dtype changed; write"),
+        (nudged, prompts, {}, "the target's weights, configuration, tokenizer or dtype changed; write"),
+        (target, prompts[:-1], {}, "the prompts or their names changed;"),
+        (target, prompts, {"ids": list("abcdef")}, "the prompts or their names changed;"),
         (target, prompts, {"seed": 1, "samples": 2}, r"samples 1 \(now 2\), seed 0 \(now 1\);"),
         (target, prompts, {"temperatures": (0, 0.5)}, r"temperatures \[0.0\] \(now \[0.0, 0.5\]\);"),
         (target, prompts, {"prefix": (1, 2), "top_k": 3}, r"top_k 0 \(now 3\), prefix None \(now \[1, 2\]\);"),
@@ -256,6 +265,9 @@ def test_another_run_is_refused(target, prompts, tmp_path):
         ({"temperatures": (0, -1)}, r"temperature must be 0 \(greedy\) or positive, got -1"),
         ({"samples": 0}, "samples must be a whole number of at least 1, got 0"),
         ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number of at least 1, got 1.5"),
+        ({"samples": True}, "samples must be a whole number of at least 1, got True"),
+        ({"samples": 2**32}, "2 prompts x 4,294,967,296 samples are more than 10,000,000 answers: give fewer"),
+        ({"batch_size": 10**9}, "batch_size must be at most 65,536, got 1000000000"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"seed": -1}, "seed must be a whole number from 0 to"),
         ({"prefix": (3, 2)}, "prefix must be two whole numbers, MIN,MAX with 1 <= MIN <= MAX, got 3,2"),
@@ -273,3 +285,92 @@ def test_wrong_input_is_one_line_and_writes_nothing(target, tmp_path, wrong, mes
         answers(target, arguments.pop("prompts"), tmp_path / "a", **arguments)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def interrupt_at(count):
+    """A progress that raises at its call of this number."""
+    calls = []
+
+    def progress(*state):
+        calls.append(state)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+class Dated(Opening):
+    """A tokenizer whose template writes the day."""
+
+    def encode_chat(self, messages, *, now=None, **arguments):
+        return [1, (now or datetime.datetime.now()).day, len(messages[0]["content"])]
+
+    def decode(self, ids):
+        return str(ids)
+
+
+def test_a_template_that_writes_the_date_goes_on_the_next_day(target, tmp_path, monkeypatch):
+    """The date is that of the beginning, as the state keeps it."""
+    spoken, chats = (
+        dataclasses.replace(target, tokenizer=Dated([1]), stop_ids=()),
+        [[{"role": "user", "content": "hi"}]] * 2,
+    )
+    days = []
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 2, 3 + len(days))
+
+    monkeypatch.setattr(writer_module.datetime, "datetime", Clock)
+    for way in (answers, decode):
+        options = {"output": tmp_path / f"{way.__name__}.jsonl", "max_new_tokens": NEW}
+        days.clear()
+        with pytest.raises(KeyboardInterrupt):
+            way(spoken, chats, progress=interrupt_at(2), **options)
+        days.append(None)
+        way(spoken, chats, **options)
+    found = read(tmp_path / "answers.jsonl")
+    assert [found[item]["prompt"] for item in (0, 1)] == [[1, 3, 2]] * 2
+    assert read(tmp_path / "decode.jsonl")[0]["tokens"] == found[0]["answer"]
+
+
+@pytest.fixture
+def copied(stories_dir, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(stories_dir, folder)
+    return folder
+
+
+def test_a_second_start_reads_no_file_again_unless_asked(copied, tmp_path):
+    target, options = load_target(copied), {"max_new_tokens": 3}
+    answers(target, [[1, 5]], tmp_path / "a", **options)
+    assert target.digests.read > 10**6
+    again = load_target(copied)
+    answers(again, [[1, 5]], tmp_path / "a", **options)
+    assert again.digests.read == 0
+
+    weights = copied / "model.safetensors"
+    times, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    message = "a: was begun with other settings: the target's weights, configuration, tokenizer or dtype changed"
+    with pytest.raises(InputError, match=message):
+        answers(load_target(copied), [[1, 5]], tmp_path / "a", **options)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    answers(load_target(copied), [[1, 5]], tmp_path / "a", **options)  # the same size and time: taken to be the same
+    with pytest.raises(InputError, match=message):
+        answers(load_target(copied), [[1, 5]], tmp_path / "a", verify=True, **options)
+
+
+@pytest.mark.parametrize("running", [{"0": [V]}, {"0": [1] * NEW}, {"99": [1]}, {"0": ["stop"]}])
+def test_a_state_that_cannot_be_this_runs_is_refused(target, prompts, tmp_path, running):
+    options = {"max_new_tokens": NEW}
+    with pytest.raises(KeyboardInterrupt):
+        answers(target, prompts, tmp_path / "a", progress=interrupt_at(1), **options)
+    state = tmp_path / "a.state.json"
+    values = json.loads(state.read_bytes())
+    values["running"] = {key: [target.stop_ids[0] if t == "stop" else t for t in row] for key, row in running.items()}
+    state.write_text(json.dumps(values | {"checksum": writer_module._checksum(values)}))
+    with pytest.raises(InputError, match=r"a.state.json: is not the state of this run.*write to another output"):
+        answers(target, prompts, tmp_path / "a", **options)

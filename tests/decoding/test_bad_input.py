@@ -1,10 +1,21 @@
 """Wrong input of decode and stream is refused in one line, before any work."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from deer_jax import DrafterConfig, InputError, Target, decode, drafter_from_target, stream
+from deer_jax import (
+    DrafterConfig,
+    InputError,
+    Target,
+    answers,
+    bench,
+    decode,
+    drafter_from_target,
+    stream,
+    stream_blocks,
+)
 from deer_jax.decoding import engine
 from deer_jax.decoding.engine import Engine
 from tests.doubles import Pieces, table_drafter
@@ -51,6 +62,17 @@ BAD = {
         {"drafter": table_drafter([[1]], 7)},
         r"table drafts for a vocabulary of 7, target has 48: load it for this target, load_drafter\(",
     ),
+    "more slots than there are": ({"batch_size": 2**40}, "batch_size must be at most 65,536, got 1099511627776"),
+    "a flag as slots": ({"batch_size": True}, "batch_size must be a whole number of at least 1, got True"),
+    "a flag as seed": ({"seed": True}, "seed must be a whole number from 0 to 4294967295, got True"),
+    "a flag as length": ({"max_new_tokens": True}, "max_new_tokens must be a whole number of at least 1, got True"),
+    "a flag as draft length": ({"drafter": True, "draft_length": True}, "draft_length must be 0 .* got True"),
+    "a draft beyond the context": (
+        {"drafter": True, "draft_length": 10**9}, "draft_length 1000000000 exceeds the target's context of 256"
+    ),
+    "names without an output": ({"ids": ["a", "b"]}, "ids name the lines of an output: give output too"),
+    "a drafter's name": ({"drafter": "runs/mine"}, r"drafter must be a drafter, got 'runs/mine': load it first, lo"),
+    "a target as drafter": ({"drafter": "the target"}, "drafter must be a drafter, got a Target: give what load_draf"),
     "no slots": ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
 }  # fmt: skip
 
@@ -71,9 +93,32 @@ def test_wrong_input_is_one_line_before_any_work(target, name, no_work):
     spoken = dataclasses.replace(target, tokenizer=arguments.pop("tokenizer", None))
     if arguments.get("drafter") is True:
         arguments["drafter"] = drafter_from_target(target)
+    elif arguments.get("drafter") == "the target":
+        arguments["drafter"] = target
     with pytest.raises(InputError, match=message) as caught:
         decode(spoken, arguments.pop("prompts"), **arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_target_is_said_by_every_way_in(target, no_work, tmp_path):
+    for wrong, message in (
+        ("models/a", r"target must be a Target, got 'models/a': load it first, load_target\("),
+        (Path("models/a"), r"target must be a Target, got PosixPath\('models/a'\): load it first"),
+        (
+            drafter_from_target(target),
+            "target must be a Target, got a StandaloneDrafter: give what load_ta",
+        ),
+    ):
+        for way in (
+            lambda wrong: decode(wrong, [[1]]),
+            lambda wrong: stream(wrong, [[1]]),
+            lambda wrong: stream_blocks(wrong, [[1]]),
+            lambda wrong: answers(wrong, [[1]], tmp_path / "a"),
+            lambda wrong: bench(wrong, [[1]], drafters={"d": drafter_from_target(target)}),
+        ):
+            with pytest.raises(InputError, match=message):
+                way(wrong)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_cache_that_does_not_fit_names_the_slots_that_would(target, no_work, monkeypatch):

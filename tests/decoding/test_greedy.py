@@ -7,7 +7,7 @@ import pytest
 
 from deer_jax import DrafterConfig, Target, decode, drafter_from_target
 from deer_jax.checkpoints.load import load_target
-from deer_jax.decoding import engine
+from deer_jax.decoding import programs
 from tests.decoding.agreement import assert_greedy, assert_same_greedy
 from tests.doubles import anchor_drafter, stepwise_drafter, table_drafter, table_drafters, text_table
 from tests.fast import representing
@@ -152,8 +152,8 @@ def test_scanned_layers_and_experts(family, scan):
 def test_prompts_longer_than_a_prefill_pass_enter_running_batches(case, monkeypatch):
     """Slots are refilled while their neighbours run, by prompts that take several passes to read."""
     target, prompts, plain, _ = case
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", 16)
-    assert engine.prefill_chunks(69) == [(0, 16), (16, 16), (32, 16), (48, 16), (64, 16)]
+    monkeypatch.setattr(programs, "PREFILL_CHUNK", 16)
+    assert programs.prefill_chunks(69) == [(0, 16), (16, 16), (32, 16), (48, 16), (64, 16)]
     n = 9
     result = decode(
         target,

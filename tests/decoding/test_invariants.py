@@ -13,8 +13,10 @@ from jax._src.array import ArrayImpl  # there is no public way to see a copy to 
 
 from deer_jax import DrafterConfig, Target, decode, drafter_from_target, stream
 from deer_jax.config import Sampling
-from deer_jax.decoding import engine
-from deer_jax.decoding.engine import Engine, bucket
+from deer_jax.decoding import decode as decoding
+from deer_jax.decoding import programs
+from deer_jax.decoding.engine import Engine
+from deer_jax.decoding.programs import bucket
 from tests.doubles import Pieces, table_drafter, table_drafters, text_table
 from tests.tiny import random_params, tiny
 
@@ -172,7 +174,7 @@ def test_one_fetch_per_segment_and_no_other_copy_to_the_host(target, prompts, na
     options = {"drafter": drafter, "draft_length": K if drafter else None, "max_new_tokens": 16, "batch_size": SLOTS}
     with copies_to_host(monkeypatch) as seen:
         once = decode(target, prompts[:4], **options)
-        monkeypatch.setattr(engine, "ROUNDS_PER_SEGMENT", 3)
+        monkeypatch.setattr(decoding, "ROUNDS_PER_SEGMENT", 3)
         calls = []
         shown = decode(target, prompts[:4], **options, progress=lambda *state: calls.append(state))
         refilled = decode(target, prompts, **options)
@@ -213,13 +215,13 @@ def test_the_loop_works_in_the_memory_it_was_given(prompts, limits, scan, name):
     arrays = jax.tree.leaves(caches)
     plan = test_engine.plan
     wanted = {(plan,), (plan.target, plan.drafter)}  # the loop's static arguments, and those of prefill
-    programs = [
+    found = [
         (key[0].__name__, program)
-        for key, program in engine._compiled.items()
+        for key, program in programs._compiled.items()
         if key[1] in wanted and _is_for(key, target.params, arrays[0].shape)
     ]
-    assert {"prefill", "admit", "run_segment"} <= {function for function, _ in programs}
-    for function, program in programs:
+    assert {"prefill", "admit", "run_segment"} <= {function for function, _ in found}
+    for function, program in found:
         aliased = program.memory_analysis().alias_size_in_bytes
         assert aliased >= sum(x.nbytes for x in arrays), function
         copies = cache_copies(program.as_text(), {x.shape for x in arrays})
@@ -348,4 +350,4 @@ def test_bucket(n, expected):
     ("count", "expected"), [(0, []), (1, [(0, 16)]), (512, [(0, 512)]), (600, [(0, 512), (512, 128)])]
 )
 def test_prefill_chunks(count, expected):
-    assert engine.prefill_chunks(count) == expected
+    assert programs.prefill_chunks(count) == expected

@@ -102,6 +102,8 @@ def test_the_moment_is_passed_on(spoken):
         ({"messages": [USER], "chat_template_kwargs": {"styl": 1}}, "has no argument 'styl', did you mean 'style'"),
         ({"messages": [USER], "chat_template_kwargs": {"tokenize": 1}}, "'tokenize': is not for the template"),
         ([{"role": "user", "content": "\ud83d"}], "content: character 1 is half of a surrogate pair"),
+        ([10**5000], "token id of type int is outside"),
+        ([10**100], "token id 10+...* is outside"),
         ("a \udcff", "the text: character 3 is half of a surrogate pair"),
         ("hello [PAD]", r"token id \d+ \('\[PAD\]'\) is outside the vocabulary"),
     ],

@@ -214,7 +214,8 @@ def test_commit_equals_a_plain_loop(k):
     )  # fmt: skip
     choice, accepted = rng.integers(0, 9, (B, k + 1)), rng.integers(0, k + 1, B)
     verdict = Verdict(jnp.asarray(choice, jnp.int32), jnp.asarray(accepted, jnp.int32))
-    after = jax.jit(commit)(state, verdict, jnp.asarray(stop_ids, jnp.int32))
+    faults = jnp.zeros((B, k + 1), jnp.int32)
+    after = jax.jit(commit)(state, verdict, jnp.asarray(stop_ids, jnp.int32), faults)
     for i, row in enumerate(rows):
         expected = plain_commit(row, choice[i].tolist(), int(accepted[i]), stop_ids)
         assert after.tokens[i, : expected["length"]].tolist() == expected["tokens"]

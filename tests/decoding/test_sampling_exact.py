@@ -15,7 +15,7 @@ import pytest
 from scipy import stats
 
 from deer_jax import DrafterConfig, Target, decode, drafter_from_target
-from deer_jax.decoding import accept, engine, loop, sampling
+from deer_jax.decoding import accept, loop, programs, sampling
 from deer_jax.decoding.sampling import ACCEPT, DRAFT, RESAMPLE, log_probabilities
 from deer_jax.drafters.protocol import Draft
 from tests.decoding.processed import processed
@@ -103,7 +103,7 @@ def p_value(sequences, expected: dict[tuple[int, ...], float]) -> float:
 @pytest.fixture(autouse=True)
 def _small_buffers(monkeypatch):
     """Thousands of rows of a few tokens: buffers as short as can be, which is where off-by-one writes show too."""
-    monkeypatch.setattr(engine, "bucket", lambda n, least: n)
+    monkeypatch.setattr(programs, "bucket", lambda n, least: n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +261,7 @@ def planted_p_value(monkeypatch, label: str, patches) -> float:
             return replacement(*args, **kwargs)
 
         monkeypatch.setattr(module, name, counted)
-    monkeypatch.setattr(engine, "_compiled", {})
+    monkeypatch.setattr(programs, "_compiled", {})
     value = BASE.p_value(label)
     assert calls, "the replacement was never traced"
     return value
