@@ -95,7 +95,7 @@ def test_help(capsys):
         ("--target T --prompts P --output o --samples 0", "samples must be a whole number of at least 1, got 0"),
         (
             "--target T --prompts P --output o --samples 4294967296",
-            "are more than 10,000,000 answers: give fewer prompts",
+            "are more than 10,000,000 answers: give",
         ),
         ("--target T --prompts P --output /dev/stdout", "/dev/stdout: is no regular file, and what is appended there"),
         ("--target T --prompts P --output o --template a=1", "--template has no effect on plain text: add --chat"),
@@ -140,9 +140,7 @@ def test_verify_reads_the_target_again(run, tmp_path, folder, ids):
     assert run(*argv)[0] == 0  # of the same size and time of change
     status, _, err = run(*argv, "--verify")
     assert status == 2
-    assert (
-        "was begun with other settings: the target's weights, configuration, tokenizer or dtype changed; write" in err
-    )
+    assert "was begun with other settings: the target's weights, configuration, tokenizer or dtype changed;" in err
 
 
 def test_interrupted(run, monkeypatch, tmp_path, folder, ids):

@@ -124,7 +124,7 @@ def test_decode_killed_and_started_again(run, environment, folder, tmp_path):
 @pytest.mark.parametrize("verb", ["decode", "answers"])
 def test_a_prompt_that_is_not_finite_is_named(tmp_path, run, ids, folder, verb):
     """The error is one of the run; what main makes of these is its own test."""
-    config = tiny("llama", layers=1, context=512)
+    config = tiny("llama", layers=1, context=512, tied=False)
     params = random_params(config)
     save_folder(tmp_path / "nan", config, params | {"embed": params["embed"].at[4].set(float("nan"))})
     message = r"ids.jsonl: prompt b: the logits of the target nan are not finite after 0 new tokens; .* finite: embed"
