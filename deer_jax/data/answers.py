@@ -94,7 +94,7 @@ class AnswerFiles:
             raise InputError(f"{where}: expected an object with 'prompt' and 'answer', found {type(record).__name__}")
         missing = [name for name in ("prompt", "answer") if name not in record]
         if missing:
-            names = f"{', '.join(map(ascii, record)) or 'nothing':.200}"
+            names = ascii(", ".join(record))[1:-1][:200] or "nothing"
             raise InputError(f"{where}: missing {', '.join(missing)}; found: {names}")
         for name in ("prompt", "answer"):
             ids = record[name]

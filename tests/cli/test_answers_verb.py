@@ -1,6 +1,8 @@
 """`deer-jax answers`: the file it makes, a kill in the middle, and its one-line errors."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -91,6 +93,11 @@ def test_help(capsys):
         ("--target T --prompts P --output o --temperatures=-1", "temperature must be 0 (greedy) or positive, got -1.0"),
         ("--target T --prompts P --output o --prefix 3", "prefix must be two whole numbers, MIN,MAX with"),
         ("--target T --prompts P --output o --samples 0", "samples must be a whole number of at least 1, got 0"),
+        (
+            "--target T --prompts P --output o --samples 4294967296",
+            "are more than 10,000,000 answers: give",
+        ),
+        ("--target T --prompts P --output /dev/stdout", "/dev/stdout: is no regular file, and what is appended there"),
         ("--target T --prompts P --output o --template a=1", "--template has no effect on plain text: add --chat"),
         ("--target T --from-bos --prompts P --output o", "--from-bos continues from BOS alone: without options about"),
         ("--target T --from-bos --output o", "tiny has no tokenizer, so its BOS is not known"),
@@ -108,6 +115,32 @@ def test_wrong_arguments_are_one_line(run, monkeypatch, tmp_path, folder, ids, a
     assert err.count("\n") == 1
     assert message in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "ids.jsonl"]
+
+
+def test_verify_reads_the_target_again(run, tmp_path, folder, ids):
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    argv = [
+        "answers",
+        "--target",
+        str(copy),
+        "--prompts",
+        ids,
+        "--max-new-tokens",
+        "2",
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert run(*argv)[0] == 0
+    weights = copy / "model.safetensors"
+    times, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert run(*argv)[0] == 0  # of the same size and time of change
+    status, _, err = run(*argv, "--verify")
+    assert status == 2
+    assert "was begun with other settings: the target's weights, configuration, tokenizer or dtype changed;" in err
 
 
 def test_interrupted(run, monkeypatch, tmp_path, folder, ids):

@@ -2,16 +2,22 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
 import pytest
 
 from deer_jax import decode, load_target
+from deer_jax.checkpoints.huggingface import save_folder
 from deer_jax.cli import main as cli
 from deer_jax.cli.options import parse
+from deer_jax.cli.progress import Reporter
+from deer_jax.errors import RunError
+from tests.tiny import random_params, tiny
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 
@@ -31,15 +37,18 @@ def test_decode_to_files(run, tmp_path, folder, ids):
         "--max-new-tokens", "9", "--output", str(output), "--json", str(numbers),
     )  # fmt: skip
     assert (status, out) == (0, "")
-    assert err.splitlines()[-1].startswith("deer-jax: τ ")
+    assert err.splitlines()[-1].startswith(f"deer-jax: {output}: 2 answers, τ ")
     rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    assert [row["id"] for row in rows] == ["a", "b"]
-    assert all(row.keys() == {"id", "text", "tokens", "new_tokens", "rounds"} for row in rows)
+    rows.sort(key=lambda row: row["item"])
+    assert [(row["id"], row["item"]) for row in rows] == [("a", 0), ("b", 1)]
+    keys = {"id", "item", "text", "tokens", "new_tokens", "rounds", "accepted_histogram"}
+    assert all(row.keys() == keys for row in rows)
     assert [row["tokens"] for row in rows] == decode(load_target(folder), [[1, 2, 3], [4]], max_new_tokens=9).tokens
     values = json.loads(numbers.read_text(encoding="utf-8"))
     assert (values["prompts"], values["draft_length"], values["new_tokens"]) == (2, 3, 18)
     assert sum(values["accepted_histogram"]) == values["rounds"] == sum(row["rounds"] for row in rows)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "ids.jsonl", "numbers.json"]
+    names = ["answers.jsonl", "answers.jsonl.state.json", "ids.jsonl", "numbers.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_decode_prints_answers(run, stories_dir):
@@ -48,9 +57,85 @@ def test_decode_prints_answers(run, stories_dir):
     assert status == 0
     header, text = out.split("\n", 1)
     assert header == "== 1 (12 tokens, 12 rounds)"
-    assert "τ 1.00" in err
-    status, streamed, _ = run(*arguments, "--stream", "--drafter", "from-target:0,1", "--draft-length", "2")
+    assert "τ" not in err  # which says nothing where nothing is drafted
+    assert re.fullmatch(r"deer-jax: [\d,.]+ tokens/s, 12 tokens in [\d.]+ s \([\d.]+ s of compiling .*\)", last(err))
+    status, streamed, err = run(*arguments, "--stream", "--drafter", "from-target:0,1", "--draft-length", "2")
     assert (status, streamed) == (0, text)
+    assert re.fullmatch(r"deer-jax: τ [\d.]+, [\d,.]+ tokens/s, 12 tokens in .*", last(err))
+    status, streamed, err = run(*arguments, "--stream")
+    assert (status, streamed) == (0, text)
+    assert re.fullmatch(r"deer-jax: [\d,.]+ tokens/s, 12 tokens in .*", last(err))
+
+
+def last(err: str) -> str:
+    return err.splitlines()[-1]
+
+
+def test_decode_goes_on_where_it_was_stopped(run, monkeypatch, tmp_path, folder, ids):
+    output = tmp_path / "o"
+    argv = ["decode", "--target", folder, "--drafter", "from-target", "--prompts", ids, "--draft-length", "3",
+            "--batch-size", "1", "--max-new-tokens", "9", "--output"]  # fmt: skip
+    assert run(*argv, str(tmp_path / "whole"))[0] == 0
+    show, stop = Reporter.show, KeyboardInterrupt
+
+    def interrupt(self, done, total, note=""):
+        show(self, done, total, note)
+        if self.what == "decoding" and done == 1:
+            raise stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, "show", interrupt)
+        status, out, err = run(*argv, str(output))
+        assert (status, out) == (130, "")
+        assert last(err) == f"deer-jax: interrupted: {output} keeps what is done; the same command goes on from there"
+    assert len(output.read_text().splitlines()) == 1
+    status, out, err = run(*argv, str(output))
+    assert (status, out) == (0, "")
+    assert re.search(
+        r": 2 answers, τ [\d.]+, [\d,.]+ tokens/s, 9 tokens \(of 18, the others from before\) in", last(err)
+    )
+    assert output.read_text() == (tmp_path / "whole").read_text()
+    status, out, err = run(*argv, str(output))
+    assert (status, out, last(err)) == (0, "", f"deer-jax: {output}: is complete, 2 answers, nothing to do")
+    status, _, err = run(*argv, str(output), "--seed", "3")
+    assert status == 2
+    assert "o: was begun with other settings: seed 0 (now 3); write to another output" in err
+
+
+def test_decode_killed_and_started_again(run, environment, folder, tmp_path):
+    """With a drafter, sampled: the lines are those of a run that nobody stopped, rounds and histograms too."""
+    (tmp_path / "ids").write_text("".join(f'{{"tokens": [{i}, 7]}}\n' for i in range(8)), encoding="utf-8")
+    options = "--drafter from-target --draft-length 2 --temperature 1 --batch-size 2 --max-new-tokens 400"
+    argv = ["decode", *options.split(), "--target", folder, "--prompts", str(tmp_path / "ids"), "--output"]
+    assert run(*argv, str(tmp_path / "whole"))[0] == 0
+    command, killed = [sys.executable, "-m", "deer_jax.cli.main", *argv, str(tmp_path / "killed")], tmp_path / "killed"
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        while not killed.exists() or len(killed.read_bytes().splitlines()) < 3:
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+    assert len(killed.read_bytes().splitlines()) < 8
+    status, _, err = run(*argv, str(killed))
+    assert status == 0
+    assert "the others from before" in err
+    assert sorted(killed.read_text().splitlines()) == sorted((tmp_path / "whole").read_text().splitlines())
+
+
+@pytest.mark.parametrize("verb", ["decode", "answers"])
+def test_a_prompt_that_is_not_finite_is_named(tmp_path, run, ids, folder, verb):
+    """The error is one of the run; what main makes of these is its own test."""
+    config = tiny("llama", layers=1, context=512, tied=False)
+    params = random_params(config)
+    save_folder(tmp_path / "nan", config, params | {"embed": params["embed"].at[4].set(float("nan"))})
+    message = r"ids.jsonl: prompt b: the logits of the target nan are not finite after 0 new tokens; .* finite: embed"
+    argv = [verb, "--target", str(tmp_path / "nan"), "--prompts", ids, "--max-new-tokens", "3"]
+    argv += ["--output", str(tmp_path / "o")]
+    try:
+        status, _, err = run(*argv)
+    except RunError as error:
+        status, err = 1, str(error)
+    assert status == 1
+    assert re.search(message, err)
 
 
 def test_bench(run, tmp_path, folder, ids):
@@ -137,6 +222,7 @@ def test_shipped_configs_are_read(path):
         ("decode --target T --prompts P --output O --json O", "is read or written under another option too"),
         ("decode --target T --prompt a --temperature 1e-9", "is too small to divide by in float32: 0 is greedy"),
         ("decode --target T --prompt a --top-k 3000000000", "top_k must be 0 (all tokens) or a positive whole number"),
+        ("decode --target T --prompts P --max-new-tokens 512", "ids.jsonl: prompt a: 3 prompt tokens and 512 new ones"),
         ("decode --target T --prompts P --batch-size 0", "batch_size must be a whole number of at least 1, got 0"),
         ("decode --target T", "give prompts either with --prompt TEXT or with --prompts FILE"),
         ("decode --target T --prompt a --prompts P", "give prompts either with"),

@@ -109,9 +109,9 @@ def test_refused(path, state):
         ('{"item": 10}\n', r"answers.jsonl:1: is no answer of this run"),
         ('{"item": true}\n', r"answers.jsonl:1: is no answer of this run"),
         ("\n", r"answers.jsonl:1: not valid JSON: .*; write to another output"),
-        (json.dumps(record(2)) + "\n", r"answers.jsonl: its first 40 bytes are not those that were saved; write"),
-        ("", r"answers.jsonl: its first 40 bytes are not those that were saved"),
-        (json.dumps(record(1)), r"answers.jsonl: its first 40 bytes are not those that were saved"),
+        (json.dumps(record(2)) + "\n", r"answers.jsonl: its first 42 bytes are not those that were saved; write"),
+        ("", r"answers.jsonl: its first 42 bytes are not those that were saved"),
+        (json.dumps(record(1)), r"answers.jsonl: its first 42 bytes are not those that were saved"),
     ):
         path.write_text(text, encoding="utf-8")
         refused(path, message)

@@ -210,3 +210,19 @@ def test_what_counts_as_the_same():
         assert_greedy(target, prompts, [plain[0][:-1]], limits)
     with pytest.raises(AssertionError, match="row 0 goes on behind a stop token"):
         assert_greedy(dataclasses.replace(target, stop_ids=(plain[0][at - 1],)), prompts, plain, limits)
+
+
+def test_padding_of_a_prompt_ends_where_the_capacity_does():
+    """Prefill pads to a power of two, the capacity follows the answer alone: a padded write that ran over its end would
+    be moved back, onto the prompt's first pass or, where there is one pass only, would not compile."""
+    config = tiny("qwen3", vocab_size=48, width=16, heads=2, kv_heads=1, head_width=8, mlp_width=24, context=1024)
+    target = Target(config=config, params=random_params(config, 5, scan=False))
+    for length, chunks, capacity in ((70, [(0, 128)], 80), (800, [(0, 512), (512, 512)], 896)):
+        assert programs.prefill_chunks(length - 1) == chunks
+        assert programs.capacity_for([length + 3], 0) == capacity < sum(chunks[-1])
+        prompt = np.random.default_rng(length).integers(0, 48, length).tolist()
+        (answer,) = decode(target, [prompt], max_new_tokens=3).tokens
+        logits = np.asarray(target.logits([prompt + answer]))[0]
+        for place, token in enumerate(answer):
+            row = logits[length - 1 + place]
+            assert row[token] >= row.max() - 1e-4
