@@ -1,7 +1,6 @@
 """deer-jax answers: what a target answers to prompts, as the training set of its drafter."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +14,7 @@ from deer_jax.cli.common import (
     known_digests,
 )
 from deer_jax.cli.options import parse
-from deer_jax.cli.progress import Reporter
+from deer_jax.cli.progress import Reporter, say
 from deer_jax.data.sources import Prompt, placed
 from deer_jax.decoding.answers import AnswersReport, answers
 from deer_jax.errors import InputError
@@ -64,7 +63,7 @@ def run(argv: Sequence[str]) -> None:
         prompts = options.read(whole=options.prefix is not None, allow_empty=True)
     elif any(getattr(options, field.name) != field.default for field in dataclasses.fields(PromptOptions)):
         raise InputError("--from-bos continues from BOS alone: without options about prompts")
-    check_distinct([options.output], [options.prompts, options.config])
+    check_distinct([options.output], [options.prompts, options.config, options.target])
     check_writable(options.output)
     target = options.load_target(known_digests(options.output, verify=options.verify))
     try:
@@ -87,7 +86,7 @@ def run(argv: Sequence[str]) -> None:
             )
     except KeyboardInterrupt as error:
         raise type(error)(f"{options.output} keeps what is done; the same command goes on from there") from None
-    print(f"deer-jax: {options.output}: {summary(report, options, target.config.context)}", file=sys.stderr)
+    say(f"{options.output}: {summary(report, options, target.config.context)}")
 
 
 def summary(report: AnswersReport, options: Options, context: int) -> str:

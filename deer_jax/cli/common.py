@@ -21,7 +21,7 @@ from deer_jax.data.sources import Prompt, read_prompts, template_arguments
 from deer_jax.digests import Digests
 from deer_jax.drafters.protocol import Drafter
 from deer_jax.errors import InputError
-from deer_jax.files import check_file, write_file
+from deer_jax.files import Lock, check_file, write_file
 from deer_jax.formats import json_bytes
 from deer_jax.models.target import Target
 
@@ -167,11 +167,12 @@ class OutputOptions(ConfigOptions):
 
 
 def known_digests(output: Path, *, verify: bool = False) -> Digests:
-    """The digests that the run which makes an output knows; InputError for an output that cannot go on.
+    """The digests that the run which makes an output knows; InputError for one that cannot go on or is being written.
 
     verify: read every file anyway.
     """
-    state = read_state(output)
+    with Lock(output):  # refused here, before a model is loaded
+        state = read_state(output)
     return Digests(state.files if state else None, verify=verify)
 
 

@@ -1,7 +1,6 @@
 """deer-jax decode: answers of a target to prompts, with or without a drafter."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +19,7 @@ from deer_jax.cli.common import (
     write_json,
 )
 from deer_jax.cli.options import Source, parse
-from deer_jax.cli.progress import Reporter
+from deer_jax.cli.progress import Reporter, say
 from deer_jax.data.sources import Prompt, placed
 from deer_jax.decoding.decode import decode
 from deer_jax.decoding.state import DecodeResult, DecodeStats
@@ -42,6 +41,11 @@ class Options(OutputOptions, DecodeOptions, PromptOptions, ModelOptions):
         "append each answer here as it finishes, one JSON object per line, instead of printing it; the same command "
         "goes on where it was stopped; FILE.state.json is put beside it",
     ] = None
+    verify: Annotated[
+        bool,
+        "with --output: read all files of the models again before going on; otherwise, those of another size or time "
+        "of change",
+    ] = False
     stream: Annotated[bool, "print the answer to a single prompt while it is made"] = False
 
 
@@ -54,7 +58,9 @@ def run(argv: Sequence[str]) -> None:
     check_writable(options.json)
     if options.stream and (len(prompts) != 1 or options.output or options.json or options.batch_size):
         raise InputError("--stream prints the answer to one prompt: without --output, --json and --batch-size")
-    digests = known_digests(options.output) if options.output else None
+    if options.verify and not options.output:
+        raise InputError("--verify is about going on with an --output: add it")
+    digests = known_digests(options.output, verify=options.verify) if options.output else None
     target, drafters = options.load([options.drafter] if options.drafter else [], digests)
     arguments |= {"drafter": drafters[0] if drafters else None, "draft_length": options.draft_length}
     contents = [prompt.content for prompt in prompts]
@@ -90,7 +96,7 @@ def report(stats: DecodeStats, before: str = "", output: Path | None = None) -> 
     made = sum(stats.new_tokens) - stats.resumed_tokens
     count = f"{len(stats.new_tokens):,} answers"
     if output and not made:
-        print(f"deer-jax: {output}: is complete, {count}, nothing to do", file=sys.stderr)
+        say(f"{output}: is complete, {count}, nothing to do")
         return
     parts = [f"{output}: {count}"] if output else []
     if stats.draft_length:
@@ -99,7 +105,7 @@ def report(stats: DecodeStats, before: str = "", output: Path | None = None) -> 
     of = f" (of {sum(stats.new_tokens):,}, the others from before)" if stats.resumed_tokens else ""
     compiling = f"({stats.compile_seconds:.1f} s of compiling excluded)"
     parts.append(f"{made:,} tokens{of} in {stats.seconds:.1f} s {compiling}")
-    print(f"deer-jax: {', '.join(parts)}", file=sys.stderr)
+    say(f"{', '.join(parts)}")
 
 
 def rows(prompts: Sequence[Prompt], result: DecodeResult) -> list[dict]:

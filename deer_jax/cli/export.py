@@ -1,7 +1,6 @@
 """deer-jax export: a run's best checkpoint as a Hugging Face folder."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,6 +8,7 @@ from typing import Annotated, Literal
 from deer_jax.checkpoints.export import export, is_exported
 from deer_jax.cli.common import ConfigOptions
 from deer_jax.cli.options import parse
+from deer_jax.cli.progress import say
 
 EXAMPLE = "deer-jax export --source runs/mine --output models/mine"
 
@@ -29,8 +29,8 @@ class Options(ConfigOptions):
 def run(argv: Sequence[str]) -> None:
     options = parse(Options, "export", argv, EXAMPLE)
     if is_exported(options.source, options.output, dtype=options.dtype):
-        print(f"deer-jax: {options.output}: is complete, nothing to do", file=sys.stderr)
+        say(f"{options.output}: is complete, nothing to do")
         return
     folder = export(options.source, options.output, dtype=options.dtype)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"deer-jax: {folder}: {size / 1e6:,.1f} MB", file=sys.stderr)
+    say(f"{folder}: {size / 1e6:,.1f} MB")

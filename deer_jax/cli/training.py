@@ -2,13 +2,13 @@
 
 import dataclasses
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 from deer_jax.cli.common import check_distinct, check_writable, write_json
+from deer_jax.cli.progress import say
 from deer_jax.errors import Terminated
 from deer_jax.formats import read_yaml
 from deer_jax.training.loop import TrainReport
@@ -62,7 +62,7 @@ def report_end(options: RecipeOptions, report: TrainReport, stopping: Stopping) 
         waiting = 100 * report.data_seconds / report.seconds
         speed = f"{report.tokens / report.seconds:,.0f} tokens/s, {waiting:.1f} % of the time waiting for examples"
     best = "" if report.best is None else f"; the best checkpoint is that of step {report.best:,}"
-    print(f"deer-jax: {report.output}: {report.step:,} steps done, {speed}{best}", file=sys.stderr)
+    say(f"{report.output}: {report.step:,} steps done, {speed}{best}")
 
 
 @contextmanager
@@ -76,11 +76,7 @@ def asked_to_stop() -> Iterator[Stopping]:
         again, stopping.signal = stopping.is_set(), number
         if again:
             raise stopping.interruption("the same command goes on from the newest checkpoint")
-        print(
-            "deer-jax: stopping when this step or evaluation is done; once more stops at once",
-            file=sys.stderr,
-            flush=True,
-        )
+        say("stopping when this step or evaluation is done; once more stops at once")
 
     for each in signals:
         signal.signal(each, ask)

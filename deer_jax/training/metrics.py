@@ -9,10 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore
-from tensorboardX.summary import scalar
-
 from deer_jax.errors import InputError, RunError
 from deer_jax.files import Lock, disk_error, write_file
 from deer_jax.formats import json_bytes, parse_json, read_bytes
@@ -32,6 +28,10 @@ class MetricsLog:
 
         Lines that are no metrics are dropped with a warning, but for a torn last one, of a run that was killed.
         """
+        # Only here: where PyTorch is installed tensorboardX brings it along, which is slow.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore
+
         self.path, self._lock = folder / FILE, lock
         lock.check()
         kept: list[dict[str, Any]] = []
@@ -70,6 +70,9 @@ class MetricsLog:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line; its numbers also go to TensorBoard, those of inner mappings as `outer/inner`."""
+        from tensorboardX.proto.event_pb2 import Event  # pyrefly: ignore
+        from tensorboardX.summary import scalar
+
         self._lock.check()
         try:
             self._file.write(json_bytes({"step": step, **values}))
