@@ -4,7 +4,8 @@
     identity.json      what else decides its result, such as the digests of its target and answers; see `claims`
     drafter/, target/  config.json and tokenizer of what is trained, without weights: the one or the other
     checkpoints/STEP/  parameters, their average, optimiser state and position in the data, as Orbax writes them, and
-                       checkpoint.json: step, score, size and SHA-256 of every file, and the SHA-256 of all this
+                       checkpoint.json: step, score, size and SHA-256 of every file of the checkpoint and of the
+                       description above, and the SHA-256 of all this
     metrics.jsonl, tensorboard/
 
 A checkpoint appears under its final name only when it is complete and on the disk, so a run that is killed has the ones
@@ -106,7 +107,10 @@ class Checkpoints:
                 raise RunError(f"{final}: is already there; move it away, then the same command goes on")
             with _quiet():
                 ocp.save_checkpointables(str(partial), dict(parts))
-            record = {"format": FORMAT, "step": step, "score": score, "files": _describe(partial)}
+            record = {
+                "format": FORMAT, "step": step, "score": score, "files": _describe(partial),
+                "description": _description(self.folder.parent),
+            }  # fmt: skip
             write_file(partial / RECORD, _record_bytes(record))
             sync_tree(partial)
             self._lock.check()
@@ -220,6 +224,7 @@ def read_best(folder: Path, shapes: Params) -> Params:
         where, record = best_checkpoint(folder)
         part = "average" if any(name.startswith("average/") for name in record["files"]) else "params"
         verify(where, record, only=part)
+        _verify_description(folder, record)
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=here), shapes)
         return _load(where.absolute(), part, wanted)
@@ -260,6 +265,22 @@ def _describe(folder: Path) -> dict[str, list[Any]]:
     with ThreadPoolExecutor(THREADS) as pool:
         digests = pool.map(lambda name: _sha256(folder / name), names)
         return {name: [(folder / name).stat().st_size, digest] for name, digest in zip(names, digests, strict=True)}
+
+
+def _description(run: Path) -> dict[str, list[Any]]:
+    """Size and SHA-256 of the files that describe what a run trains, by their path in its folder."""
+    kinds = [kind for kind in (DRAFTER, TARGET) if (run / kind).is_dir()]
+    return {f"{kind}/{name}": found for kind in kinds for name, found in _describe(run / kind).items()}
+
+
+def _verify_description(run: Path, record: Mapping[str, Any]) -> None:
+    """RunError if the configuration or tokenizer is not the one that its checkpoint was written with."""
+    before, now = record["description"], _description(run)
+    for name in dict.fromkeys((*before, *now)):
+        if before.get(name) != now.get(name):
+            raise RunError(
+                f"{run / name}: is not what the run wrote; bring it back, or change what an export makes instead"
+            )
 
 
 def _names(folder: Path) -> list[str]:

@@ -111,6 +111,18 @@ def test_every_flipped_bit_is_noticed(one, tmp_path):
     restore(tmp_path / "run", 5)
 
 
+def test_a_changed_description_is_noticed(tmp_path):
+    """A flipped digit in the configuration decides as much as one in the weights."""
+    begin(tmp_path / "run", describe=lambda path: (path / "config.json").write_text('{"rope_theta": 10000.0}'))
+    save(tmp_path / "run", [5])
+    read_best(tmp_path / "run", PARAMS)
+    config = tmp_path / "run" / DRAFTER / "config.json"
+    for change in (lambda: config.write_text('{"rope_theta": 10001.0}'), config.unlink):
+        change()
+        with pytest.raises(RunError, match=r"drafter/config\.json: is not what the run wrote"):
+            read_best(tmp_path / "run", PARAMS)
+
+
 def test_missing_short_empty_and_foreign_files_are_noticed(one, tmp_path):
     def refused(change, kind, message):
         run = shutil.copytree(one, tmp_path / str(len(list(tmp_path.iterdir()))))
