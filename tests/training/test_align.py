@@ -273,7 +273,7 @@ def test_differences_of_plain_values():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"answers": ["{folder}/none.jsonl"]}, "{folder}/none.jsonl: cannot be read: No such file or directory"),
+        ({"answers": ["{folder}/none.jsonl"]}, "{folder}/none.jsonl: no such file"),
         ({"stage": {"width": 3}}, "stages[1]: width 3 is less than the draft length 4, so the later tokens of a draft"),
         ({"stage": {"labels": "target"}, "length": 65}, "length 65 exceeds the drafter's context of 64; lower length"),
         (
@@ -320,7 +320,7 @@ def test_answers_of_another_model_are_refused(tmp_path):
         InputError, match=r"a\.jsonl:2: token id 32 in 'answer' is outside the target's vocabulary of 32"
     ):
         records[1]
-    with pytest.raises(InputError, match=r"a\.jsonl:1: the answers were made with another tokenizer \(aaaa\) than"):
+    with pytest.raises(InputError, match=r"a\.jsonl:1: the answers were made with another tokenizer \('aaaa'\) than"):
         AnswerFiles(files, vocab_size=33, tokenizer="bbbb")
     assert len(AnswerFiles(write({"prompt": [1], "answer": [2]}), vocab_size=3, tokenizer="bbbb")) == 1
 
