@@ -271,7 +271,7 @@ def test_differences_of_plain_values():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"answers": ["{folder}/none.jsonl"]}, "{folder}/none.jsonl: cannot be read: No such file or directory"),
+        ({"answers": ["{folder}/none.jsonl"]}, "{folder}/none.jsonl: no such file"),
         ({"stage": {"width": 3}}, "stages[1]: width 3 is less than the draft length 4, so the later tokens of a draft"),
         ({"stage": {"labels": "target"}, "length": 65}, "length 65 exceeds the drafter's context of 64; lower length"),
         (
