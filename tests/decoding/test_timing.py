@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from deer_jax import Target, answers, bench, decode
-from deer_jax.decoding import engine
+from deer_jax.decoding import programs
 from tests.doubles import table_drafter
 from tests.tiny import random_params, tiny
 
@@ -38,7 +38,7 @@ def clock(monkeypatch) -> Clock:
     monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
     monkeypatch.setattr(jax.stages.Compiled, "__call__", ran)
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
-    monkeypatch.setattr(engine, "_compiled", {})  # nothing has been compiled before
+    monkeypatch.setattr(programs, "_compiled", {})  # nothing has been compiled before
     return clock
 
 
