@@ -27,6 +27,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -142,25 +143,27 @@ def work() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
+    expired = False
+
     def late(*_):
+        nonlocal expired
+        expired = True
         raise _TooLong
 
     signal.signal(signal.SIGALRM, late)
     for line in sys.stdin:
         argv, seconds = json.loads(line)
-        out, err = io.StringIO(), io.StringIO()
+        expired, out, err = False, io.StringIO(), io.StringIO()
         try:
             signal.setitimer(signal.ITIMER_REAL, seconds)
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 status: Any = cli.main(argv)
-        except _TooLong:
-            status = "hang"
         except BaseException as error:  # what the command line would show as a traceback
             status = f"{type(error).__name__}: {error}"
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
         said = [x for x in err.getvalue().splitlines() if " warning: " not in x and not PROGRESS(x)]
-        if status == "hang":
+        if expired:
             ending = "hang"
         elif isinstance(status, str) or any("unexpected " in x and "details are in" in x for x in said):
             ending = "traceback"
@@ -423,9 +426,12 @@ def paths(case: Path, rng: random.Random):
     (case / "loop").symlink_to("loop")
     (case / "file").write_text("x")
     os.mkfifo(case / "pipe")
+    null = case / "null"  # a device of its own: a verb that is wrong may replace it
+    with contextlib.suppress(OSError):
+        os.mknod(null, stat.S_IFCHR | 0o666, os.makedev(1, 3))
     name = rng.choice(["x" * 5000, "a\0b", str(case / "loop"), str(case / "loop" / "x"), str(case / "file" / "x"), "",
                        str(case / "nope" / "x"), "~nobody/x", "runs/mine", "\udcff", "/proc/self/mem", "/dev/zero",
-                       "/dev/null", "/", ".", "..", str(case / "pipe")])  # fmt: skip
+                       str(null), "/", ".", "..", str(case / "pipe")])  # fmt: skip
     way = rng.choice(["--target", "--drafter", "--prompts", "--output", "--json", "--config", "--recipe", "--source",
                       "--curve", "--plot", "--picture"])  # fmt: skip
     verb = {"--recipe": "align", "--source": "export", "--curve": "bench", "--plot": "bench", "--picture": "demo"}
@@ -437,9 +443,9 @@ def paths(case: Path, rng: random.Random):
     if way == "--prompts":
         argv = argv[:-2]
     if name in ("/dev/zero", str(case / "pipe")) and way in ("--prompts", "--output", "--json"):
-        name = "/dev/null"  # what the user names may be a pipe, and is waited for
-    if verb.get(way) == "demo" and name in ("/dev/null",):
-        name = ""
+        name = str(null)  # what the user names may be a pipe, and is waited for
+    if verb.get(way) == "demo" and name in (str(null), str(case / "pipe")):
+        name = ""  # right, and takes its time
     before = argv.index(way) if way in argv else None
     argv = [*argv, way, name] if before is None else [*argv[: before + 1], name, *argv[before + 2 :]]
     return argv, None, f"{way} {name[:60]!r}"
