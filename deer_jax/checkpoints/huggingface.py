@@ -7,6 +7,7 @@ the largest tensor when loading and by one shard when saving.
 import functools
 import os
 import re
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -295,7 +296,10 @@ def _write_weights(
 
 def _save(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     try:
+        file.touch()
+        mode = stat.S_IMODE(file.stat().st_mode)
         save_file(dict(tensors), file, metadata={"format": "pt"})
+        file.chmod(mode)  # safetensors lets nobody else read it
     except SafetensorError as error:  # what the system said is in its text: No space left on device (os error 28)
         code = OS_CODE.search(str(error))
         if code is None:

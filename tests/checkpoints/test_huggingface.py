@@ -359,6 +359,7 @@ def test_saving_replaces_nothing_and_leaves_nothing_behind(tmp_path):
     (tmp_path / "empty").mkdir()
     save_folder(tmp_path / "empty", config, params)
     assert read_config(tmp_path / "empty") == config
+    assert len({path.stat().st_mode for path in (tmp_path / "empty").iterdir()}) == 1  # who may read one may read all
 
 
 @pytest.mark.parametrize(
