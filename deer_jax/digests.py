@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from deer_jax.errors import InputError, RunError
 from deer_jax.formats import open_file, unreadable
 
-CHUNK = 2**24
 SHA256 = re.compile(r"[0-9a-f]{64}")  # the hub's cache names large files so
 
 
@@ -122,20 +121,20 @@ class Digests:
                 future.set_exception(error)
 
     def _compute(self, stamp: Stamp) -> str:
-        found = hashlib.sha256()
         check_unchanged(stamp)
-        with os.fdopen(open_file(stamp.path), "rb", buffering=0) as stream:
-            while True:
-                try:
-                    chunk = stream.read(CHUNK)
-                except OSError as error:
-                    raise unreadable(stamp.path, error) from None
-                if not chunk:
-                    break
-                found.update(chunk)
-                self.read += len(chunk)
+        try:
+            found = sha256_of(stamp.path)
+        except OSError as error:
+            raise unreadable(stamp.path, error) from None
+        self.read += stamp.size
         check_unchanged(stamp)
-        return found.hexdigest()
+        return found
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a regular file's content, hexadecimal; OSError where it cannot be read to its end."""
+    with os.fdopen(open_file(path), "rb", buffering=0) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_unchanged(stamp: Stamp) -> None:

@@ -4,7 +4,6 @@ Beside the model lies `export.json`, which says what it is the export of, and wh
 once more finds that it is done.
 """
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +18,10 @@ from deer_jax.checkpoints.huggingface import read_bos_id, read_config, read_stop
 from deer_jax.checkpoints.load import compute_dtype
 from deer_jax.checkpoints.runs import DRAFTER, TARGET, best_checkpoint, is_run, read_best
 from deer_jax.data.tokenizer import Tokenizer
+from deer_jax.digests import sha256_of
 from deer_jax.errors import InputError, RunError, named
 from deer_jax.files import Lock, disk_error
-from deer_jax.formats import json_bytes, open_file, read_json
+from deer_jax.formats import json_bytes, read_json
 from deer_jax.models.transformer import abstract_params
 
 EXPORT, FORMAT = "export.json", 1
@@ -86,11 +86,6 @@ def _best(run: Path) -> tuple[int, str]:
     return record["step"], record["sha256"]
 
 
-def _sha256(file: Path) -> str:
-    with open(open_file(file), "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _is_whole(output: Path, about: Mapping[str, Any]) -> bool:
     """Whether a folder is the export described, with all its files."""
     try:
@@ -116,7 +111,7 @@ def _write(source: Path, output: Path, dtype: jnp.dtype, about: Mapping[str, Any
 
     def finish(folder: Path) -> None:
         files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())
         }
         (folder / EXPORT).write_bytes(json_bytes({"source": source.absolute().name, **about, "files": files}, indent=2))
 

@@ -29,9 +29,10 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from deer_jax.digests import sha256_of
 from deer_jax.errors import InputError, RunError, one_line
 from deer_jax.files import Lock, disk_error, remove, sync_folder, sync_tree, write_file
-from deer_jax.formats import json_bytes, open_file, parse_json, unreadable
+from deer_jax.formats import json_bytes, parse_json, unreadable
 from deer_jax.models.transformer import Params
 
 RECIPE, IDENTITY, CHECKPOINTS, RECORD = "recipe.yaml", "identity.json", "checkpoints", "checkpoint.json"
@@ -263,7 +264,7 @@ def _describe(folder: Path) -> dict[str, list[Any]]:
     """Size and SHA-256 of every file, by its path in the folder."""
     names = _names(folder)
     with ThreadPoolExecutor(THREADS) as pool:
-        digests = pool.map(lambda name: _sha256(folder / name), names)
+        digests = pool.map(lambda name: sha256_of(folder / name), names)
         return {name: [(folder / name).stat().st_size, digest] for name, digest in zip(names, digests, strict=True)}
 
 
@@ -290,11 +291,6 @@ def _names(folder: Path) -> list[str]:
         links = [name for name in folders if os.path.islink(os.path.join(where, name))]
         found += [os.path.relpath(os.path.join(where, name), folder) for name in (*names, *links)]
     return sorted(name for name in found if name != RECORD)
-
-
-def _sha256(path: Path) -> str:
-    with os.fdopen(open_file(path), "rb", buffering=0) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _record_bytes(record: Mapping[str, Any]) -> bytes:
@@ -353,7 +349,7 @@ def verify(folder: Path, record: Mapping[str, Any], *, only: str | None = None) 
 def _digest_or_none(path: Path) -> str | None:
     """None where the disk cannot read it."""
     try:
-        return _sha256(path)
+        return sha256_of(path)
     except OSError:
         return None
 
