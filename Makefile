@@ -30,7 +30,7 @@ docs: $(VENV)/.test  ## write docs/api.md from the docstrings and options
 grid: $(VENV)/.test  ## the exactness grid: speculative against plain decoding over many settings
 	"$(BIN)/python" benchmarks/exactness_grid.py
 
-soak: $(VENV)/.test  ## kill -9 every verb at twenty moments; each must end as if it had not been killed (an hour)
+soak: $(VENV)/.test  ## kill -9 every verb at twenty moments; each must end as if it had not been killed (ten minutes)
 	DEER_JAX_KILLS=20 "$(BIN)/python" -m pytest -s tests/soak
 
 lint: $(VENV)/.test  ## format, lint and type checks

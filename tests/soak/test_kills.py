@@ -42,9 +42,11 @@ class Killer:
         reached: whether the run is as far as this share of its life.
         restart: removes what a run has made that ended before it was killed; without it, that is what remains.
         """
-        rng = random.Random(0)
-        for number in range(1, self.kills + 1):
-            share = number / (self.kills + 1) if restart is None else rng.random()
+        rng, starts = random.Random(0), 0
+        # One that begins anew each time is started until it was killed so often; one that goes on ends some day.
+        while starts < self.kills or (restart is not None and self.killed < self.kills and starts < 3 * self.kills):
+            starts += 1
+            share = starts / (self.kills + 1) if restart is None else rng.random()
             with subprocess.Popen(
                 self.argv, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
             ) as process:
