@@ -5,10 +5,16 @@
 Random float32 arrays in several leaves. "without" is Orbax alone, which does not wait for the disk; "with" is a run's
 checkpoint: Orbax, SHA-256 of every file, and everything on the disk before it counts. Files that have just been
 written are read from memory, not from the disk. The folder is removed afterwards; it holds four times the size at most.
+
+Then the files that decide an 8 B target (the shapes of Qwen3-8B in bfloat16, five files): bytes read at a first start,
+at a second one, and with --verify. The files have no content, so this is hashing without a disk; a disk of less than
+the rate of SHA-256 is what one waits for.
 """
 
 import argparse
 import hashlib
+import json
+import math
 import shutil
 import tempfile
 import time
@@ -20,11 +26,15 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from deer_jax.checkpoints.families import tensor_slots, write_config
+from deer_jax.checkpoints.huggingface import deciding_files
 from deer_jax.checkpoints.runs import Checkpoints, read_record, verify
+from deer_jax.config import ModelConfig
 from deer_jax.digests import Digests, Stamp
 from deer_jax.files import Lock, sync_tree
 
 LEAVES = 8
+FILES = 5  # of the 8 B target
 
 
 def timed(what: Callable[[], Any]) -> float:
@@ -41,6 +51,7 @@ def main():
     folder = Path(tempfile.mkdtemp(prefix="integrity_cost_", dir=args.folder))
     try:
         measure(folder, int(args.gigabytes * 1e9 / 4 / LEAVES / 1024) * 1024)
+        measure_target(folder / "8b")
     finally:
         shutil.rmtree(folder)
 
@@ -86,6 +97,35 @@ def measure(folder: Path, size: int) -> None:
     print(f"| {'what':<26} | seconds | GB hashed |\n| {'-' * 26} | ------: | --------: |")
     for what, seconds, hashed in rows:
         print(f"| {what:<26} | {seconds:7.3f} | {hashed / 1e9:9.2f} |")
+
+
+def measure_target(folder: Path) -> None:
+    config = ModelConfig(
+        family="qwen3", vocab_size=151936, width=4096, layers=36, heads=32, kv_heads=8, head_width=128,
+        mlp_width=12288, context=40960, qk_norm=True,
+    )  # fmt: skip
+    folder.mkdir()
+    keys = list(tensor_slots(config).items())
+    where, per_file = {}, -(-len(keys) // FILES)
+    for number in range(FILES):
+        name, header, end = f"model-{number}.safetensors", {}, 0
+        for key, slot in keys[number * per_file : (number + 1) * per_file]:
+            begin, end = end, end + 2 * math.prod(slot.shape)
+            header[key] = {"dtype": "BF16", "shape": slot.shape, "data_offsets": [begin, end]}
+            where[key] = name
+        text = json.dumps(header).encode()
+        with (folder / name).open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            stream.truncate(8 + len(text) + end)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (folder / "config.json").write_text(json.dumps(write_config(config, "bfloat16")))
+    stamps = deciding_files(folder)
+    known = Digests()
+    print("\n| an 8 B target | seconds | GB read |\n| --- | ---: | ---: |")
+    for what, digests in (("first start", known), ("second start", None), ("second start with --verify", True)):
+        found = digests if isinstance(digests, Digests) else Digests(known.records(), verify=digests is True)
+        seconds = timed(lambda found=found: [found.of(stamp) for stamp in stamps])
+        print(f"| {what} | {seconds:.3f} | {found.read / 1e9:.2f} |")
 
 
 def load(path: str, like: Any) -> Any:
