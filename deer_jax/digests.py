@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deer_jax.errors import InputError, RunError
-from deer_jax.formats import open_file, unreadable
+from deer_jax.formats import unreadable
 
 SHA256 = re.compile(r"[0-9a-f]{64}")  # the hub's cache names large files so
 
@@ -31,6 +31,11 @@ class Stamp(NamedTuple):
         except (OSError, ValueError) as error:
             raise unreadable(path, error) from None
         return cls(path.absolute(), found.st_size, found.st_mtime_ns)
+
+    def is_of(self, descriptor: int) -> bool:
+        """Whether an open file has this size and time of change."""
+        found = os.fstat(descriptor)
+        return (found.st_size, found.st_mtime_ns) == (self.size, self.changed)
 
 
 def hub_blob(path: Path) -> Path | None:
@@ -133,7 +138,8 @@ class Digests:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a regular file's content, hexadecimal; OSError where it cannot be read to its end."""
-    with os.fdopen(open_file(path), "rb", buffering=0) as stream:
+    # A pipe has no end to wait for: opened like this it is empty.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

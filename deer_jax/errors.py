@@ -54,6 +54,7 @@ def shown(value: Any, most: int = 80) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits, a list that is nested as deeply
         text = f"a {type(value).__name__} that is too large to print"
+    text = " ".join(text.split())
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 

@@ -82,8 +82,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 def _is_about(path: Path, error: OSError) -> bool:
     """Whether writing `path` is what failed, and not reading something else meanwhile."""
-    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-    return not names or any(os.fspath(path.parent) in name for name in names)
+    names = [Path(os.path.abspath(os.fsdecode(name))) for name in (error.filename, error.filename2) if name is not None]
+    ours, beside = Path(os.path.abspath(path)), f".{_short(path.name)}."
+    return not names or any(
+        name in (ours, ours.parent) or (name.parent == ours.parent and name.name.startswith(beside)) for name in names
+    )
 
 
 def check_file(path: Path) -> None:
@@ -188,7 +191,9 @@ def sweep(path: Path) -> None:
         return  # writing will say what is wrong
     for name in found:
         with contextlib.suppress(OSError):
-            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            mode = os.lstat(name).st_mode
+            way = os.O_RDONLY if stat.S_ISDIR(mode) else os.O_RDWR  # NFS locks only what may be written
+            descriptor = os.open(name, way | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 if _flock(descriptor) and _is_at(Path(name), descriptor):
                     remove(Path(name))

@@ -12,18 +12,20 @@ from typing import Any
 
 import yaml
 
-from deer_jax.errors import InputError, one_line, shown
+from deer_jax.errors import InputError, RunError, one_line, shown
+from deer_jax.files import WRONG_PATH
 
 MOST_BYTES = 2**28  # of a file that is read whole; a tokenizer.json has some ten million
 MOST_NODES = 100_000  # entries of a YAML file, those repeated through aliases counted as often as they stand
 
 
-def unreadable(path: Path | str, error: OSError | ValueError) -> InputError:
-    """One line for what the system says about reading a path."""
+def unreadable(path: Path | str, error: OSError | ValueError) -> InputError | RunError:
+    """One line for what the system says about reading a path: InputError for a wrong path, RunError otherwise."""
     if isinstance(error, FileNotFoundError):
         return InputError(f"{path}: no such file")
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return InputError(f"{path}: cannot be read: {reason}")
+    wrong = not isinstance(error, OSError) or error.errno is None or error.errno in WRONG_PATH
+    return (InputError if wrong else RunError)(f"{path}: cannot be read: {reason}")
 
 
 def open_file(path: Path | str, *, regular: bool = True) -> int:

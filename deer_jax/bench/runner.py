@@ -66,7 +66,7 @@ def bench(
     """
     if repeats < 1:
         raise InputError(f"repeats must be at least 1, got {repeats}")
-    for drafter in drafters.values():
+    for drafter in (None, *drafters.values()):
         check_models(target, drafter)
     ways = _ways(drafters, draft_lengths)
     encoded = encode_prompts(target, prompts, template_arguments)

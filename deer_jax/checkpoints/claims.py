@@ -38,7 +38,7 @@ def claimed(
     essential: Callable[[Mapping[str, Any], str], Mapping[str, Any]],
     verify: bool = False,
 ) -> Iterator["Claim"]:
-    """The folder of a run, locked for the time of the block. If nothing came of it, no folder is left behind.
+    """The folder of a run, locked for the time of the block. A folder that was made for it and stays empty is removed.
 
     Args:
       recipe: plain values.

@@ -1,12 +1,13 @@
 """What a model is named by: a folder here, or an id of the Hugging Face hub."""
 
+import errno
 import os
 import re
 import stat
 from pathlib import Path
 from typing import Any
 
-from deer_jax.errors import InputError, named, one_line, shown
+from deer_jax.errors import InputError, RunError, named, one_line, shown
 from deer_jax.formats import unreadable
 
 HUB = "hub:"
@@ -100,6 +101,8 @@ def _download(hub_id: str, text: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(DOWNLOADED)))
     except wrong as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(f"{named(text, 200)}: cannot be downloaded: {error.strerror}; make room") from None
         first = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise InputError(
             f"{named(text, 200)}: no such folder, and it could not be downloaded from the Hugging Face hub "

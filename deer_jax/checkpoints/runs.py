@@ -309,11 +309,12 @@ def read_record(folder: Path) -> dict[str, Any]:
         if not path.is_file():
             raise DamagedError(f"{folder}: damaged: has no {RECORD}")
         content = path.read_bytes()
+    except OSError as error:
+        raise _not_now(path, error) from None
+    try:
         record: Any = parse_json(content, str(path))
         sound = content == _record_bytes({name: value for name, value in record.items() if name != "sha256"})
-    except PermissionError as error:
-        raise unreadable(path, error) from None
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError, RecursionError):
         sound = False
     if not sound:
         raise DamagedError(f"{path}: damaged: is not as it was written")
@@ -336,22 +337,31 @@ def verify(folder: Path, record: Mapping[str, Any], *, only: str | None = None) 
     for name in names:
         try:
             found = (folder / name).stat()
-        except OSError:
-            raise DamagedError(f"{folder / name}: damaged: is missing") from None
+        except OSError as error:
+            raise _not_now(folder / name, error) from None
         if not stat.S_ISREG(found.st_mode) or found.st_size != expected[name][0]:
             raise DamagedError(f"{folder / name}: damaged: has {found.st_size:,} bytes, not {expected[name][0]:,}")
     with ThreadPoolExecutor(THREADS) as pool:
-        for name, digest in zip(names, pool.map(lambda name: _digest_or_none(folder / name), names), strict=True):
+        for name, digest in zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True):
             if digest != expected[name][1]:
                 raise DamagedError(f"{folder / name}: damaged: its content is not what was written")
 
 
-def _digest_or_none(path: Path) -> str | None:
-    """None where the disk cannot read it."""
+def _digest(path: Path) -> str:
     try:
         return sha256_of(path)
-    except OSError:
-        return None
+    except OSError as error:
+        raise _not_now(path, error) from None
+
+
+def _not_now(path: Path, error: OSError) -> RunError:
+    """What a checkpoint's file that cannot be read means: damage if it is not there, else perhaps a passing failure."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return DamagedError(f"{path}: damaged: is missing")
+    return RunError(
+        f"{path}: cannot be read: {error.strerror}; the same command goes on when it can, or, if the file is lost, "
+        "when its checkpoint has been moved away"
+    )
 
 
 def _system_error(error: Exception) -> OSError | None:

@@ -15,6 +15,7 @@ from deer_jax.cli.common import (
 )
 from deer_jax.cli.options import parse
 from deer_jax.cli.progress import Reporter, say
+from deer_jax.data.answers import state_path
 from deer_jax.data.sources import Prompt, placed
 from deer_jax.decoding.answers import AnswersReport, answers
 from deer_jax.errors import InputError
@@ -63,7 +64,7 @@ def run(argv: Sequence[str]) -> None:
         prompts = options.read(whole=options.prefix is not None, allow_empty=True)
     elif any(getattr(options, field.name) != field.default for field in dataclasses.fields(PromptOptions)):
         raise InputError("--from-bos continues from BOS alone: without options about prompts")
-    check_distinct([options.output], [options.prompts, options.config, options.target])
+    check_distinct([options.output, state_path(options.output)], [options.prompts, options.config, options.target])
     check_writable(options.output)
     target = options.load_target(known_digests(options.output, verify=options.verify))
     try:

@@ -171,7 +171,8 @@ def known_digests(output: Path, *, verify: bool = False) -> Digests:
 
     verify: read every file anyway.
     """
-    with Lock(output):  # refused here, before a model is loaded
+    read_state(output)
+    with Lock(output):  # one that is being written is refused here, before a model is loaded
         state = read_state(output)
     return Digests(state.files if state else None, verify=verify)
 

@@ -20,6 +20,7 @@ from deer_jax.cli.common import (
 )
 from deer_jax.cli.options import Source, parse
 from deer_jax.cli.progress import Reporter, say
+from deer_jax.data.answers import state_path
 from deer_jax.data.sources import Prompt, placed
 from deer_jax.decoding.decode import decode
 from deer_jax.decoding.state import DecodeResult, DecodeStats
@@ -53,7 +54,10 @@ def run(argv: Sequence[str]) -> None:
     options = parse(Options, "decode", argv, EXAMPLE)
     arguments = options.arguments() | {"template_arguments": options.template_arguments()}
     prompts = options.read()
-    check_distinct([options.output, options.json], [options.prompts, options.config, options.target, options.drafter])
+    companion = state_path(options.output) if options.output else None
+    check_distinct(
+        [options.output, companion, options.json], [options.prompts, options.config, options.target, options.drafter]
+    )
     check_writable(options.output)
     check_writable(options.json)
     if options.stream and (len(prompts) != 1 or options.output or options.json or options.batch_size):

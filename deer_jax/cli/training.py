@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,9 @@ def asked_to_stop() -> Iterator[Stopping]:
             raise stopping.interruption("the same command goes on from the newest checkpoint")
         say("stopping when this step or evaluation is done; once more stops at once")
 
+    if threading.current_thread() is not threading.main_thread():  # which alone hears of signals
+        yield stopping
+        return
     for each in signals:
         signal.signal(each, ask)
     try:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deer_jax.digests import Stamp
 from deer_jax.errors import InputError, RunError
 from deer_jax.files import Lock, disk_error, replaceable, write_file
 from deer_jax.formats import json_bytes, open_file, parse_json, read_json, unreadable
@@ -33,7 +34,11 @@ UNREADABLE = {
 
 
 class AnswerFiles:
-    """Random access to the lines of one or several answer files, by byte offsets found once."""
+    """Random access to the lines of one or several answer files, by byte offsets found once.
+
+    Attributes:
+      stamps: the files as they were when the offsets were found; a file that has changed since is a RunError.
+    """
 
     def __init__(self, paths: Sequence[str | Path], *, vocab_size: int, tokenizer: str | None = None):
         """Args:
@@ -42,6 +47,7 @@ class AnswerFiles:
         """
         self.paths = [Path(path) for path in paths]
         self._vocab_size, self._tokenizer = vocab_size, tokenizer
+        self.stamps = [Stamp.of(path) for path in self.paths]
         self._lines = [_line_ends(path) for path in self.paths]
         self._first = np.cumsum([0, *(len(ends) for ends in self._lines)]).tolist()  # number of each file's first line
         self._kept = np.arange(self._first[-1])  # line, of all files, by number
@@ -75,6 +81,8 @@ class AnswerFiles:
             raise InputError(f"{where}: a line of {ends[line] - start:,} bytes is no answer")
         try:
             with os.fdopen(open_file(path), "rb") as stream:
+                if not self.stamps[file].is_of(stream.fileno()):
+                    raise RunError(f"{path}: was changed while it was in use; start again")
                 stream.seek(start)
                 content = stream.read(int(ends[line]) - start)
         except OSError as error:

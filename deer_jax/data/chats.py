@@ -55,7 +55,7 @@ def normalised(chat: Any) -> dict[str, Any]:
         if key not in KEYS:
             if "role" in chat and "messages" not in chat:
                 raise InputError("is a message alone; put it into a list, [{...}]")
-            raise InputError(f"has an unknown key {shown(key)}, {nearest(str(key)[:50], KEYS)}")
+            raise InputError(f"has an unknown key {excerpt(key)}, {nearest(str(key)[:50], KEYS)}")
     if "messages" not in chat:
         raise InputError("is a mapping without messages")
     found: dict[str, Any] = {"messages": messages_of(chat["messages"])}
@@ -103,14 +103,14 @@ def _message(value: Any, where: str) -> dict[str, Any]:
         speaker, content = found.pop("from"), found.pop("value", content)
         role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None:
-            raise InputError(f"{where} is from {shown(speaker)}, which is none of {', '.join(SPEAKERS)}")
+            raise InputError(f"{where} is from {excerpt(speaker)}, which is none of {', '.join(SPEAKERS)}")
         found = {"role": role, **found}
     role = found.get("role")
     if not isinstance(role, str) or not role:
-        raise InputError(f"{where} has {'no role' if role is None else f'the role {shown(role)}'}; a role is a text")
+        raise InputError(f"{where} has {'no role' if role is None else f'the role {excerpt(role)}'}; a role is a text")
     if content is None:
         if not found.get("tool_calls"):
-            raise InputError(f"{where} ({shown(role, quoted=False)}) has no content; only one with tool_calls may")
+            raise InputError(f"{where} ({excerpt(role, quoted=False)}) has no content; only one with tool_calls may")
         return found
     return {"role": role, "content": _text(content, where), **{key: v for key, v in found.items() if key != "role"}}
 
@@ -131,7 +131,7 @@ def _text(content: Any, where: str) -> str:
         elif kind == "text":
             raise InputError(f"{where}: a text part has no text")
         else:
-            what = f"type {shown(kind)}" if kind is not None else f"kind {type(part).__name__}"
+            what = f"type {excerpt(kind)}" if kind is not None else f"kind {type(part).__name__}"
             raise InputError(f"{where}: content has a part of {what}; only text can be read")
     return check_text("".join(texts), f"{where}: content")
 
@@ -149,7 +149,7 @@ def plain(value: Any, where: str, depth: int = DEPTH) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise InputError(f"{where}: the key {shown(key)} must be a text")
+                raise InputError(f"{where}: the key {excerpt(key)} must be a text")
         return {check_text(key, where): plain(entry, where, depth - 1) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [plain(entry, where, depth - 1) for entry in value]
@@ -168,7 +168,7 @@ def check_text(text: str, where: str) -> str:
     return text
 
 
-def shown(value: Any, most: int = 60, *, quoted: bool = True) -> str:
+def excerpt(value: Any, most: int = 60, *, quoted: bool = True) -> str:
     """A foreign value in an error: on one line, printable, and short."""
     try:
         text = value[: most + 1] if isinstance(value, str) else f"{value!r:.{most + 1}}"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deer_jax.config import nearest
-from deer_jax.data.chats import shown
+from deer_jax.data.chats import excerpt
 from deer_jax.errors import InputError
 
 
@@ -38,10 +38,10 @@ class Pattern:
                     parts.append((literal, name))
                 lines.append(tuple(parts))
         except ValueError as error:
-            raise InputError(f"field: the pattern {shown(text)} cannot be read: {error}; {{{{ is a brace") from None
+            raise InputError(f"field: the pattern {excerpt(text)} cannot be read: {error}; {{{{ is a brace") from None
         found = cls(tuple(lines))
         if not any(name for line in found.lines for _, name in line):
-            raise InputError(f"field: the pattern {shown(text)} names no field")
+            raise InputError(f"field: the pattern {excerpt(text)} names no field")
         return found
 
     def fill(self, row: Mapping[str, Any], where: str) -> str:
@@ -59,11 +59,11 @@ class Pattern:
 
 def _value(row: Mapping[str, Any], name: str, where: str) -> str:
     if name not in row:
-        hint = shown(nearest(name[:50], row), 200, quoted=False)
-        raise InputError(f"{where}: no field {shown(name)}, {hint}")
+        hint = excerpt(nearest(name[:50], row), 200, quoted=False)
+        raise InputError(f"{where}: no field {excerpt(name)}, {hint}")
     value = row[name]
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise InputError(f"{where}: {shown(name)} is a {type(value).__name__}; a pattern takes texts and numbers")
+        raise InputError(f"{where}: {excerpt(name)} is a {type(value).__name__}; a pattern takes texts and numbers")
     return str(value)

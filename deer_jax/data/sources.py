@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from deer_jax.data import chats
-from deer_jax.data.chats import Chat, as_chat, check_text, is_chat, shown
+from deer_jax.data.chats import Chat, as_chat, check_text, excerpt, is_chat
 from deer_jax.data.patterns import Pattern, is_pattern
 from deer_jax.data.rows import read_rows
 from deer_jax.data.templates import check_name
@@ -78,7 +78,7 @@ class Prompt:
     def place(self) -> str:
         """Where it stands, with its own name if it has one."""
         numbered = self.where.endswith((f":{self.id}", f" {self.id}"))
-        return self.where if numbered else f"{self.where} (id {shown(self.id, quoted=False)})"
+        return self.where if numbered else f"{self.where} (id {excerpt(self.id, quoted=False)})"
 
 
 def read_prompts(
@@ -142,11 +142,11 @@ def template_arguments(entries: Sequence[str], where: str) -> dict[str, Any]:
     for text in entries:
         name, equals, value = text.partition("=")
         if not name or not equals:
-            raise InputError(f"{where}: expected NAME=VALUE, got {shown(text)}")
+            raise InputError(f"{where}: expected NAME=VALUE, got {excerpt(text)}")
         if name in found:
-            raise InputError(f"{where}: {shown(name)} is given twice")
+            raise InputError(f"{where}: {excerpt(name)} is given twice")
         check_name(name, where)
-        found[name] = chats.plain(parse_yaml(value, f"{where} {shown(name)}"), f"{where} {shown(name)}")
+        found[name] = chats.plain(parse_yaml(value, f"{where} {excerpt(name)}"), f"{where} {excerpt(name)}")
     return found
 
 
@@ -180,7 +180,7 @@ def mbpp_prompt(task: str, tests: Sequence[str]) -> str:
 def _content(row: Mapping[str, Any], field: str | None, where: str, whole: bool) -> str | Chat | list[int]:
     if field is not None:
         if field not in row:
-            raise InputError(f"{where}: no field {shown(field)}; its fields: {_fields(row)}")
+            raise InputError(f"{where}: no field {excerpt(field)}; its fields: {_fields(row)}")
         return _checked(row[field], field, row, where)
     if whole and _is_ids(row.get("prompt")) and _is_ids(row.get("answer")):
         return _checked(row["prompt"] + row["answer"], "prompt", row, where)
@@ -211,17 +211,17 @@ def _checked(
 ) -> str | Chat | list[int]:
     """A text, a chat or token ids; anything else is refused. read: what else of the row has become part of it."""
     if isinstance(value, str | list) and not value:
-        raise _EmptyPrompt(f"{where}: {shown(field, quoted=False)} is empty")
+        raise _EmptyPrompt(f"{where}: {excerpt(field, quoted=False)} is empty")
     if _is_ids(value):
         return value
     if isinstance(value, str):
         if field != "the pattern":
             _check_beside(row, field, BESIDE_TEXT, (field, *read), where)
-        return check_text(value, f"{where}: {shown(field, quoted=False)}")
+        return check_text(value, f"{where}: {excerpt(field, quoted=False)}")
     if isinstance(value, list) and all(isinstance(message, dict) for message in value):
         return _chat(value, field, row, where)
     raise InputError(
-        f"{where}: {shown(field, quoted=False)} must be a text, a list of messages (role, content) or of token ids"
+        f"{where}: {excerpt(field, quoted=False)} must be a text, a list of messages (role, content) or of token ids"
     )
 
 
@@ -244,7 +244,7 @@ def _chat(messages: list[dict[str, Any]], field: str, row: Mapping[str, Any], wh
                 raise InputError("has a system message and the field 'system' beside it; keep one of them")
             found["messages"].insert(0, {"role": "system", "content": check_text(system, "system")})
     except InputError as error:
-        raise InputError(f"{where}: {shown(field, quoted=False)}: {error}") from None
+        raise InputError(f"{where}: {excerpt(field, quoted=False)}: {error}") from None
     return chats.compact(found)
 
 
@@ -255,7 +255,7 @@ def _without_answer(chat: Any, where: str) -> tuple[Chat, bool]:
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not any(message["role"] == "user" for message in messages):
-        roles = shown(", ".join(message["role"] for message in found["messages"]), quoted=False)
+        roles = excerpt(", ".join(message["role"] for message in found["messages"]), quoted=False)
         raise InputError(f"{where}: the chat has no user message to answer; its roles: {roles}")
     return chats.compact(found | {"messages": messages}), len(messages) < len(found["messages"])
 
@@ -265,7 +265,7 @@ def _check_beside(row: Mapping[str, Any], field: str, beside: Sequence[str], rea
     second = next((name for name in beside if name not in read and not _is_empty(row.get(name))), None)
     if second is None:
         return
-    name, alone = shown(field, quoted=False), f'--field "{{{shown(field, quoted=False)}}}"'
+    name, alone = excerpt(field, quoted=False), f'--field "{{{excerpt(field, quoted=False)}}}"'
     if beside is BESIDE_CHAT:
         known = "write them as tools" if second == "functions" else "write it into the messages"
         raise InputError(f"{where}: '{second}' beside {name} would be left out; {known}, or remove the field")
@@ -289,5 +289,5 @@ def _is_ids(value: Any) -> bool:
 
 
 def _fields(row: Mapping[str, Any]) -> str:
-    names = ", ".join(shown(name, quoted=False) for name in list(row)[:20]) or "none"
+    names = ", ".join(excerpt(name, quoted=False) for name in list(row)[:20]) or "none"
     return names if len(row) <= 20 else f"{names} and {len(row) - 20} more"

@@ -38,7 +38,7 @@ def main() -> None:
         except MemoryError:
             found = {"memory": True}
         except Exception as error:  # whatever a template can make its engine raise
-            found = {"error": " ".join(f"{error or type(error).__name__}".split())[:300]}
+            found = {"error": " ".join(f"{error}".split() or [type(error).__name__])[:300]}
         answers.write(json.dumps(found).encode() + b"\n")
         answers.flush()
 

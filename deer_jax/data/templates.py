@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deer_jax.config import nearest
-from deer_jax.data.chats import shown
+from deer_jax.data.chats import excerpt
 from deer_jax.errors import InputError, RunError
 
 SECONDS = 10  # that a template has for one chat
@@ -27,7 +27,6 @@ RESERVED = frozenset(
      "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
      "return_assistant_tokens_mask", "tokenizer_kwargs", "now"}
 )  # fmt: skip
-GIVEN = frozenset({"messages", "add_generation_prompt"})  # variables that every template has, of RESERVED
 
 
 class ArgumentError(InputError):
@@ -95,7 +94,8 @@ class Renderer:
                 hint = nearest(name[:50], valid) if valid else "it takes none"
                 raise ArgumentError(
                     name,
-                    f"{self._where}: the chat template has no argument {shown(name)}, {shown(hint, 300, quoted=False)}",
+                    f"{self._where}: the chat template has no argument {excerpt(name)}, "
+                    f"{excerpt(hint, 300, quoted=False)}",
                 )
         for name, value in (("tools", tools), ("documents", documents)):
             if value is not None and name not in known:
@@ -158,7 +158,7 @@ class Renderer:
 def check_name(name: str, where: str = "template argument") -> None:
     """ArgumentError for the name of something that is no template's to decide."""
     if name in RESERVED:
-        raise ArgumentError(name, f"{where} {shown(name)}: is not for the template; it is set by this library")
+        raise ArgumentError(name, f"{where} {excerpt(name)}: is not for the template; it is set by this library")
 
 
 def _exchange(process: subprocess.Popen[bytes], line: bytes, seconds: float) -> tuple[bytes, bool]:

@@ -9,11 +9,12 @@ import json
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deer_jax.data.chats import check_text, shown
+from deer_jax.data.chats import check_text, excerpt
 from deer_jax.data.templates import Renderer
 from deer_jax.digests import combined
 from deer_jax.errors import InputError, one_line
@@ -194,16 +195,24 @@ def _foreign(line: str, remedy: str) -> Iterator[None]:
         raise InputError(f"{line} ({type(error).__name__}: {one_line(error)}); {remedy}") from None
 
 
+_STDERR = threading.Lock()  # one at a time puts something in its place
+
+
 @contextlib.contextmanager
 def _without_panics() -> Iterator[None]:
     """Keep back what is written to stderr meanwhile, and drop it if Rust panics: it writes its stack there itself."""
     try:
-        stderr, held = os.dup(2), tempfile.TemporaryFile()  # noqa: SIM115 - closed below
-    except OSError:  # no stderr, or no room
+        held = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
+    except OSError:  # no room
         yield
         return
     panicked = False
-    with held:
+    with held, _STDERR:
+        try:
+            stderr = os.dup(2)
+        except OSError:  # there is none
+            yield
+            return
         os.dup2(held.fileno(), 2)
         try:
             yield
@@ -292,7 +301,7 @@ def differing_ids(target: Tokenizer, drafter: Tokenizer, allowed: Collection[int
     for token in differing:
         if token not in allowed:
             raise InputError(
-                f"the tokenizers differ at id {token}: {shown(ours[token])} for the target, {shown(theirs[token])} for "
-                "the drafter; a drafter must share its target's tokenizer"
+                f"the tokenizers differ at id {token}: {excerpt(ours[token])} for the target, {excerpt(theirs[token])} "
+                "for the drafter; a drafter must share its target's tokenizer"
             )
     return tuple(differing)

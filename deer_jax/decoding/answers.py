@@ -12,11 +12,11 @@ import numpy as np
 from deer_jax.config import Sampling
 from deer_jax.data.answers import AnswerWriter
 from deer_jax.data.tokenizer import Tokenizer
-from deer_jax.decoding.checks import check_count, check_models, check_run, is_whole
+from deer_jax.decoding.checks import check_count, check_models, check_run
 from deer_jax.decoding.decode import ROUNDS_PER_SEGMENT, decoded, names_of, prompts_digest
 from deer_jax.decoding.engine import Engine, serve
 from deer_jax.decoding.programs import capacity_for
-from deer_jax.decoding.prompts import encode_prompts
+from deer_jax.decoding.prompts import encode_prompts, is_whole
 from deer_jax.digests import Digests
 from deer_jax.errors import InputError, NotFiniteError
 from deer_jax.models.target import Target

@@ -10,6 +10,7 @@ import numpy as np
 from deer_jax.config import Sampling
 from deer_jax.decoding.engine import Engine
 from deer_jax.decoding.programs import capacity_for
+from deer_jax.decoding.prompts import is_whole
 from deer_jax.drafters.protocol import Drafter
 from deer_jax.errors import InputError, PromptError
 from deer_jax.models.target import Target
@@ -71,11 +72,6 @@ def prepare(
         min(slots, len(prompts)), capacity_for(limits, k),
     )  # fmt: skip
     return engine, limits
-
-
-def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number; True and False are none."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def check_run(seed: int, batch_size: int) -> None:

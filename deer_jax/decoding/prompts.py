@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from deer_jax.data.chats import is_chat, normalised, plain, shown
+from deer_jax.data.chats import excerpt, is_chat, normalised, plain
 from deer_jax.data.templates import ArgumentError, check_name
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.errors import InputError, PromptError
@@ -39,7 +39,7 @@ def encode_prompts(
         raise InputError(f"prompts must be a string, a chat or a list of these, got {type(prompts).__name__}")
     if not prompts:
         raise InputError("prompts is empty: give at least one")
-    if all(_is_id(prompt) for prompt in prompts):
+    if all(is_whole(prompt) for prompt in prompts):
         raise InputError("prompts is one list of token ids: wrap it in a list, [[1, 2, 3]]")
     arguments = plain(dict(template_arguments or {}), "template_arguments")
     for name in arguments:
@@ -67,7 +67,7 @@ def _encode(
         tokens = _ids(prompt)
         if tokens is None:
             raise PromptError(
-                index, f"must be a string, a chat or a list of token ids, got {shown(prompt, quoted=False)}"
+                index, f"must be a string, a chat or a list of token ids, got {excerpt(prompt, quoted=False)}"
             )
     if len(tokens) == 0:
         raise PromptError(index, "is empty: give at least one token (for none but BOS, give its id)")
@@ -75,7 +75,7 @@ def _encode(
     for token in tokens:
         if not 0 <= token < size:
             text = target.tokenizer.token(token) if said and isinstance(target.tokenizer, Tokenizer) else None
-            name = shown(token, quoted=False) if text is None else f"{token} ({shown(text)})"
+            name = excerpt(token, quoted=False) if text is None else f"{token} ({excerpt(text)})"
             raise PromptError(index, f"token id {name} is outside the vocabulary of {size} (0..{size - 1})")
     return tokens
 
@@ -96,7 +96,8 @@ def _encode_chat(
     return target.tokenizer.encode_chat(chat["messages"], now=now, **{**given, **chat.get("chat_template_kwargs", {})})
 
 
-def _is_id(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number; True and False are none."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
@@ -105,6 +106,6 @@ def _ids(prompt: Any) -> list[int] | None:
     if isinstance(prompt, np.ndarray):
         whole = prompt.ndim == 1 and np.issubdtype(prompt.dtype, np.integer)
         return prompt.tolist() if whole or (prompt.ndim == 1 and not prompt.size) else None
-    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) and all(_is_id(token) for token in prompt):
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) and all(is_whole(token) for token in prompt):
         return [int(token) for token in prompt]
     return None

@@ -21,7 +21,7 @@ from deer_jax.data.examples import example_batches
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.digests import Digests, Stamp
 from deer_jax.drafters.standalone import StandaloneDrafter
-from deer_jax.errors import InputError
+from deer_jax.errors import InputError, RunError
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params
 from deer_jax.sharding import MeshShape, make_mesh
@@ -121,6 +121,8 @@ class _Alignment:
         self.drafter = load_drafter(
             recipe.drafter, target=self.target, dtype="float32", config=recipe.reading, progress=show_bytes
         )
+        if start_digests(recipe.drafter, self.digests) != self.start:
+            raise RunError(f"{recipe.drafter}: was changed while it was loaded; start again")
         self.layers = self.drafter.method.model.layers
         self.evaluate_every = None if recipe.evaluation is None else recipe.evaluation.every
         resolved = [with_width(stage, self.drafter) for stage in recipe.stages]
@@ -165,7 +167,10 @@ class _Alignment:
         return {
             "target": {WHOLE: self.target.digest(), **target},
             "start drafter": self.start,
-            "answers": {os.fspath(path): self.digests.of(Stamp.of(path)) for path in self.records.paths},
+            "answers": {
+                os.fspath(path): self.digests.of(stamp)
+                for path, stamp in zip(self.records.paths, self.records.stamps, strict=True)
+            },
             "held-out prompts": hashlib.sha256(repr(self.held_out).encode()).hexdigest(),
             "dtype": self.dtype.name,
         }
@@ -196,8 +201,6 @@ def start_digests(source: str, digests: Digests) -> dict[str, str]:
         stamps = [Stamp.of(path) for path in sorted((folder / DRAFTER).iterdir()) if path.is_file()]
     else:
         stamps = deciding_files(folder)
-    for stamp in stamps:
-        digests.begin(stamp)  # while the drafter is loaded
     return found | {stamp.path.name: digests.of(stamp) for stamp in stamps}
 
 

@@ -1,6 +1,5 @@
 """What a run reports: metrics.jsonl, one JSON object per line, and the same for TensorBoard."""
 
-import json
 import os
 import secrets
 import time
@@ -14,6 +13,7 @@ from deer_jax.files import Lock, disk_error, write_file
 from deer_jax.formats import json_bytes, parse_json, read_bytes
 
 FILE, FOLDER = "metrics.jsonl", "tensorboard"
+MOST_BYTES = 2**32  # of metrics.jsonl: some ten million lines
 
 
 class MetricsLog:
@@ -36,7 +36,7 @@ class MetricsLog:
         lock.check()
         kept: list[dict[str, Any]] = []
         if os.path.lexists(self.path):
-            content = read_bytes(self.path)
+            content = read_bytes(self.path, most=MOST_BYTES)
             kept, foreign = _sound_lines(content)
             if foreign:
                 warnings.warn(f"{self.path}: {foreign} lines are no metrics and are dropped", stacklevel=6)
@@ -107,6 +107,5 @@ def _sound_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a torn last one, of a run that was killed, does not count."""
-    lines = (folder / FILE).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a run's metrics.jsonl; one that is none, such as a torn last one, does not count."""
+    return _sound_lines(read_bytes(folder / FILE, most=MOST_BYTES))[0]
