@@ -21,7 +21,7 @@ class Stamp(NamedTuple):
 
     path: Path  # absolute
     size: int
-    changed: int  # ns
+    changed: int  # ns; of its status (ctime), which nobody can set back, as one can the time of modification
 
     @classmethod
     def of(cls, path: Path) -> "Stamp":
@@ -30,12 +30,12 @@ class Stamp(NamedTuple):
             found = path.stat()
         except (OSError, ValueError) as error:
             raise unreadable(path, error) from None
-        return cls(path.absolute(), found.st_size, found.st_mtime_ns)
+        return cls(path.absolute(), found.st_size, found.st_ctime_ns)
 
     def is_of(self, descriptor: int) -> bool:
         """Whether an open file has this size and time of change."""
         found = os.fstat(descriptor)
-        return (found.st_size, found.st_mtime_ns) == (self.size, self.changed)
+        return (found.st_size, found.st_ctime_ns) == (self.size, self.changed)
 
 
 def hub_blob(path: Path) -> Path | None:

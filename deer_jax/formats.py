@@ -5,6 +5,7 @@ JSON is also written here, so that whatever was read can be written, half of a s
 
 import json
 import os
+import re
 import stat
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from deer_jax.errors import InputError, RunError, one_line, shown
 from deer_jax.files import WRONG_PATH
 
 MOST_BYTES = 2**28  # of a file that is read whole; a tokenizer.json has some ten million
+WHOLE = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 MOST_NODES = 100_000  # entries of a YAML file, those repeated through aliases counted as often as they stand
 
 
@@ -68,7 +70,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
     """The value of a JSON text; a key that stands twice in an object is refused."""
     try:
         if isinstance(text, bytes):
-            text = text.decode()
+            text = text.decode("utf-8-sig")  # some editors put a mark before it
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text.strip() else ""  # pyrefly: ignore
@@ -162,6 +164,19 @@ class _Loader(yaml.SafeLoader):
                 )
             seen[name] = line
         return super().construct_mapping(node, deep)
+
+
+def _whole(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """Whole numbers as people write them: YAML 1.1 also takes 1:30 for 90 and 010 for 8."""
+    if not WHOLE.fullmatch(node.value):
+        raise yaml.constructor.ConstructorError(
+            None, None, f"the number {node.value:.40} may be read in several ways: write it plainly, or in quotes",
+            node.start_mark,
+        )  # fmt: skip
+    return int(node.value.replace("_", ""))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole)
 
 
 def _count(node: yaml.Node, where: str) -> None:

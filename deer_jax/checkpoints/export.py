@@ -87,12 +87,12 @@ def _best(run: Path) -> tuple[int, str]:
 
 
 def _is_whole(output: Path, about: Mapping[str, Any]) -> bool:
-    """Whether a folder is the export described, with all its files."""
+    """Whether a folder is the export described, with all its files as they were written."""
     try:
         found = read_json(output / EXPORT, most=2**22)
         files = found["files"]
         same = bool(files) and about.items() <= found.items()
-        return same and all((output / name).stat().st_size == each["bytes"] for name, each in files.items())
+        return same and all(sha256_of(output / name) == each["sha256"] for name, each in files.items())
     except (InputError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 

@@ -64,7 +64,8 @@ def run(argv: Sequence[str]) -> None:
         prompts = options.read(whole=options.prefix is not None, allow_empty=True)
     elif any(getattr(options, field.name) != field.default for field in dataclasses.fields(PromptOptions)):
         raise InputError("--from-bos continues from BOS alone: without options about prompts")
-    check_distinct([options.output, state_path(options.output)], [options.prompts, options.config, options.target])
+    companion = state_path(options.output) if options.output.name else None
+    check_distinct([options.output, companion], [options.prompts, options.config, options.target])
     check_writable(options.output)
     target = options.load_target(known_digests(options.output, verify=options.verify))
     try:

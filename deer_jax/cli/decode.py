@@ -54,7 +54,7 @@ def run(argv: Sequence[str]) -> None:
     options = parse(Options, "decode", argv, EXAMPLE)
     arguments = options.arguments() | {"template_arguments": options.template_arguments()}
     prompts = options.read()
-    companion = state_path(options.output) if options.output else None
+    companion = state_path(options.output) if options.output and options.output.name else None
     check_distinct(
         [options.output, companion, options.json], [options.prompts, options.config, options.target, options.drafter]
     )

@@ -87,8 +87,9 @@ def read_steps(path: Path, output: Path) -> list[tuple[str, dict[str, Any]]]:
         if not isinstance(given, Mapping):
             raise InputError(f"{where}: {verb} must have keys and values, got {shown(given)}")
         options = filled(given, str(output), f"{where}: {verb}")
-        if any(Path(text).absolute() == output.absolute() for text in outputs(options)):
-            raise InputError(f"{where}: {verb} would write over the pipeline's folder; name one in it: {FOLDER}/run")
+        own = (output.absolute(), (output / STATE).absolute())
+        if any(Path(text).absolute() in own for text in outputs(options)):
+            raise InputError(f"{where}: {verb} would write over the pipeline's own; name one in it: {FOLDER}/run")
         found.append((str(verb), options))
     if not found:
         raise InputError(f"{path}: steps is empty: give at least one")

@@ -47,6 +47,7 @@ class AnswerFiles:
         """
         self.paths = [Path(path) for path in paths]
         self._vocab_size, self._tokenizer = vocab_size, tokenizer
+        _check_distinct(self.paths)
         self.stamps = [Stamp.of(path) for path in self.paths]
         self._lines = [_line_ends(path) for path in self.paths]
         self._first = np.cumsum([0, *(len(ends) for ends in self._lines)]).tolist()  # number of each file's first line
@@ -120,6 +121,18 @@ class AnswerFiles:
                 f"({self._tokenizer}); let this target answer"
             )
         return record | {"where": where}
+
+
+def _check_distinct(paths: Sequence[Path]) -> None:
+    """InputError for a file that is named twice, whatever it is called: its rows would count twice."""
+    seen: dict[tuple[int, int], Path] = {}
+    for path in paths:
+        try:
+            found = path.stat()
+        except (OSError, ValueError) as error:
+            raise unreadable(path, error) from None
+        if (first := seen.setdefault((found.st_dev, found.st_ino), path)) is not path:
+            raise InputError(f"{path}: is the same file as {first}; name it once")
 
 
 def _line_ends(path: Path) -> np.ndarray:

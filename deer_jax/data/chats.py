@@ -22,10 +22,12 @@ KEYS = ("messages", *COMPANIONS)
 # Who speaks in ShareGPT's conversations, as a role.
 SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "bot", "ai"), "assistant"),
     "system": "system",
     **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response"), "tool"),
 }
+# What a message or part may hold beside its text that would be left out.
+UNREAD = ("image", "images", "image_url", "audio", "audios", "input_audio", "video", "videos", "file", "files")
 DEPTH = 100  # of lists and mappings within a message
 
 Chat = list[dict[str, Any]] | dict[str, Any]
@@ -101,17 +103,22 @@ def _message(value: Any, where: str) -> dict[str, Any]:
     content = value.get("content")
     if "from" in found and "role" not in found:  # ShareGPT
         speaker, content = found.pop("from"), found.pop("value", content)
-        role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+        role = SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
         if role is None:
             raise InputError(f"{where} is from {excerpt(speaker)}, which is none of {', '.join(SPEAKERS)}")
         found = {"role": role, **found}
     role = found.get("role")
     if not isinstance(role, str) or not role:
         raise InputError(f"{where} has {'no role' if role is None else f'the role {excerpt(role)}'}; a role is a text")
+    role = SPEAKERS.get(role.lower(), role)  # "model", "Assistant": what templates and we call the assistant
+    found["role"] = role
     if content is None:
         if not found.get("tool_calls"):
             raise InputError(f"{where} ({excerpt(role, quoted=False)}) has no content; only one with tool_calls may")
         return found
+    for key in UNREAD:
+        if found.get(key):
+            raise InputError(f"{where} has {excerpt(key)} beside its text; only text can be read")
     return {"role": role, "content": _text(content, where), **{key: v for key, v in found.items() if key != "role"}}
 
 
@@ -127,6 +134,8 @@ def _text(content: Any, where: str) -> str:
         if isinstance(part, str):
             texts.append(part)
         elif kind == "text" and isinstance(part.get("text"), str):
+            if unread := next((key for key in UNREAD if part.get(key)), None):
+                raise InputError(f"{where}: a text part has {excerpt(unread)} too; only text can be read")
             texts.append(part["text"])
         elif kind == "text":
             raise InputError(f"{where}: a text part has no text")

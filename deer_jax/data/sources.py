@@ -20,13 +20,14 @@ template. A field beside a text that changes the task is an error: nothing of a 
 
 import contextlib
 import dataclasses
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deer_jax.data import chats
-from deer_jax.data.chats import Chat, as_chat, check_text, excerpt, is_chat
+from deer_jax.data.chats import UNREAD, Chat, as_chat, check_text, excerpt, is_chat
 from deer_jax.data.patterns import Pattern, is_pattern
 from deer_jax.data.rows import read_rows
 from deer_jax.data.templates import check_name
@@ -51,9 +52,13 @@ IDS = ("id", "task_id", "question_id", "unique_id")
 BESIDE_TEXT = (
     "input", "inputs", "instruction", "instructions", "question", "query", "context", "contexts", "passage", "passages",
     "paragraph", "article", "document", "documents", "background", "choices", "options", "endings", "system",
-    "system_prompt", "system_message", "history", "tools", "functions", "image", "images", "audio", "video",
+    "system_prompt", "system_message", "history", "tools", "functions", "story", "suffix", *UNREAD,
 )  # fmt: skip
-BESIDE_CHAT = ("functions", "system_prompt", "system_message", "image", "images", "audio", "audios", "video", "videos")
+BESIDE_CHAT = (
+    "functions", "system_prompt", "system_message", "instruction", "input", "context", "passage", "choices", "options",
+    *UNREAD,
+)  # fmt: skip
+CHOICE = re.compile(r"[A-E]|(option|choice|answer)_?[a-e1-5]", re.IGNORECASE)  # one column for each, beside a question
 
 
 class _EmptyPrompt(InputError):
@@ -184,7 +189,7 @@ def _content(row: Mapping[str, Any], field: str | None, where: str, whole: bool)
         return _checked(row[field], field, row, where)
     if whole and _is_ids(row.get("prompt")) and _is_ids(row.get("answer")):
         return _checked(row["prompt"] + row["answer"], "prompt", row, where)
-    kind = next((kind for kind in KINDS if all(name in row for name in kind)), None)
+    kind = next((kind for kind in KINDS if all(row.get(name) is not None for name in kind)), None)
     if kind is None:
         raise InputError(f"{where}: no field that holds a prompt; its fields: {_fields(row)}; name one")
     value = row[kind[0]]
@@ -257,12 +262,15 @@ def _without_answer(chat: Any, where: str) -> tuple[Chat, bool]:
     if not any(message["role"] == "user" for message in messages):
         roles = excerpt(", ".join(message["role"] for message in found["messages"]), quoted=False)
         raise InputError(f"{where}: the chat has no user message to answer; its roles: {roles}")
+    if not any(message.get("content", "").strip() for message in messages if message["role"] == "user"):
+        raise _EmptyPrompt(f"{where}: the messages of the user are empty")
     return chats.compact(found | {"messages": messages}), len(messages) < len(found["messages"])
 
 
 def _check_beside(row: Mapping[str, Any], field: str, beside: Sequence[str], read: Sequence[str], where: str) -> None:
     """InputError for a field of the row that would be left out although it is a part of the task."""
-    second = next((name for name in beside if name not in read and not _is_empty(row.get(name))), None)
+    names = (*beside, *(name for name in row if CHOICE.fullmatch(name)))
+    second = next((name for name in names if name not in read and not _is_empty(row.get(name))), None)
     if second is None:
         return
     name, alone = excerpt(field, quoted=False), f'--field "{{{excerpt(field, quoted=False)}}}"'

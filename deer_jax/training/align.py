@@ -19,6 +19,7 @@ from deer_jax.checkpoints.runs import DRAFTER, RECORD, best_checkpoint, is_run
 from deer_jax.data.answers import AnswerFiles
 from deer_jax.data.examples import example_batches
 from deer_jax.data.tokenizer import Tokenizer
+from deer_jax.decoding.finite import NAMED, broken_weights
 from deer_jax.digests import Digests, Stamp
 from deer_jax.drafters.standalone import StandaloneDrafter
 from deer_jax.errors import InputError, RunError
@@ -123,6 +124,8 @@ class _Alignment:
         )
         if start_digests(recipe.drafter, self.digests) != self.start:
             raise RunError(f"{recipe.drafter}: was changed while it was loaded; start again")
+        if broken := broken_weights(self.drafter.params):
+            raise RunError(f"{recipe.drafter}: of its weights these are not finite: {', '.join(broken[:NAMED])}")
         self.layers = self.drafter.method.model.layers
         self.evaluate_every = None if recipe.evaluation is None else recipe.evaluation.every
         resolved = [with_width(stage, self.drafter) for stage in recipe.stages]

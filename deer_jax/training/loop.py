@@ -226,16 +226,16 @@ class Trainer:
                 self.tokens, self.seconds, self.data_seconds = (
                     self.tokens + tokens, self.seconds + seconds, self.data_seconds + waited,
                 )  # fmt: skip
-                values["learning_rate"] = float(np.asarray(rate(step - first - 1)))
-                speed = {"tokens_per_second": tokens / seconds, "data_share": waited / seconds} if tokens else {}
-                log.write(step, {"stage": stage.name, "tokens": self.read, **values, **speed})
-                note = f"{stage.name}, loss {values['loss']:.3f}"
-                note += f", {tokens / seconds:,.0f} tokens/s" if tokens else ""
                 if not np.isfinite([values["loss"], values["gradient_norm"]]).all():
                     raise RunError(
                         f"{self.output}: step {step} has loss {values['loss']} and gradient norm "
                         f"{values['gradient_norm']}; lower the learning rate, or alpha, in another output"
                     )
+                values["learning_rate"] = float(np.asarray(rate(step - first - 1)))
+                speed = {"tokens_per_second": tokens / seconds, "data_share": waited / seconds} if tokens else {}
+                log.write(step, {"stage": stage.name, "tokens": self.read, **values, **speed})
+                note = f"{stage.name}, loss {values['loss']:.3f}"
+                note += f", {tokens / seconds:,.0f} tokens/s" if tokens else ""
                 if saved:
                     self.save(step, state, examples, self.evaluate(step, state, log) if measured else None)
                 begin, waited, tokens, before = time.perf_counter(), 0.0, 0, None

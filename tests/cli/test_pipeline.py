@@ -97,9 +97,10 @@ def test_wrong_steps(tmp_path, capsys, steps, line):
         ("steps: [{export: {source: .nan}}]", "export.source: expected text or a number, got 'nan', a YAML float"),
         ("steps: [{export: {source: {a: 1}, output: x}}]", "key 'source' takes one value"),
         ("steps: [{export: {source: [a, b], output: x}}]", "key 'source' takes one value"),
-        ("steps: [{export: {source: x, output: '{output}'}}]", "would write over the pipeline's folder"),
+        ("steps: [{export: {source: x, output: '{output}'}}]", "would write over the pipeline's own"),
+        ("steps: [{bench: {target: x, drafter: y, prompts: z, json: '{output}/pipeline.json'}}]", "the pipeline's own"),
         ("steps: [{export: {source: x, output: '{output}/a/..'}}]", "no folder of a pretrain or align run"),
-        (f"steps: [{{export: {{source: 0x{'f' * 5000}}}}}]", "got an int of too many digits"),
+        (f"steps: [{{export: {{source: 0x{'f' * 5000}}}}}]", "may be read in several ways"),
     ],
 )
 def test_wrong_values(tmp_path, capsys, text, line):
