@@ -53,6 +53,13 @@ def test_a_second_time_reads_nothing(file):
     assert once.read == len(CONTENT)
 
 
+def test_a_time_of_modification_that_was_set_back_hides_nothing(file):
+    records, before = known(file), file.stat()
+    file.write_bytes(b"W" + CONTENT[1:])
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert Digests(records).of(Stamp.of(file)) == sha256(b"W" + CONTENT[1:])
+
+
 def test_verifying_reads_all(file, monkeypatch):
     records = known(file)
     stamp, changed = Stamp.of(file), b"W" + CONTENT[1:]

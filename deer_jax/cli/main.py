@@ -206,6 +206,9 @@ def ended(error: BaseException, argv: Sequence[str]) -> int:
             "batch with accumulate), a smaller length or max_new_tokens, or dtype bfloat16 needs less"
         )
         return 1
+    if isinstance(error, RuntimeError) and "nable to initialize backend" in str(error):
+        say(f"error: {one_line(error)}; JAX_PLATFORMS names the platforms to use, as in JAX_PLATFORMS=cpu")
+        return 2
     say(f"error: unexpected {type(error).__name__}: {one_line(error)}; {kept(error, argv)}, please report them")
     return 1
 

@@ -163,6 +163,21 @@ def test_limit_stops_before_a_damaged_line(tmp_path):
             '{"instruction": "a", "input": "b", "system": "c"}',
             r":2: 'system' beside 'instruction' would .*",
         ),
+        (
+            '{"messages": [{"role": "user", "content": "a", "images": ["x"]}]}',
+            r":2: messages: message 1 has 'images' beside its text; only text can be read",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "image": "b"}]}]}',
+            r":2: messages: message 1: a text part has 'image' too; only text can be read",
+        ),
+        ('{"messages": [{"role": "user", "content": " "}]}', r":2: the messages of the user are empty"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}], "context": "b"}',
+            r":2: 'context' beside messages would be left out; write it into the messages, or remove the field",
+        ),
+        ('{"question": "a", "A": "b", "B": "c"}', r":2: 'A' beside 'question' would be left out; .*"),
+        ('{"question": "a", "option_1": "b"}', r":2: 'option_1' beside 'question' would be left out; .*"),
         ('{"turns": []}', r":2: turns must be a list of texts"),
         ('{"turns": [{"speaker": "a"}]}', r":2: turns must be .*"),
         ('{"text": "a", "test_list": "assert f()"}', r":2: text must be a text and test_list a list of texts"),
@@ -181,11 +196,17 @@ USER, ANSWER = {"role": "user", "content": "hello"}, {"role": "assistant", "cont
 
 def test_answers_of_the_data_set_are_cut_from_chats_and_counted(tmp_path):
     given = [{"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER, USER]}, {"messages": [USER, ANSWER, ANSWER]}]
+    given.append({"messages": [USER | {"role": "User"}, {"role": "model", "content": "hi"}]})  # by other names
     path = write(tmp_path / "a.jsonl", *given)
-    with pytest.warns(UserWarning, match=r"a\.jsonl: 2 of 3 prompts ended with the assistant's answer, .*") as caught:
+    with pytest.warns(UserWarning, match=r"a\.jsonl: 3 of 4 prompts ended with the assistant's answer, .*") as caught:
         found = read_prompts(path)
     assert len(caught) == 1
-    assert [prompt.content for prompt in found] == [[USER], [USER, ANSWER, USER], [USER]]
+    assert [prompt.content for prompt in found] == [[USER], [USER, ANSWER, USER], [USER], [USER]]
+
+
+def test_fields_of_a_mixed_table_that_are_null_are_absent(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"messages": None, "prompt": "x"}, {"messages": [USER], "prompt": None})
+    assert [prompt.content for prompt in read_prompts(path)] == ["x", [USER]]
 
 
 def test_content_parts_are_one_text(tmp_path):

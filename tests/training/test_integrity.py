@@ -296,3 +296,23 @@ def test_what_stopped_a_run_is_known_by_its_exit_status(capsys, number, kind):
             os.kill(os.getpid(), number)
         assert type(raised.value) is kind
     capsys.readouterr()
+
+
+def test_a_start_that_is_not_finite_is_named(folder, tmp_path):
+    target = deer_jax.load_target(folder / "target")
+    start = deer_jax.drafter_from_target(target, layers=(0, 1))
+    deer_jax.save_drafter(tmp_path / "start", start)
+    weights = tmp_path / "start" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.up_proj.weight"][0] = np.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    values = runs.recipe(folder) | {"output": str(tmp_path / "run"), "drafter": str(tmp_path / "start")}
+    with pytest.raises(RunError, match=r"start: of its weights these are not finite: layers\.1\.up\Z"):
+        deer_jax.align(values)
+
+
+def test_answers_named_twice_are_refused(folder, tmp_path):
+    (tmp_path / "again.jsonl").hardlink_to(folder / "answers.jsonl")
+    answers = [str(folder / "answers.jsonl"), str(tmp_path / "again.jsonl")]
+    with pytest.raises(InputError, match=r"again\.jsonl: is the same file as .*answers\.jsonl; name it once"):
+        deer_jax.align(runs.recipe(folder) | {"output": str(tmp_path / "run"), "answers": answers})
