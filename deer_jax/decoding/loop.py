@@ -12,7 +12,7 @@ from jax import lax
 
 from deer_jax.config import ModelConfig
 from deer_jax.decoding.accept import Verdict, accept_greedy, accept_sampled
-from deer_jax.decoding.sampling import Kind, Knobs, pick_draft
+from deer_jax.decoding.sampling import Kind, Knobs, pick_draft, picked
 from deer_jax.decoding.state import DRAFTER, NONE, TARGET, DecodeState
 from deer_jax.drafters.protocol import Draft, Method
 from deer_jax.models.cache import write_cache, write_rows
@@ -41,7 +41,8 @@ def one_round(plan: Plan, params: Params, drafter_params: Params, state: DecodeS
     else:
         verdict = accept_greedy(logits, draft)
     state = dataclasses.replace(state, drafter=drafter, cache=write_cache(state.cache, fresh, state.length - 1))
-    return commit(state, verdict, stop_ids, faults_of(logits, draft))
+    best = jnp.max(logits, axis=-1) if plan.kind.sampled else picked(logits, verdict.choice)
+    return commit(state, verdict, stop_ids, faults_of(best, draft))
 
 
 def propose(plan: Plan, drafter_params: Params, state: DecodeState, knobs: Knobs):
@@ -64,13 +65,14 @@ def read_block(config: ModelConfig, params: Params, state: DecodeState, draft: D
         return model.logits(hidden), fresh
 
 
-def faults_of(logits, draft: Draft):
+def faults_of(best, draft: Draft):
     """int32 [B, k+1]: whose logits are not finite at each block position; the drafter's count for the whole draft.
 
-    logits float32 [B, k+1, V]. The largest of them is not finite where any is not.
+    best float32 [B, k+1]: the target's largest logits. NaN and infinity are the largest wherever they stand; a token of
+    -inf beside others is only one that is never said.
     """
     with jax.named_scope("finite"):
-        finite = jnp.isfinite(jnp.max(jnp.abs(logits), axis=-1))
+        finite = jnp.isfinite(best)
         drafter = jnp.int32(NONE)
         if draft.finite is not None:
             drafter = jnp.where(draft.finite, NONE, DRAFTER)[:, None]

@@ -126,6 +126,11 @@ def uniform(keys):
     return jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32)))(keys)
 
 
+def picked(logits, tokens):
+    """float32 [B, n]: the logits [B, n, V] of tokens int32 [B, n]."""
+    return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+
+
 def pick_draft(logits, first: int, *, context, rounds, kind: Kind, knobs: Knobs) -> Draft:
     """Draft tokens for positions first.. of a round, and the distribution they were drawn from.
 
@@ -133,9 +138,10 @@ def pick_draft(logits, first: int, *, context, rounds, kind: Kind, knobs: Knobs)
     """
     with jax.named_scope("pick"):
         # The largest logit is NaN where one is, and infinite where one is or where nothing may be picked.
-        finite = jnp.all(jnp.isfinite(jnp.max(logits, axis=-1)), axis=1)
         if not kind.draft_sampled:
-            return Draft(jnp.argmax(logits, axis=-1).astype(jnp.int32), None, finite)
+            tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            return Draft(tokens, None, jnp.all(jnp.isfinite(picked(logits, tokens)), axis=1))
+        finite = jnp.all(jnp.isfinite(jnp.max(logits, axis=-1)), axis=1)
         log_q = log_probabilities(logits, knobs.draft_temperature, kind, knobs)
         position = context.length[:, None] + first + jnp.arange(logits.shape[1])[None]
         keys = keys_for(knobs.seed, context.prompt_index, rounds, position, DRAFT)

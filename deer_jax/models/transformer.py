@@ -133,7 +133,9 @@ class Layer(nnx.Module):
         with jax.named_scope("attention"):
             h = rms_norm(x, self.input_norm[...], config.norm_eps)
             q, k = rotate(heads("q", config.heads), cos_sin), rotate(heads("k", config.kv_heads), cos_sin)
-            k, v = with_finite_values(k, heads("v", config.kv_heads))
+            v = heads("v", config.kv_heads)
+            if T > 1:  # a row alone is seen by all that follow it
+                k, v = with_finite_values(k, v)
             mixed = attend(q, k, v, visible=visible, cache=cache, layer=index, start=start, block=block)
             x = x + project(mixed.reshape(B, T, -1), self.o[...])
         with jax.named_scope("mlp"):
