@@ -20,8 +20,8 @@ INTRODUCTION = """\
 # API reference
 
 Made from the docstrings by `make docs`; do not edit. What is not on this page may change without notice. The words are
-in [glossary.md](glossary.md). Wrong arguments raise [InputError](#inputerror); the command line then says one line and
-ends with status 2.
+in [glossary.md](glossary.md). Wrong arguments raise [InputError](#inputerror), a run that fails though its input was
+right [RunError](#runerror); the command line then says one line and ends with status 2 or 1.
 """
 RECORDS = """\
 What the names above take and return. A recipe's YAML keys are the fields of [Recipe](#recipe); in a stage, the keys of
