@@ -375,11 +375,21 @@ def _system_error(error: Exception) -> OSError | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax logs what it raises, with tracebacks; what it raises is enough."""
+    """Orbax logs what it raises, with tracebacks; what it raises is enough.
+
+    Where it raises its threads may log after it has, so its records are left out from then on.
+    """
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
         yield
+    except BaseException:
+        logger.addFilter(_not_of_orbax)
+        raise
     finally:
         logger.setLevel(level)
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname

@@ -1,5 +1,6 @@
 """What a run reports: metrics.jsonl, one JSON object per line, and the same for TensorBoard."""
 
+import json
 import os
 import secrets
 import time
@@ -107,5 +108,6 @@ def _sound_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; one that is none, such as a torn last one, does not count."""
-    return _sound_lines(read_bytes(folder / FILE, most=MOST_BYTES))[0]
+    """The lines of a run's metrics.jsonl; a torn last one, of a run that was killed, does not count."""
+    lines = (folder / FILE).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
