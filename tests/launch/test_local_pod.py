@@ -1,5 +1,6 @@
 """launch/local_pod.sh: several processes end together, whatever happens to one of them, and leave nothing behind."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -38,16 +39,21 @@ if job.how == "child":  # one that nobody waits for
 if job.how in ("well", "child"):
     print("no newline", end="")
     sys.exit(0)
+open(f"ready/{job.process}", "w").close()
 if job.process == "1":
-    time.sleep(0.2)
+    while len(os.listdir("ready")) < int(job.processes):
+        time.sleep(0.01)
     if job.how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if job.how == "told":
+        open("told", "w").close()
         os.kill(os.getpid(), signal.SIGTERM)
     if job.how in ("fails", "deaf"):
         sys.exit(3)
 if job.how == "told":  # hears of it from process 1, saves, and ends by itself
-    time.sleep(0.6)
+    while "told" not in os.listdir():
+        time.sleep(0.01)
+    time.sleep(0.3)
     print("saved", flush=True)
     sys.exit(143)
 time.sleep(60)
@@ -73,10 +79,11 @@ def job(tmp_path: Path) -> Iterator[Path]:
     """The script of a process. After the test, no process that was started with it may be there."""
     path = tmp_path / "job.py"
     path.write_text(JOB)
+    (tmp_path / "ready").mkdir()
     yield path
     left = [process for process in processes() if str(tmp_path) in process]
     assert left == []
-    assert sorted(tmp_path.iterdir()) == [path]
+    assert {entry.name for entry in tmp_path.iterdir()} <= {"job.py", "ready", "told"}
 
 
 def processes() -> list[str]:
@@ -124,9 +131,8 @@ def test_all_end_well(start, job: Path):
     assert process.returncode == 0
     lines = ["no newline", "ready", "[1] no newline", "[1] ready", "[2] no newline", "[2] ready"]
     assert sorted(stdout.splitlines()) == sorted(lines)
-    port = stderr.split()[0].rpartition(":")[2]
-    assert port.isdigit()
-    line = f"127.0.0.1:{port} 3 cpu 2"
+    line = min(stderr.splitlines())
+    assert re.fullmatch(r"127\.0\.0\.1:\d+ 3 cpu 2", line)
     assert sorted(stderr.splitlines()) == sorted([line, f"[1] {line}", f"[2] {line}"])
 
 
@@ -140,7 +146,7 @@ def test_all_end_well(start, job: Path):
     ],
 )
 def test_one_ends_and_the_others_with_it(start, job: Path, how: str, status: int, lines: list[str]):
-    process = start("--grace", "2" if how == "told" else "1", "3", sys.executable, job, "--how", how)
+    process = start("--grace", "1" if how == "deaf" else "20", "3", sys.executable, job, "--how", how)
     stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == status
     assert sorted(line for line in stdout.splitlines() if "ready" not in line) == sorted(lines)
