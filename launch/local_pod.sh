@@ -13,7 +13,7 @@ When a process fails, the others are ended: SIGTERM, and SIGKILL for what is lef
 and SIGTERM are handed to every process and waited for; a second one too. The status is that of the process that failed
 first.
 
-  launch/local_pod.sh --devices 4 2 deer-jax align --recipe configs/align_stories260k.yaml --set mesh.fsdp=8
+  launch/local_pod.sh --devices 2 2 deer-jax align --recipe configs/align_stories260k.yaml --set mesh.fsdp=4
 END
 }
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One command on every worker of a TPU slice, started again after preemptions until it is done. See --help, docs/pod.md.
-# Works with the bash 3.2 of macOS: no associative arrays, no mapfile, no ${name,,}.
+# Written for the bash 3.2 of macOS too; a test knows what that forbids.
 set -euo pipefail
 
 usage() {
@@ -41,7 +41,8 @@ input) are final, anything a preemption can leave behind (130, 143, 255 and abov
 
 A 16-chip v5e slice, as a queued resource:
   launch/tpu_pod.sh run --name align8b --type v5litepod-16 --project my-project --zone us-west4-a --capacity spot \
-      --work gs://my-bucket/align8b -- deer-jax align --recipe configs/paper/qwen3_8b.yaml --set 'output=$WORK/run'
+      --work gs://my-bucket/align8b -- \
+      deer-jax align --recipe configs/paper/qwen3_8b.yaml --set 'output=$WORK/run' --set mesh.fsdp=16
   launch/tpu_pod.sh delete --name align8b --type v5litepod-16 --project my-project --zone us-west4-a
 
 An 8-chip v6e slice, in a GKE cluster:

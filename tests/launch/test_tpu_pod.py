@@ -5,6 +5,7 @@ There is no cloud here: `gcloud`, `xpk` and `kubectl` are scripts of this file, 
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -349,6 +350,59 @@ def test_a_lost_connection_loses_nothing(worker, tmp_path: Path):
     assert second.communicate(timeout=10) == ("saved\n", "")
     assert second.returncode == 143
     assert (tmp_path / "deer_jax-run" / "log").read_text() == "started\nsaved\n"
+
+
+def test_from_run_to_the_workers_and_back(tmp_path: Path):
+    """Both scripts together, with an ssh that is a shell in the folder of a worker: saved, started again, done."""
+    gcloud = tmp_path / "gcloud"
+    gcloud.write_text("""#!/usr/bin/env bash
+case "$*" in
+  *"queued-resources describe"*) echo ACTIVE ;;
+  *"tpu-vm describe"*) echo READY ;;
+  *"--worker all"*)
+    while [ "$1" != --command ]; do shift; done
+    for worker in 0 1; do (cd "$FAKE/$worker" && exec bash -c "$2") & processes+=($!); done
+    for process in "${processes[@]}"; do wait "$process" || status=$?; done
+    exit "${status:-0}" ;;
+esac
+""")
+    gcloud.chmod(0o755)
+    for worker in ("0", "1"):
+        (tmp_path / worker / "deer_jax-source").mkdir(parents=True)
+        (tmp_path / worker / "deer_jax-source" / "launch").symlink_to(LAUNCH)
+    job = 'echo "$1 $WORK $JAX_COMPILATION_CACHE_DIR"; [ -e saved ] || { touch saved; exit 143; }'
+    result = pod("run", *VM, *WORK, "--", "sh", "-c", job, "sh", "it's $WORK", path=tmp_path)
+    assert result.returncode == 0, result.stderr
+    line = "it's gs://bucket/folder gs://bucket/folder gs://bucket/folder/xla\n"
+    assert result.stdout == 4 * line  # two workers, twice
+    assert "status 143, slice pod: READY; restart 1 of 50" in result.stderr
+
+
+def test_setup_of_a_worker(tmp_path: Path):
+    """The installer of uv, played by curl, writes a uv that notes its arguments."""
+    (tmp_path / "bin").mkdir()
+    curl = tmp_path / "bin" / "curl"
+    curl.write_text("""#!/bin/sh
+cat <<'END'
+mkdir -p "$UV_INSTALL_DIR"
+printf '#!/bin/sh\\necho "$@" >>uv.calls\\n' >"$UV_INSTALL_DIR/uv"
+chmod +x "$UV_INSTALL_DIR/uv"
+END
+""")
+    curl.chmod(0o755)
+    environment = os.environ | {"PATH": f"{curl.parent}:{os.environ['PATH']}"}
+    for _ in range(2):  # it can be repeated
+        subprocess.run(["bash", LAUNCH / "worker.sh", "setup"], cwd=tmp_path, env=environment, check=True, timeout=10)
+    assert (tmp_path / "uv.calls").read_text().splitlines() == 2 * [
+        "venv --quiet --allow-existing --python 3.12 deer_jax-env",
+        f"pip install --quiet --python deer_jax-env deer_jax[tpu] @ file://{tmp_path}/deer_jax-source",
+    ]
+
+
+@pytest.mark.parametrize("name", ["tpu_pod.sh", "vm.sh", "gke.sh"])
+def test_nothing_newer_than_the_bash_of_macos(name: str):
+    newer = r"mapfile|declare -[An]|local -n|,,\}|\^\^\}|&>>|\|&|wait -n|\{\w+\}[<>]|%\(|@Q\}|EPOCH|coproc|;;?&"
+    assert re.findall(newer, (LAUNCH / name).read_text()) == []
 
 
 @pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sh")), ids=lambda script: script.name)
