@@ -77,6 +77,7 @@ for ((i = 0; i < count && handed == 0; i++)); do
   exec {out}>&- {err}>&-
   before="[$((i + 1))] "
 done
+set +m # for what follows: the terminal stays ours
 groups=("${pids[@]}")
 
 status=0 next='' deadline=0 # the signal that comes next, and when
@@ -102,7 +103,7 @@ while ((${#pids[@]} > 0)); do
     hand_on "$next"
     if [ "$next" = TERM ]; then next=KILL deadline=$((SECONDS + grace)); else next=''; fi
   fi
-  sleep 0.05
+  sleep 0.05 || true # Ctrl-C ends it too
 done
 for pid in "${groups[@]}"; do kill -KILL -- "-$pid" 2>/dev/null || true; done # what they may have left behind
 wait "${readers[@]}" || true

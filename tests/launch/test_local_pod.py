@@ -1,5 +1,8 @@
 """launch/local_pod.sh: several processes end together, whatever happens to one of them, and leave nothing behind."""
 
+import contextlib
+import os
+import pty
 import re
 import signal
 import subprocess
@@ -166,6 +169,24 @@ def test_a_signal_reaches_all_and_is_waited_for(start, job: Path, number: signal
     assert process.returncode == 128 + number
     said = [f"{before}{word}" for before in ("", "[1] ", "[2] ") for word in ("saving", "saved")]
     assert sorted(stdout.splitlines()) == sorted(said)
+
+
+def test_ctrl_c_at_a_terminal(job: Path, tmp_path: Path):
+    """It goes to the script and its helpers; the processes get it once, since a second one ends them at once."""
+    master, slave = pty.openpty()
+    command = ["setsid", "--ctty", "--wait", ROOT / "launch" / "local_pod.sh", "3", sys.executable, job]
+    process = subprocess.Popen(command, cwd=tmp_path, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    text = b""
+    while text.count(b"ready") < 3:
+        text += os.read(master, 4096)
+    os.write(master, b"\x03")
+    with contextlib.suppress(OSError):  # how the end of a terminal is read
+        while piece := os.read(master, 4096):
+            text += piece
+    os.close(master)
+    assert process.wait(timeout=10) == 130
+    assert (text.count(b"saving"), text.count(b"saved")) == (3, 3)
 
 
 def test_what_a_process_leaves_behind_is_ended(start, job: Path):
