@@ -57,14 +57,20 @@ lines() { # BEFORE: stdin line by line; a signal to everybody does not end it, o
   while IFS= read -r line || [ -n "$line" ]; do printf '%s%s\n' "$1" "$line"; done
 }
 
-pids=() # of the processes that run, by number
+pids=()   # of the processes that run, by number
+groups=() # of all that were started
 hand_on() { # SIGNAL
   local pid
   for pid in ${pids[@]+"${pids[@]}"}; do kill "-$1" "$pid" 2>/dev/null || true; done
 }
+end_groups() { # whatever the processes have left behind
+  local pid
+  for pid in ${groups[@]+"${groups[@]}"}; do kill -KILL -- "-$pid" 2>/dev/null || true; done
+}
+trap end_groups EXIT
 handed=0
 trap 'handed=1; hand_on INT' INT
-trap 'handed=1; hand_on TERM' TERM
+trap 'handed=1; hand_on TERM' TERM HUP
 
 set -m # a group for each process: Ctrl-C at a terminal reaches them once, through this script
 readers=() before=''
@@ -73,29 +79,31 @@ for ((i = 0; i < count && handed == 0; i++)); do
   exec {err}> >(lines "$before" >&2) && readers+=("$!")
   JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices "$@" --coordinator "127.0.0.1:$port" --processes "$count" \
     --process "$i" </dev/null 1>&"$out" 2>&"$err" &
-  pids[i]=$!
+  pids[i]=$! && groups[i]=$!
   exec {out}>&- {err}>&-
   before="[$((i + 1))] "
 done
 set +m # for what follows: the terminal stays ours
-groups=("${pids[@]}")
+exec {said}>&2 2>/dev/null # bash would tell of every process that is killed, in its own words
 
 status=0 next='' deadline=0 # the signal that comes next, and when
 if ((handed)); then status=143 && hand_on TERM; fi # before all were there: some may not have been told
 while ((${#pids[@]} > 0)); do
   for i in "${!pids[@]}"; do
-    if kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
+    if kill -0 "${pids[i]}"; then continue; fi
     code=0
-    wait "${pids[i]}" 2>/dev/null || code=$?
+    wait "${pids[i]}" || code=$?
     unset "pids[i]"
     if ((code == 0 || status > 0)); then continue; fi
     status=$code
-    if ((handed || ${#pids[@]} == 0)); then
-      continue # all have been told, and write their checkpoint
-    elif ((code == 130 || code == 143)); then
-      next=TERM deadline=$((SECONDS + grace)) # stopped in order: the others have agreed to, and are about to end
+    if ((${#pids[@]} == 0)); then break; fi
+    stopped=$((code == 130 || code == 143)) # in order: all have agreed to
+    if ((handed && stopped)); then
+      continue # for as long as their checkpoint takes
+    elif ((handed || stopped)); then
+      next=TERM deadline=$((SECONDS + grace)) # they are about to end, and a second signal would end them at once
     else
-      printf 'local_pod: process %d ended with status %d; ending the others\n' "$i" "$code" >&2
+      printf 'local_pod: process %d ended with status %d; ending the others\n' "$i" "$code" >&"$said"
       next=TERM deadline=0
     fi
   done
@@ -105,6 +113,6 @@ while ((${#pids[@]} > 0)); do
   fi
   sleep 0.05 || true # Ctrl-C ends it too
 done
-for pid in "${groups[@]}"; do kill -KILL -- "-$pid" 2>/dev/null || true; done # what they may have left behind
+end_groups
 wait "${readers[@]}" || true
 exit "$status"
