@@ -183,6 +183,7 @@ printf '%s %s\n' "${0##*/}" "$*" >>"$FAKE/calls"
 case "$*" in
   "storage ls"*) [ ! -e "$FAKE/storage" ] || { cat "$FAKE/storage" >&2; exit 1; } ;;
   *"queued-resources describe"*)
+    if [ -e "$FAKE/network" ]; then rm "$FAKE/network"; echo "ERROR: gcloud crashed: no route to host" >&2; exit 1; fi
     [ -e "$FAKE/slice" ] || { echo "ERROR: (gcloud) NOT_FOUND: Resource 'pod' was not found" >&2; exit 1; }
     cat "$FAKE/slice" ;;
   *"queued-resources create"*)
@@ -260,6 +261,13 @@ def test_a_slice_that_is_there_is_used_as_it_is(cloud):
 def test_a_lost_slice_is_replaced_by_create(cloud, tmp_path: Path):
     (tmp_path / "slice").write_text("SUSPENDED\n")
     assert cloud(["create", *VM, *WORK])[:2] == (0, ["bucket", "delete", "create"])
+
+
+def test_a_lost_network_is_no_lost_slice(cloud, tmp_path: Path):
+    (tmp_path / "network").touch()
+    status, steps, lines = cloud(RUN, "0\n", there=True)
+    assert (status, steps) == (0, ["bucket", "run"])
+    assert "tpu_pod: ERROR: gcloud crashed: no route to host\ntpu_pod: slice pod: UNKNOWN\n" in lines
 
 
 def test_a_stopped_slice_is_left_alone(cloud, tmp_path: Path):
