@@ -210,8 +210,8 @@ def test_of_a_tpu_program_what_is_on_chip_costs_nothing():
     found = Program(TPU_LOOP)
     one = found.whole()
     layer, x = 512 * 256 * 2, 8 * 256 * 2
-    # Per layer its slice of the stack, and the counter, one and the next counter; x is read once, before the loop.
-    assert one.hbm_bytes == 12 * (layer + 3 * 4) + x
+    # Per layer its slice of the stack, and of the counter: read twice, one, and the next; x is read once, in front.
+    assert one.hbm_bytes == 12 * (layer + 4 * 4) + x
     assert one.flops == 12 * 2 * 8 * 512 * 256
     assert one.by_kind() == {"all-reduce": Total(12, 12 * 8 * 512 * 2)}
     assert one.large_copies == Total(0, 0)
