@@ -39,11 +39,11 @@ ROUNDS, PROMPT, CAPACITY = 25, 64, 512
 class ConstantMethod:
     """Proposes token 0 for nothing, so that a round costs the target's pass only."""
 
-    def init_state(self, params, batch, capacity):
+    def init_state(self, params, batch, capacity, build):
         return ()
 
-    def state_bytes(self, params, batch, capacity):
-        return 0
+    def state_axes(self, state):
+        return ()
 
     def prefill(self, params, state, tokens, start, rows, *, first):
         return state

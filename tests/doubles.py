@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from deer_jax.build import Build
 from deer_jax.drafters.protocol import Context, Draft, Pick
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params
@@ -16,7 +17,10 @@ from deer_jax.models.transformer import Params
 class Stateless:
     """The part of a method that a drafter without memory leaves empty."""
 
-    def init_state(self, params: Params, batch: int, capacity: int) -> Any:
+    def init_state(self, params: Params, batch: int, capacity: int, build: Build) -> Any:
+        return ()
+
+    def state_axes(self, state: Any) -> Any:
         return ()
 
     def prefill(self, params: Params, state: Any, tokens, start, rows, *, first: bool) -> Any:
@@ -24,9 +28,6 @@ class Stateless:
 
     def ready(self, state: Any, length, rows) -> Any:
         return state
-
-    def state_bytes(self, params: Params, batch: int, capacity: int) -> int:
-        return 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,6 @@ import math
 
 import numpy as np
 
-TURNED = ("q", "k", "v", "o", "gate", "up", "down")  # [in, out] in unrolled layers, [out, in] in stacks
-
 
 def softmax(x):
     """Over the last axis."""
@@ -115,8 +113,7 @@ def layer(params, i):
     layers = params["layers"]
     if "input_norm" in layers:
         return {name: np.asarray(stack, np.float64)[i] for name, stack in layers.items()}
-    weights = {name: np.asarray(weight, np.float64) for name, weight in layers[i].items()}
-    return {name: weight.T if name in TURNED else weight for name, weight in weights.items()}
+    return {name: np.asarray(weight, np.float64) for name, weight in layers[i].items()}
 
 
 def forward(config, params, tokens, positions=None, visible=None):

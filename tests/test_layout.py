@@ -16,7 +16,7 @@ MAX_LINES = 400
 
 # Lowest first; a module imports from its own layer and from earlier ones.
 LAYERS = (
-    "errors", "files", "formats", "digests", "config", "sharding", "models", "diffusion", "data", "drafters",
+    "errors", "files", "formats", "digests", "config", "sharding", "build", "models", "diffusion", "data", "drafters",
     "checkpoints", "decoding", "training", "planning", "bench", "demo", "cli",
 )  # fmt: skip
 PUBLIC = "__init__"  # the top: imports anything, and only the command line imports it

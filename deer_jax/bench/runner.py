@@ -162,11 +162,11 @@ def _ways(drafters: Mapping[str, Drafter], draft_lengths: Sequence[int] | None) 
 
 def machine(target: Target) -> dict[str, Any]:
     """What the numbers were measured on."""
-    device = jax.devices()[0] if target.mesh is None else target.mesh.devices.flat[0]
+    device = target.devices[0]
     return {
         "platform": device.platform,
         "device_kind": device.device_kind,
-        "devices": 1 if target.mesh is None else target.mesh.size,
+        "devices": len(target.devices),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "jax": jax.__version__,
     }

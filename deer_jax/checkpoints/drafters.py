@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from deer_jax.build import parse_dtype
 from deer_jax.checkpoints.hub import model_name, resolve_folder
 from deer_jax.checkpoints.huggingface import (
     Progress,
@@ -24,7 +25,6 @@ from deer_jax.checkpoints.huggingface import (
     save_folder,
     write_description,
 )
-from deer_jax.checkpoints.load import compute_dtype, scan_layers
 from deer_jax.checkpoints.runs import DRAFTER, is_run, read_best
 from deer_jax.config import DrafterConfig, from_mapping
 from deer_jax.data.tokenizer import Tokenizer, differing_ids
@@ -32,7 +32,7 @@ from deer_jax.drafters.standalone import MASK, StandaloneDrafter, StandaloneMeth
 from deer_jax.errors import InputError, named, shown
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params, abstract_params, is_stacked, logical_axes, stack_layers, unstack_layers
-from deer_jax.sharding import placement
+from deer_jax.sharding import placements
 
 SECTION, SPECIAL = "deer_jax", "deer_jax.mask_and_separator"
 FROM_TARGET = "from-target"
@@ -70,10 +70,10 @@ def load_drafter(
         drafter = drafter_from_target(target, config, layers=_listed_layers(name), name=name)
         if dtype is None:
             return drafter
-        dtype = compute_dtype(dtype)
+        dtype = parse_dtype(dtype)
         return dataclasses.replace(drafter, params=jax.tree.map(lambda x: x.astype(dtype), drafter.params))
     folder = resolve_folder(source)
-    dtype = compute_dtype(target.dtype if dtype is None else dtype)
+    dtype = parse_dtype(target.dtype if dtype is None else dtype)
     run, folder = (folder, folder / DRAFTER) if is_run(folder, DRAFTER) else (None, folder)
     if run is None:
         deciding_files(folder)  # refuses what is no file before anything reads it
@@ -88,7 +88,7 @@ def load_drafter(
     if run is not None:
         shapes = abstract_params(model) | {"special": jax.ShapeDtypeStruct((2, model.width), jnp.float32)}
         return usable_drafter(drafter, read_best(run, shapes), target, dtype)
-    options: dict[str, Any] = {"scan": scan_layers(), "mesh": target.mesh, "progress": progress}
+    options: dict[str, Any] = {"scan": target.build.scan, "mesh": target.mesh, "progress": progress}
     if read_values(folder).get(SECTION) is not None:
         params, extra = load_params(folder, model, dtype, extra={SPECIAL: (2, model.width)}, **options)
         special = extra[SPECIAL]
@@ -153,7 +153,8 @@ def place_drafter(drafter: StandaloneDrafter, mesh: Mesh, dtype=jnp.float32) -> 
     """The parameters stacked and sharded over the mesh; training holds them in float32."""
     params = drafter.params if is_stacked(drafter.params) else stack_layers(drafter.params)
     axes = logical_axes(drafter.method.model) | {"special": (None, "width")}
-    return jax.tree.map(lambda x, names: jax.device_put(x.astype(dtype), placement(mesh, x.shape, names)), params, axes)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    return jax.device_put(params, placements(mesh, params, axes))
 
 
 def usable_drafter(drafter: StandaloneDrafter, params: Params, target: Target, dtype=None) -> StandaloneDrafter:
@@ -162,8 +163,8 @@ def usable_drafter(drafter: StandaloneDrafter, params: Params, target: Target, d
     if target.mesh is not None:
         params = place_drafter(dataclasses.replace(drafter, params=params), target.mesh, dtype)
     else:
-        params = jax.device_put(jax.tree.map(lambda x: x.astype(dtype), params), jax.devices()[0])
-    if not scan_layers():
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+    if not target.build.scan:
         params = unstack_layers(params, drafter.method.model.layers)
     return dataclasses.replace(drafter, params=params)
 

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deer_jax.build import parse_dtype
 from deer_jax.checkpoints.drafters import SECTION, SPECIAL
 from deer_jax.checkpoints.hub import existing_folder, expanded
 from deer_jax.checkpoints.huggingface import read_bos_id, read_config, read_stop_ids, read_values, save_folder
-from deer_jax.checkpoints.load import compute_dtype
 from deer_jax.checkpoints.runs import DRAFTER, TARGET, best_checkpoint, is_run, read_best
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.digests import sha256_of
@@ -41,7 +41,7 @@ def export(source: str | Path, output: str | Path, *, dtype="bfloat16") -> Path:
     Returns the output's path. Raises InputError if the source is no run or has no checkpoint, if the output holds
     anything else or is being written; RunError for parameters that are not finite, or if the disk is full.
     """
-    dtype = compute_dtype(dtype)
+    dtype = parse_dtype(dtype)
     if not os.fspath(output):
         raise InputError("output is empty: name the folder to make")
     source, output, about = expanded(source), expanded(output), _about(source, dtype)
@@ -59,7 +59,7 @@ def export(source: str | Path, output: str | Path, *, dtype="bfloat16") -> Path:
 
 def is_exported(source: str | Path, output: str | Path, *, dtype="bfloat16") -> bool:
     """Whether `export` with the same arguments would find its work done."""
-    return _is_whole(expanded(output), _about(source, compute_dtype(dtype)))
+    return _is_whole(expanded(output), _about(source, parse_dtype(dtype)))
 
 
 def _about(source: str | Path, dtype: jnp.dtype) -> dict[str, Any]:

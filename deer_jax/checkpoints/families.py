@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from deer_jax.config import TOKEN_IDS, ModelConfig, Rope, check_flag, check_token_ids, check_whole
 from deer_jax.errors import InputError, shown
 from deer_jax.models.transformer import Weight, expert_weights, layer_weights, outer_weights
+from deer_jax.sharding import Axis
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -70,7 +71,7 @@ class Slot(NamedTuple):
     name: str
     index: tuple[int, ...]  # (layer,) or (layer, expert); () outside the layers
     shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
+    axes: tuple[Axis, ...]
 
 
 def tensor_slots(config: ModelConfig) -> dict[str, Slot]:

@@ -47,8 +47,8 @@ from deer_jax.digests import Stamp
 from deer_jax.errors import InputError, RunError, one_line
 from deer_jax.files import new_folder
 from deer_jax.formats import json_bytes, open_file, read_json
-from deer_jax.models.transformer import Params, turned
-from deer_jax.sharding import placement
+from deer_jax.models.transformer import Params
+from deer_jax.sharding import Axis, placement
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 MOST_CONFIG_BYTES = 2**22
@@ -107,8 +107,8 @@ def _same_values(headers: Mapping[str, Header], left: str, right: str) -> bool:
         return all(np.array_equal(a[span], b[span]) for span in spans)
 
 
-def _to_device(value: np.ndarray, mesh: Mesh | None, axes: Sequence[str | None]) -> jax.Array:
-    sharding = placement(mesh, value.shape, axes)
+def _to_device(value: np.ndarray, mesh: Mesh | None, axes: Sequence[Axis], what: str) -> jax.Array:
+    sharding = placement(mesh, value.shape, axes, what)
     if sharding is None:
         piece = jax.device_put(value)
     else:  # every process hands over the slices of its own devices only
@@ -173,13 +173,12 @@ def load_params(
     def place(slot: Slot, piece: jax.Array) -> None:
         if slot.group != "experts" and not (slot.group == "layers" and scan):
             home = params if not slot.group else params.setdefault("layers", {}).setdefault(slot.index[0], {})
-            piece = piece.astype(dtype)
-            home[slot.name] = turned(slot.name, piece) if slot.group == "layers" else piece
+            home[slot.name] = piece.astype(dtype)
             return
         home = params.setdefault(slot.group, {})
         stack = (config.layers, config.experts)[: len(slot.index)]
         shape, axes = stack + slot.shape, (None, "experts")[: len(stack)] + slot.axes
-        sharding = placement(mesh, shape, axes)
+        sharding = placement(mesh, shape, axes, f"{slot.group}.{slot.name}")
         if slot.name not in home:
             home[slot.name] = _zeros(shape, dtype, sharding)()
         home[slot.name] = _write(sharding)(home[slot.name], piece, _traced(slot.index))
@@ -193,9 +192,9 @@ def load_params(
             for key in keys:
                 value = tensors.get_tensor(key)
                 if key in slots:
-                    place(slots[key], _to_device(value, mesh, slots[key].axes))
+                    place(slots[key], _to_device(value, mesh, slots[key].axes, key))
                 else:
-                    extras[key] = _to_device(value, mesh, (None,) * value.ndim).astype(dtype)
+                    extras[key] = _to_device(value, mesh, (None,) * value.ndim, key).astype(dtype)
                 done += _bytes(headers[key])
                 if progress:
                     progress(done, total)
@@ -218,7 +217,7 @@ def _tensor(params: Params, slot: Slot) -> np.ndarray:
     home: dict[Any, Any] = params[slot.group] if slot.group else params
     index = slot.index
     if slot.group == "layers" and slot.name not in home:
-        value, index = turned(slot.name, home[index[0]][slot.name]), ()
+        value, index = home[index[0]][slot.name], ()
     else:
         value = home[slot.name]
     if index:

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from deer_jax.build import Build
 from deer_jax.checkpoints.hub import model_name, resolve_folder
 from deer_jax.checkpoints.huggingface import (
     Progress,
@@ -16,34 +15,8 @@ from deer_jax.checkpoints.huggingface import (
 )
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.digests import Digests, check_unchanged
-from deer_jax.errors import InputError, shown
 from deer_jax.models.target import Target, references
-
-DTYPES = ("bfloat16", "float32")
-
-
-def compute_dtype(dtype=None) -> jnp.dtype:
-    """The dtype by name or value; None is float32 on CPU and bfloat16 elsewhere."""
-    if dtype is None:
-        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    try:
-        found = jnp.dtype(dtype)
-    except (TypeError, ValueError):
-        found = None
-    if found is None or found.name not in DTYPES:
-        raise InputError(f"dtype must be {' or '.join(DTYPES)}, got {shown(dtype)}")
-    return found
-
-
-def scan_layers() -> bool:
-    """Whether layers are stacked and scanned here: everywhere but on CPU, where unrolled ones are faster."""
-    return jax.default_backend() != "cpu"
-
-
-def check_mesh(mesh: Mesh | None) -> None:
-    """InputError for what is no mesh."""
-    if not isinstance(mesh, Mesh | None):
-        raise InputError(f"mesh must be what make_mesh returns, as in make_mesh(fsdp=8), got {shown(mesh)}")
+from deer_jax.sharding import check_mesh
 
 
 def load_target(
@@ -65,8 +38,8 @@ def load_target(
 
     Raises InputError, one line, for whatever is wrong with the folder; RunError if it changes meanwhile.
     """
-    dtype = compute_dtype(dtype)
     check_mesh(mesh)
+    build = Build.here(mesh, dtype)
     folder = resolve_folder(path_or_id)
     files = deciding_files(folder)
     config, stop_ids = read_config(folder), read_stop_ids(folder)
@@ -74,7 +47,7 @@ def load_target(
     if digests is not None:
         for stamp in files:
             digests.begin(stamp)
-    params, _ = load_params(folder, config, dtype, scan=scan_layers(), mesh=mesh, progress=progress)
+    params, _ = load_params(folder, config, build.dtype, scan=build.scan, mesh=mesh, progress=progress)
     for stamp in files:
         check_unchanged(stamp)
     return Target(
@@ -84,6 +57,7 @@ def load_target(
         stop_ids=stop_ids,
         name=model_name(path_or_id),
         mesh=mesh,
+        build=build,
         files=files,
         digests=Digests() if digests is None else digests,
         loaded=references(params, tokenizer),

@@ -226,8 +226,7 @@ def read_best(folder: Path, shapes: Params) -> Params:
         part = "average" if any(name.startswith("average/") for name in record["files"]) else "params"
         verify(where, record, only=part)
         _verify_description(folder, record)
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=here), shapes)
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), shapes)
         return _load(where.absolute(), part, wanted)
     except RunError as error:
         if where is not None and not where.exists():

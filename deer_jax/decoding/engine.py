@@ -1,6 +1,7 @@
 """Rows and segments: prompts into slots, segments of the loop, finished rows out, slots refilled."""
 
 import dataclasses
+import math
 import os
 import re
 import time
@@ -16,12 +17,10 @@ from deer_jax.decoding import loop
 from deer_jax.decoding.finite import not_finite
 from deer_jax.decoding.programs import compiled, power_of_two, prefill_chunks
 from deer_jax.decoding.sampling import Kind, Knobs
-from deer_jax.decoding.state import NONE, TARGET, DecodeState, idle_state
+from deer_jax.decoding.state import NONE, TARGET, DecodeState, StateShape, abstract_state, idle_state
 from deer_jax.drafters.protocol import Drafter
 from deer_jax.errors import InputError, NotFiniteError
-from deer_jax.models.cache import cache_bytes
 from deer_jax.models.target import Target
-from deer_jax.sharding import replicated
 
 PREFILL_TOKENS = 32768  # prompt tokens one pass reads over all rows; bounds its activations
 
@@ -42,16 +41,18 @@ class Engine:
         self.compile_seconds = 0.0
         self.prefill_seconds: float | None = None
         self.fetches = 0
-        check_memory(target, drafter, slots, capacity)
         self.state = self._idle()
 
     def _idle(self) -> DecodeState:
-        drafter_state = (
-            self.plan.drafter.init_state(self.params[1], self.slots, self.capacity) if self.plan.drafter else ()
-        )
-        dtype = self.target.dtype
-        state = idle_state(self.target.config, self.slots, self.capacity, self.plan.k, dtype, drafter_state)
-        return state if self.target.mesh is None else jax.device_put(state, replicated(self.target.mesh))
+        target, params = self.target, self.params[1]
+        # The parameters decide the dtype, also of a target that was made in memory.
+        build = dataclasses.replace(target.build, dtype=target.dtype)
+        shape = StateShape(target.config, self.plan.drafter, self.slots, self.capacity, self.plan.k, build)
+        like = abstract_state(shape, params, target.mesh)
+        check_memory(target, like)
+        if target.mesh is None:
+            return idle_state(shape, params)
+        return jax.jit(lambda: idle_state(shape, params), out_shardings=jax.tree.map(lambda x: x.sharding, like))()
 
     def _run(self, function, static: tuple, *args, **options):
         """Call a function of `loop` with static arguments first."""
@@ -120,21 +121,29 @@ class Engine:
         return jax.device_get(tree)
 
 
-def check_memory(target: Target, drafter: Drafter | None, slots: int, capacity: int):
-    """Refuse caches that do not fit beside what a device already holds. On a mesh every device holds all of them."""
-
-    def needed(slots: int) -> int:
-        total = cache_bytes(target.config, slots, capacity, target.dtype)
-        return total + (drafter.method.state_bytes(drafter.params, slots, capacity) if drafter else 0)
-
-    available = free_bytes([jax.devices()[0]] if target.mesh is None else target.mesh.devices.flat)
-    if needed(slots) > available:
-        fitting = int(available // needed(1))
+def check_memory(target: Target, state: DecodeState) -> None:
+    """Refuse a state that does not fit beside what its devices already hold."""
+    slots, capacity = state.tokens.shape
+    needed = bytes_per_device(state)
+    available = free_bytes(target.devices)
+    if needed > available:
+        fitting = available * slots // needed
         fits = f"{fitting} slots would fit; lower batch_size or max_new_tokens"
+        where = "" if target.mesh is None else " on each device"
         raise InputError(
-            f"the caches of {slots} slots x {capacity} tokens need {needed(slots):,} bytes, {available:,} are free: "
+            f"the caches of {slots} slots x {capacity} tokens need {needed:,} bytes{where}, {available:,} are free: "
             + (fits if fitting else "not even one slot fits; lower max_new_tokens or shorten the prompts")
         )
+
+
+def bytes_per_device(tree) -> int:
+    """Bytes that each device holds of arrays, or of their shapes."""
+
+    def held(x) -> int:
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(held(x) for x in jax.tree.leaves(tree))
 
 
 def free_bytes(devices: Iterable[jax.Device]) -> int:

@@ -1,13 +1,19 @@
 """The record a round takes and returns, and what a finished decode reports."""
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from deer_jax.drafters.protocol import Context
+from deer_jax.build import Build
+from deer_jax.config import ModelConfig
+from deer_jax.drafters.protocol import Context, Method
 from deer_jax.models.cache import KVCache, empty_cache
+from deer_jax.models.transformer import Params
+from deer_jax.sharding import placements
 
 # What ended a row early: logits that are not finite, and whose. The target's weigh more where both are.
 NONE, DRAFTER, TARGET = 0, 1, 2
@@ -48,12 +54,33 @@ class DecodeState:
     def context(self) -> Context:
         return Context(self.tokens, self.length, self.prompt_index)
 
+    def axes(self, drafter: Any) -> "DecodeState":
+        """The logical axes of every array, in their places; drafter: those of the drafter's own state."""
+        row: Any = ("batch",)
+        rows: Any = ("batch", None)
+        return DecodeState(
+            tokens=rows, length=row, limit=row, done=row, prompt_index=row, rounds=row, histogram=rows, fault=row,
+            cache=self.cache.axes, drafter=drafter,
+        )  # fmt: skip
 
-def idle_state(config, batch: int, capacity: int, k: int, dtype, drafter_state) -> DecodeState:
+
+class StateShape(NamedTuple):
+    """What decides the arrays of a `DecodeState`."""
+
+    target: ModelConfig
+    drafter: Method | None
+    slots: int
+    capacity: int
+    k: int
+    build: Build
+
+
+def idle_state(shape: StateShape, drafter_params: Params) -> DecodeState:
     """A state whose slots hold no prompt. `length` is 1 so that every index a round forms stays in range."""
+    batch, capacity, build = shape.slots, shape.capacity, shape.build
 
-    def ints(*shape):
-        return jnp.zeros(shape, jnp.int32)
+    def ints(*sizes):
+        return jnp.zeros(sizes, jnp.int32)
 
     return DecodeState(
         tokens=ints(batch, capacity),
@@ -62,11 +89,21 @@ def idle_state(config, batch: int, capacity: int, k: int, dtype, drafter_state) 
         done=jnp.ones((batch,), bool),
         prompt_index=ints(batch),
         rounds=ints(batch),
-        histogram=ints(batch, k + 1),
+        histogram=ints(batch, shape.k + 1),
         fault=ints(batch),
-        cache=empty_cache(config, batch, capacity, dtype),
-        drafter=drafter_state,
+        cache=empty_cache(shape.target, batch, capacity, build),
+        drafter=shape.drafter.init_state(drafter_params, batch, capacity, build) if shape.drafter else (),
     )
+
+
+def abstract_state(shape: StateShape, drafter_params: Params, mesh: Mesh | None = None) -> DecodeState:
+    """`idle_state` as shapes, with the places where its arrays lie on a mesh; nothing is computed."""
+    state = jax.eval_shape(functools.partial(idle_state, shape), drafter_params)
+    if mesh is None:
+        return state
+    axes = state.axes(shape.drafter.state_axes(state.drafter) if shape.drafter else ())
+    places = placements(mesh, state, axes)
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, places)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from deer_jax.build import Build
 from deer_jax.models.transformer import Params
 
 
@@ -43,8 +44,11 @@ class Method(Protocol):
         """V of the target whose tokens it proposes."""
         ...
 
-    def init_state(self, params: Params, batch: int, capacity: int) -> Any:
+    def init_state(self, params: Params, batch: int, capacity: int, build: Build) -> Any:
         """Per-row state (caches), zeros."""
+
+    def state_axes(self, state: Any) -> Any:
+        """The logical axes (see `sharding`) of every array of such a state, as tuples in a tree like it."""
 
     def prefill(self, params: Params, state: Any, tokens, start, rows, *, first: bool) -> Any:
         """Read prompt chunk tokens int32 [R, P] at positions start.. into the given rows; `first`: start is 0."""
@@ -54,9 +58,6 @@ class Method(Protocol):
 
     def propose(self, params: Params, state: Any, context: Context, k: int, pick: Pick) -> tuple[Draft, Any]:
         """k drafted tokens after each row's committed ones, and the next state."""
-
-    def state_bytes(self, params: Params, batch: int, capacity: int) -> int:
-        """Bytes `init_state` takes."""
 
 
 class Drafter(Protocol):

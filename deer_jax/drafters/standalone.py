@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deer_jax.build import Build
 from deer_jax.config import DrafterConfig, ModelConfig
 from deer_jax.drafters.protocol import Context, Draft, Pick
 from deer_jax.errors import InputError
-from deer_jax.models.cache import KVCache, cache_bytes, empty_cache, write_cache
+from deer_jax.models.cache import KVCache, empty_cache, write_cache
 from deer_jax.models.target import Target, Tokenizer, check_tokens
 from deer_jax.models.transformer import Params, Transformer, bind, is_stacked, prefill_rows
 
@@ -34,14 +35,15 @@ class StandaloneMethod:
     def cached(self) -> bool:
         return self.config.attention == "block_causal"
 
-    def init_state(self, params: Params, batch: int, capacity: int) -> Any:
+    def init_state(self, params: Params, batch: int, capacity: int, build: Build) -> Any:
         if not self.cached:
             return ()
-        cache = empty_cache(self.model, batch, capacity, params["embed"].dtype)
+        build = dataclasses.replace(build, dtype=params["embed"].dtype)
+        cache = empty_cache(self.model, batch, capacity, build)
         return {"cache": cache, "read": jnp.zeros((batch,), jnp.int32)}
 
-    def state_bytes(self, params: Params, batch: int, capacity: int) -> int:
-        return cache_bytes(self.model, batch, capacity, params["embed"].dtype) if self.cached else 0
+    def state_axes(self, state: Any) -> Any:
+        return {"cache": state["cache"].axes, "read": ("batch",)} if self.cached else ()
 
     def prefill(self, params: Params, state: Any, tokens, start, rows, *, first: bool) -> Any:
         if not self.cached:
@@ -156,10 +158,10 @@ def _gather_rows(tokens, start, width: int):
     return jnp.take_along_axis(tokens, columns, axis=1, mode="clip")
 
 
-@functools.partial(jax.jit, static_argnames=("method", "k"))
-def _draft_logits_from_text(method: StandaloneMethod, params: Params, tokens, k: int):
+@functools.partial(jax.jit, static_argnames=("method", "k", "build"))
+def _draft_logits_from_text(method: StandaloneMethod, params: Params, tokens, k: int, build: Build):
     B, T = tokens.shape
-    state = method.init_state(params, B, T + k + 1)
+    state = method.init_state(params, B, T + k + 1, build)
     rows, zero = jnp.arange(B), jnp.zeros((), jnp.int32)
     if T > 1:
         state = method.prefill(params, state, tokens[:, :-1], zero, rows, first=True)
@@ -196,7 +198,7 @@ class StandaloneDrafter:
     def draft_logits(self, target: Target, tokens, anchor, draft_length: int | None = None) -> jax.Array:
         """float32 [B, k, V]: one draft pass after prefix tokens int [B, T] (T may be 0) and anchor int [B].
 
-        `target` is unused by a drafter that reads text only; conditioned drafters read its hidden states.
+        Of the target only its build is used here; conditioned drafters read its hidden states.
         """
         anchor = check_tokens(np.asarray(anchor)[:, None], self.method.target_vocab)
         prefix = np.asarray(tokens).reshape(anchor.shape[0], -1)
@@ -205,7 +207,7 @@ class StandaloneDrafter:
         k = self.draft_length if draft_length is None else draft_length
         if k < 1:
             raise InputError(f"draft_length must be at least 1, got {k}")
-        return _draft_logits_from_text(self.method, self.params, text, k)
+        return _draft_logits_from_text(self.method, self.params, text, k, target.build)
 
 
 def new_entries(embed: jax.Array, seed: int = 0) -> jax.Array:

@@ -30,9 +30,7 @@ class _Part(NamedTuple):
     mixed: jax.Array  # float32 [B, K, Q, H] values weighted by exp(score - top)
 
 
-def attend(
-    q, k, v, *, visible=None, cache: KVCache | None = None, layer=None, start=None, block: int | None = None
-) -> jax.Array:
+def attend(q, k, v, *, visible=None, cache: KVCache | None = None, layer=None, start=None) -> jax.Array:
     """Attention output [B, T, N, H] of fresh queries over cached slots and fresh keys.
 
     Args:
@@ -40,7 +38,6 @@ def attend(
       visible: bool [B or 1, T, T], which fresh key (last axis) a fresh query sees; or `BlockMask`; None is causal.
       cache: keys and values of earlier passes, all layers; this one's are read at index `layer`. None: there are none.
       start: int [B], number of cached slots that exist; slots from there on are hidden.
-      block: read the cache in pieces of so many slots, up to the longest row; None reads its whole capacity at once.
     """
     if isinstance(visible, BlockMask):
         assert cache is None
@@ -52,7 +49,7 @@ def attend(
         out = _part(rows, keys, values, visible[:, None, None])
     if cache is not None:
         with jax.named_scope("attend_cache"):
-            out = _merge_cache(out, rows, cache, layer, start, block or cache.capacity)
+            out = _merge_cache(out, rows, cache, layer, start, cache.block or cache.capacity)
     return _finish(out, rows.shape, v.dtype)
 
 

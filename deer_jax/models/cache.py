@@ -7,11 +7,13 @@ at p. Values are finite there (0 * NaN is NaN): caches start as zeros, and what 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deer_jax.build import Build
 from deer_jax.config import ModelConfig
 
 STATIC_ROWS = 16  # up to here rows are written by unrolled updates, beyond by a loop: bounds program size
@@ -20,26 +22,30 @@ STATIC_ROWS = 16  # up to here rows are written by unrolled updates, beyond by a
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all layers, two separate arrays so that both can be donated."""
+    """Keys and values of all layers, two separate arrays so that both can be donated.
+
+    block: attention reads so many slots at a time, up to the longest row; None reads the whole capacity at once.
+    """
 
     keys: jax.Array  # [L, B, K, S, H]
     values: jax.Array  # [L, B, K, S, H]
+    block: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def capacity(self) -> int:
         return self.keys.shape[3]
 
+    @property
+    def axes(self) -> "KVCache":
+        """The logical axes of both, in their places."""
+        axes: Any = (None, "batch", "kv_heads", None, None)
+        return KVCache(axes, axes, self.block)
 
-def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype) -> KVCache:
-    """A cache of zeros with `capacity` slots per row."""
+
+def empty_cache(config: ModelConfig, batch: int, capacity: int, build: Build) -> KVCache:
+    """A cache of zeros with `capacity` slots per row, in the build's dtype."""
     shape = (config.layers, batch, config.kv_heads, capacity, config.head_width)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-
-def cache_bytes(config: ModelConfig, batch: int, capacity: int, dtype) -> int:
-    """Bytes that `empty_cache` takes."""
-    itemsize = jnp.dtype(dtype).itemsize
-    return 2 * config.layers * batch * config.kv_heads * capacity * config.head_width * itemsize
+    return KVCache(jnp.zeros(shape, build.dtype), jnp.zeros(shape, build.dtype), build.block_of(capacity))
 
 
 def write_rows(buffer, fresh, start, *, rows=None, axis: int = 0, slot_axis: int = 1):
@@ -76,4 +82,5 @@ def write_cache(cache: KVCache, fresh: KVCache, start, rows=None) -> KVCache:
         return KVCache(
             write_rows(cache.keys, fresh.keys, start, rows=rows, axis=1, slot_axis=3),
             write_rows(cache.values, fresh.values, start, rows=rows, axis=1, slot_axis=3),
+            cache.block,
         )

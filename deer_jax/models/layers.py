@@ -29,12 +29,6 @@ def linear(x, weight, bias=None):
     return y if bias is None else y + lax.expand_dims(bias, range(x.ndim - 1))
 
 
-def linear_turned(x, weight, bias=None):
-    """`linear` with weight [in, out]."""
-    y = jnp.einsum("...i,io->...o", x, weight, precision=precision(x.dtype))
-    return y if bias is None else y + lax.expand_dims(bias, range(x.ndim - 1))
-
-
 def logits(x, head):
     """x [..., D] against head [V, D], accumulated and returned in float32."""
     return jnp.einsum("...d,vd->...v", x, head, precision=precision(x.dtype), preferred_element_type=jnp.float32)
@@ -96,6 +90,6 @@ def rotate(x, cos_sin):
     return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
 
 
-def gated_mlp(x, gate, up, down, project=linear):
-    """down(silu(gate(x)) * up(x)), the MLP of every supported family; project: `linear` or `linear_turned`."""
-    return project(jax.nn.silu(project(x, gate)) * project(x, up), down)
+def gated_mlp(x, gate, up, down):
+    """down(silu(gate(x)) * up(x)), the MLP of every supported family."""
+    return linear(jax.nn.silu(linear(x, gate)) * linear(x, up), down)

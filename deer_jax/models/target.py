@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from deer_jax.build import Build
 from deer_jax.config import ModelConfig
 from deer_jax.digests import Digests, Stamp, combined
 from deer_jax.errors import InputError
@@ -81,6 +82,7 @@ class Target:
       stop_ids: generation ends with the first of these.
       name: where it came from.
       mesh: the devices its parameters lie on; None is the default device.
+      build: how programs are made for these devices.
       files: what of its folder decides its answers, as it was when it was loaded; () for one made in memory.
       digests: of these files.
       loaded: what came from these files (`references`); a target with other weights or tokenizer is one made in memory.
@@ -92,6 +94,7 @@ class Target:
     stop_ids: tuple[int, ...] = ()
     name: str = "target"
     mesh: Mesh | None = None
+    build: Build = dataclasses.field(default_factory=Build.here)
     files: tuple[Stamp, ...] = ()
     digests: Digests = dataclasses.field(default_factory=Digests)
     loaded: tuple[weakref.ReferenceType, ...] = ()
@@ -103,6 +106,11 @@ class Target:
     def dtype(self) -> jnp.dtype:
         """Of the parameters and the computation."""
         return self.params["embed"].dtype
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """Those that its parameters lie on."""
+        return sorted(self.params["embed"].devices(), key=lambda device: device.id)
 
     def digest(self) -> str:
         """SHA-256, hexadecimal, of all that decides its answers: weights, configuration, stop ids, tokenizer, dtype.

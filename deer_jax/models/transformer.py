@@ -7,9 +7,7 @@ nested dict:
     layers: name -> [L, ...] (scanned) or index -> name -> [...] (unrolled)
     experts: gate, up [L, E, F, D], down [L, E, D, F] (mixture of experts only; always stacked)
 
-and `bind` merges it back into modules inside the jitted function. Weights are [out, in], as in Hugging Face folders,
-but for the projections of unrolled layers, which are [in, out]: on CPU a round of a model of a few million parameters
-is faster by an eighth that way (larger ones lose: BENCHMARKS.md, "What a round costs").
+and `bind` merges it back into modules inside the jitted function. Weights are [out, in], as in Hugging Face folders.
 """
 
 import functools
@@ -25,17 +23,17 @@ from deer_jax.config import ModelConfig
 from deer_jax.models import experts as moe
 from deer_jax.models.attention import attend, with_finite_values
 from deer_jax.models.cache import KVCache, write_cache
-from deer_jax.models.layers import gated_mlp, linear, linear_turned, logits, rms_norm, rotary, rotate
+from deer_jax.models.layers import gated_mlp, linear, logits, rms_norm, rotary, rotate
+from deer_jax.sharding import Axis, Heads
 
 Params = dict[str, Any]
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class Weight(NamedTuple):
     """Declaration of one weight: shape, the logical axis of each dimension (see `sharding`), initial value."""
 
     shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
+    axes: tuple[Axis, ...]
     init: str = "normal"  # "normal": std 1/sqrt(in); "ones"; "zeros"
 
 
@@ -54,19 +52,20 @@ def layer_weights(config: ModelConfig) -> dict[str, Weight]:
     """The weights of one layer, without the experts."""
     D, F, H = config.width, config.mlp_width, config.head_width
     query, key = config.heads * H, config.kv_heads * H
+    queries, keys = Heads(config.kv_heads, config.heads // config.kv_heads), Heads(config.kv_heads)
     table = {
         "input_norm": Weight((D,), (None,), "ones"),
-        "q": Weight((query, D), ("heads", "width")),
-        "k": Weight((key, D), ("kv_heads", "width")),
-        "v": Weight((key, D), ("kv_heads", "width")),
-        "o": Weight((D, query), ("width", "heads")),
+        "q": Weight((query, D), (queries, "width")),
+        "k": Weight((key, D), (keys, "width")),
+        "v": Weight((key, D), (keys, "width")),
+        "o": Weight((D, query), ("width", queries)),
         "post_norm": Weight((D,), (None,), "ones"),
     }
     if config.qkv_bias:
         table |= {
-            "q_bias": Weight((query,), ("heads",), "zeros"),
-            "k_bias": Weight((key,), ("kv_heads",), "zeros"),
-            "v_bias": Weight((key,), ("kv_heads",), "zeros"),
+            "q_bias": Weight((query,), (queries,), "zeros"),
+            "k_bias": Weight((key,), (keys,), "zeros"),
+            "v_bias": Weight((key,), (keys,), "zeros"),
         }
     if config.qk_norm:
         table |= {"q_norm": Weight((H,), (None,), "ones"), "k_norm": Weight((H,), (None,), "ones")}
@@ -93,11 +92,6 @@ def expert_weights(config: ModelConfig) -> dict[str, Weight]:
     }
 
 
-def turned(name: str, weight):
-    """A layer's weight as it is without its stack, from how it is in one; and back. Only projections change."""
-    return weight.T if name in PROJECTIONS else weight
-
-
 def _parameter(weight: Weight, rngs: nnx.Rngs, dtype, stack: tuple[int, ...] = ()) -> nnx.Param:
     shape = stack + weight.shape
     if weight.init == "normal":
@@ -111,21 +105,17 @@ class Layer(nnx.Module):
     """One pre-norm block; with `stack` its weights carry leading axes and only `lax.scan` may call it."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, stack: tuple[int, ...] = ()):
-        self.config, self.stacked = config, bool(stack)
+        self.config = config
         for name, weight in layer_weights(config).items():
-            parameter = _parameter(weight, rngs, dtype, stack)
-            if not stack:
-                parameter = nnx.Param(turned(name, parameter[...]))
-            setattr(self, name, parameter)
+            setattr(self, name, _parameter(weight, rngs, dtype, stack))
 
-    def __call__(self, x, cos_sin, experts, index, *, visible, cache, start, block):
+    def __call__(self, x, cos_sin, experts, index, *, visible, cache, start):
         """The block's output [B, T, D] and its fresh keys and values [B, K, T, H]."""
         config, (B, T, _) = self.config, x.shape
-        project = linear if self.stacked else linear_turned
 
         def heads(name, count):
             bias = getattr(self, f"{name}_bias")[...] if config.qkv_bias else None
-            y = project(h, getattr(self, name)[...], bias).reshape(B, T, count, config.head_width)
+            y = linear(h, getattr(self, name)[...], bias).reshape(B, T, count, config.head_width)
             if config.qk_norm and name != "v":
                 y = rms_norm(y, getattr(self, f"{name}_norm")[...], config.norm_eps)
             return y
@@ -136,14 +126,14 @@ class Layer(nnx.Module):
             v = heads("v", config.kv_heads)
             if T > 1:  # a row alone is seen by all that follow it
                 k, v = with_finite_values(k, v)
-            mixed = attend(q, k, v, visible=visible, cache=cache, layer=index, start=start, block=block)
-            x = x + project(mixed.reshape(B, T, -1), self.o[...])
+            mixed = attend(q, k, v, visible=visible, cache=cache, layer=index, start=start)
+            x = x + linear(mixed.reshape(B, T, -1), self.o[...])
         with jax.named_scope("mlp"):
             h = rms_norm(x, self.post_norm[...], config.norm_eps)
             if config.experts:
                 x = x + moe.mix(h, self.router[...], experts, index, config)
             else:
-                x = x + gated_mlp(h, self.gate[...], self.up[...], self.down[...], project)
+                x = x + gated_mlp(h, self.gate[...], self.up[...], self.down[...])
         return x, (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
 
 
@@ -169,13 +159,6 @@ class Transformer(nnx.Module):
         if config.experts:
             self.experts = Experts(config, rngs=rngs, dtype=dtype)
 
-    def _cache_block(self, cache: KVCache | None) -> int | None:
-        # On CPU (unrolled) reading only what is there pays from the first hundred slots on. On accelerators the loop
-        # costs more than the bytes it saves until the cache is long.
-        if not self.scan:
-            return 128
-        return None if cache is None or cache.capacity <= 4096 else 1024
-
     def lookup(self, tokens):
         """Embeddings [B, T, D] of tokens int [B, T]."""
         return self.embed[...].at[tokens].get(mode="clip")
@@ -200,10 +183,8 @@ class Transformer(nnx.Module):
         if config.experts:
             experts = {name: getattr(self.experts, name)[...] for name in expert_weights(config)}
 
-        block = self._cache_block(cache)
-
         def layer(module, x, index):
-            return module(x, cos_sin, experts, index, visible=visible, cache=cache, start=start, block=block)
+            return module(x, cos_sin, experts, index, visible=visible, cache=cache, start=start)
 
         if self.scan:
             graph, weights = nnx.split(self.layers)
@@ -286,13 +267,13 @@ def bind(config: ModelConfig, params: Params) -> Transformer:
 def unstack_layers(params: Params, layers: int) -> Params:
     """Scanned parameters as unrolled ones."""
     stacks = params["layers"].items()
-    return params | {"layers": {i: {name: turned(name, w[i]) for name, w in stacks} for i in range(layers)}}
+    return params | {"layers": {i: {name: w[i] for name, w in stacks} for i in range(layers)}}
 
 
 def stack_layers(params: Params) -> Params:
     """Unrolled parameters as scanned ones."""
     layers = [params["layers"][i] for i in range(len(params["layers"]))]
-    return params | {"layers": {name: jnp.stack([turned(name, layer[name]) for layer in layers]) for name in layers[0]}}
+    return params | {"layers": {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}}
 
 
 def prefill_rows(model: Transformer, x, cache: KVCache, start, rows, *, first: bool) -> KVCache:
@@ -306,6 +287,6 @@ def prefill_rows(model: Transformer, x, cache: KVCache, start, rows, *, first: b
     if first:
         _, fresh = model(x, positions)
     else:
-        before = KVCache(cache.keys[:, rows], cache.values[:, rows])
+        before = KVCache(cache.keys[:, rows], cache.values[:, rows], cache.block)
         _, fresh = model(x, positions, cache=before, start=starts)
     return write_cache(cache, fresh, starts, rows)

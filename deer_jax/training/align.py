@@ -14,7 +14,7 @@ from deer_jax.checkpoints.claims import WHOLE, Claim, claimed
 from deer_jax.checkpoints.drafters import FROM_TARGET, describe_drafter, load_drafter, place_drafter, usable_drafter
 from deer_jax.checkpoints.hub import resolve_folder
 from deer_jax.checkpoints.huggingface import deciding_files
-from deer_jax.checkpoints.load import compute_dtype, load_target
+from deer_jax.checkpoints.load import load_target
 from deer_jax.checkpoints.runs import DRAFTER, RECORD, best_checkpoint, is_run
 from deer_jax.data.answers import AnswerFiles
 from deer_jax.data.examples import example_batches
@@ -74,7 +74,9 @@ def align(
         work = _Alignment(recipe, claim, show)
         claim.settle(work.inputs(), lambda folder: describe_drafter(folder, work.drafter, work.target.stop_ids))
         stop = should_stop or (lambda: False)
-        run = Trainer(work, recipe, lock=claim.lock, mesh=work.mesh, dtype=work.dtype, show=show, should_stop=stop)
+        run = Trainer(
+            work, recipe, lock=claim.lock, mesh=work.mesh, build=work.target.build, show=show, should_stop=stop
+        )
         report = run.train()
     evaluations = {step: found.results for step, found in run.evaluations.items()}
     return AlignReport(**vars(report), evaluations=evaluations)
@@ -106,10 +108,9 @@ class _Alignment:
         steps = sum(stage.steps for stage in recipe.stages)
         self.say = lambda note: show(0, steps, note)
         self.mesh = make_mesh(**dataclasses.asdict(recipe.mesh))
-        self.dtype = compute_dtype(recipe.dtype)
         show_bytes = lambda done, total: self.say(f"loading, {done:,} of {total:,} bytes")  # noqa: E731
         self.target = load_target(
-            recipe.target, self.dtype, self.mesh if self.mesh.size > 1 else None, progress=show_bytes,
+            recipe.target, recipe.dtype, self.mesh if self.mesh.size > 1 else None, progress=show_bytes,
             digests=self.digests,
         )  # fmt: skip
         tokenizer = self.target.tokenizer
@@ -126,7 +127,6 @@ class _Alignment:
             raise RunError(f"{recipe.drafter}: was changed while it was loaded; start again")
         if broken := broken_weights(self.drafter.params):
             raise RunError(f"{recipe.drafter}: of its weights these are not finite: {', '.join(broken[:NAMED])}")
-        self.layers = self.drafter.method.model.layers
         self.evaluate_every = None if recipe.evaluation is None else recipe.evaluation.every
         resolved = [with_width(stage, self.drafter) for stage in recipe.stages]
         self.corruptions = [stage.corruption for stage in resolved]
@@ -175,7 +175,7 @@ class _Alignment:
                 for path, stamp in zip(self.records.paths, self.records.stamps, strict=True)
             },
             "held-out prompts": hashlib.sha256(repr(self.held_out).encode()).hexdigest(),
-            "dtype": self.dtype.name,
+            "dtype": self.target.dtype.name,
         }
 
     def first_params(self) -> Params:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from deer_jax.checkpoints.load import scan_layers
+from deer_jax.build import Build
 from deer_jax.checkpoints.runs import Checkpoints, DamagedError, best_of
 from deer_jax.errors import InputError, RunError
 from deer_jax.files import Lock
@@ -53,7 +53,6 @@ class Work(Protocol):
     """What a run trains."""
 
     stages: Sequence[StagePlan]
-    layers: int
     evaluate_every: int | None  # steps; None never evaluates
 
     def first_params(self) -> Params:
@@ -107,12 +106,12 @@ class Trainer:
         *,
         lock: Lock,
         mesh: Mesh,
-        dtype,
+        build: Build,
         show: Progress,
         should_stop: Callable[[], bool],
     ):
-        """lock: of the run's folder; dtype: of the computation."""
-        self.work, self.settings, self.lock, self.mesh, self.dtype = work, settings, lock, mesh, dtype
+        """lock: of the run's folder."""
+        self.work, self.settings, self.lock, self.mesh, self.build = work, settings, lock, mesh, build
         self.show, self.should_stop = show, should_stop
         self.output, self.steps = Path(settings.output), sum(stage.steps for stage in work.stages)
         self.checkpoints = Checkpoints(self.output, keep=settings.keep, lock=lock)
@@ -199,8 +198,8 @@ class Trainer:
         last = first + stage.steps
         rate = schedule(stage.optimizer, stage.steps)
         run_step = make_step(
-            stage.loss, stage.optimizer, stage.steps, dtype=self.dtype,
-            unroll=0 if scan_layers() else self.work.layers, shardings=jax.tree.map(lambda x: x.sharding, state),
+            stage.loss, stage.optimizer, stage.steps, build=self.build,
+            shardings=jax.tree.map(lambda x: x.sharding, state),
         )  # fmt: skip
         note, compiled = stage.name, False
         begin, waited, tokens, before = time.perf_counter(), 0.0, 0, None

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from deer_jax.build import Build
 from deer_jax.checkpoints.claims import claimed
 from deer_jax.checkpoints.huggingface import write_description
-from deer_jax.checkpoints.load import compute_dtype, scan_layers
 from deer_jax.checkpoints.runs import TARGET
 from deer_jax.data.bpe import train_bpe
 from deer_jax.data.texts import (
@@ -37,11 +37,12 @@ from deer_jax.data.texts import (
 )
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.errors import InputError
-from deer_jax.models.transformer import Params, init_params, logical_axes, unstack_layers
+from deer_jax.models.transformer import Params, init_params, logical_axes
 from deer_jax.sharding import make_mesh, placement
 from deer_jax.training.loop import Progress, StagePlan, Trainer, TrainReport, stage_seed
 from deer_jax.training.objectives import next_token_loss
 from deer_jax.training.recipe import INESSENTIAL, PretrainRecipe, pretrain_recipe_from, read_pretrain_recipe, to_mapping
+from deer_jax.training.step import computing
 
 PROMPTS, HELD_OUT = "prompts.jsonl", "held_out.jsonl"
 HELD_OUT_PROMPTS = 128
@@ -123,7 +124,7 @@ def pretrain(
         write_openings(output, recipe, corpus, tokenizer)
         work = _Pretraining(recipe, corpus, tokenizer, mesh, show)
         stop = should_stop or (lambda: False)
-        run = Trainer(work, recipe, lock=claim.lock, mesh=mesh, dtype=work.dtype, show=show, should_stop=stop)
+        run = Trainer(work, recipe, lock=claim.lock, mesh=mesh, build=work.build, show=show, should_stop=stop)
         report = run.train()
     return PretrainReport(**vars(report), evaluations=run.evaluations)
 
@@ -155,7 +156,7 @@ def inputs(recipe: PretrainRecipe, corpus: Corpus) -> dict[str, Any]:
     return {
         "training texts": digests(corpus.training),
         "held-out texts": digests(corpus.held_out),
-        "dtype": compute_dtype(recipe.dtype).name,
+        "dtype": Build.here(dtype=recipe.dtype).dtype.name,
     }
 
 
@@ -191,8 +192,7 @@ class _Pretraining:
     def __init__(self, recipe: PretrainRecipe, corpus: Corpus, tokenizer: Tokenizer, mesh: Mesh, show: Progress):
         self.recipe = recipe
         self.mesh = mesh
-        self.dtype = compute_dtype(recipe.dtype)
-        self.layers = recipe.model.layers
+        self.build = Build.here(mesh, recipe.dtype)
         show(0, recipe.steps, "reading the texts as tokens")
         edge = tokenizer.encode("")[0]
         self.windows = Windows(tokens_of(corpus.training, tokenizer, edge), recipe.length, edge)
@@ -225,8 +225,7 @@ class _Pretraining:
         loss = next_token_loss(self.recipe.model)
 
         def of(params: Params, batch):
-            params = jax.tree.map(lambda x: x.astype(self.dtype), params)
-            return loss(params if scan_layers() else unstack_layers(params, self.layers), batch, {})
+            return loss(computing(params, self.build), batch, {})
 
         return jax.jit(of)
 

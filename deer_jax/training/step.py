@@ -10,6 +10,7 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from deer_jax.build import Build
 from deer_jax.errors import InputError
 from deer_jax.models.transformer import Params, unstack_layers
 from deer_jax.training.objectives import Loss
@@ -106,13 +107,18 @@ def _abstract(x, where) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
+def computing(params: Params, build: Build) -> Params:
+    """Parameters as training holds them, float32 and stacked, as the computation takes them."""
+    params = jax.tree.map(lambda x: x.astype(build.dtype), params)
+    return params if build.scan else unstack_layers(params, params["layers"]["input_norm"].shape[0])
+
+
 def make_step(
     loss: Loss,
     config: OptimizerConfig,
     steps: int,
     *,
-    dtype=jnp.float32,
-    unroll: int = 0,
+    build: Build,
     shardings: TrainState | None = None,
 ):
     """The jitted step: (state, batch, fixed parameters) -> (state, metrics); state is donated.
@@ -123,15 +129,14 @@ def make_step(
 
     Args:
       loss: see `objectives.Loss`; the fixed parameters are handed on to it.
-      dtype: of the computation; parameters, averages and gradients' sums are float32.
-      unroll: run this many layers, all there are, one after the other instead of in a scan; faster on CPU. 0 scans.
+      build: the dtype of the computation, and whether layers are scanned; parameters, averages and gradients' sums are
+        float32.
       shardings: where the state lies, and stays; None on one device.
     """
     optimizer = make_optimizer(config, steps)
 
     def loss_of(params: Params, part: dict[str, jax.Array], fixed: Params):
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
-        return loss(unstack_layers(params, unroll) if unroll else params, part, fixed)
+        return loss(computing(params, build), part, fixed)
 
     def step(state: TrainState, batch: dict[str, jax.Array], fixed: Params):
         def micro(carry, part):

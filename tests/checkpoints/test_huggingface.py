@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from deer_jax.build import Build, parse_dtype
 from deer_jax.checkpoints import huggingface
 from deer_jax.checkpoints.families import config_from, tensor_slots, write_config
 from deer_jax.checkpoints.huggingface import (
@@ -22,7 +23,7 @@ from deer_jax.checkpoints.huggingface import (
     read_stop_ids,
     save_folder,
 )
-from deer_jax.checkpoints.load import compute_dtype, load_target
+from deer_jax.checkpoints.load import load_target
 from deer_jax.config import Rope
 from deer_jax.errors import InputError, RunError
 from tests.tiny import REAL, random_params, tiny
@@ -424,11 +425,12 @@ def test_a_full_disk_is_one_line(tmp_path):
 
 
 def test_dtypes():
-    assert compute_dtype() == jnp.float32  # on CPU
-    assert compute_dtype("bfloat16") == compute_dtype(jnp.bfloat16) == jnp.bfloat16
+    assert Build.here().dtype == Build.of("cpu").dtype == jnp.float32
+    assert Build.of("tpu").dtype == Build.of("gpu").dtype == jnp.bfloat16
+    assert parse_dtype("bfloat16") == parse_dtype(jnp.bfloat16) == jnp.bfloat16
     for wrong in ("float16", "bf16", int):
         with refused("dtype must be bfloat16 or float32"):
-            compute_dtype(wrong)
+            parse_dtype(wrong)
 
 
 def test_a_tokenizer_may_have_ids_beyond_the_vocabulary(spoiled, stories_dir):

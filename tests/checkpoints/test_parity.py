@@ -17,7 +17,7 @@ from deer_jax.checkpoints.load import load_target
 from deer_jax.config import Rope
 from deer_jax.models.target import full_logits
 from deer_jax.models.transformer import abstract_params, stack_layers, unstack_layers
-from deer_jax.sharding import make_mesh, placement
+from deer_jax.sharding import Heads, make_mesh, placement
 from tests.fast import representing
 from tests.tiny import random_params, tiny, torch_model
 
@@ -109,7 +109,7 @@ def test_sharded_loading_gives_the_same_values_in_place(case, folder_of):
         plain, _ = load_params(folder_of(case), config, jnp.bfloat16, scan=scan)
         assert_same(sharded, plain)
     sharded, _ = load_params(folder_of(case), config, jnp.float32, scan=True, mesh=mesh)
-    name, axes = ("gate", (None, "mlp", "width")) if not config.experts else ("q", (None, "heads", "width"))
+    name, axes = ("gate", (None, "mlp", "width")) if not config.experts else ("q", (None, Heads(2, 2), "width"))
     weight = sharded["layers"][name]
     assert weight.sharding == placement(mesh, weight.shape, axes)
     assert weight.addressable_shards[0].data.shape == (config.layers, weight.shape[1] // 2, weight.shape[2] // 2)

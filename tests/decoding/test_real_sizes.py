@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from deer_jax.build import Build
 from deer_jax.config import DrafterConfig, Sampling
 from deer_jax.decoding import loop
 from deer_jax.decoding.sampling import Kind, Knobs
-from deer_jax.decoding.state import idle_state
+from deer_jax.decoding.state import StateShape, abstract_state
 from deer_jax.drafters.standalone import StandaloneMethod
 from deer_jax.models.transformer import abstract_params
 from tests.tiny import REAL
@@ -30,7 +31,7 @@ def test_the_loop_lowers_at_real_size(name, temperature):
     billions = sum(x.size for x in jax.tree.leaves(params)) / 1e9
     assert billions == pytest.approx({"qwen3": 8.19, "qwen3_moe": 30.53}[name], abs=0.01)
     method, drafter_params = abstract_drafter(config.vocab_size)
-    state = jax.eval_shape(lambda: idle_state(config, B, S, K, jnp.bfloat16, method.init_state(drafter_params, B, S)))
+    state = abstract_state(StateShape(config, method, B, S, K, Build.of("tpu")), drafter_params)
     sampling = Sampling(temperature=temperature, top_k=20, top_p=0.95) if temperature else Sampling()
     plan = loop.Plan(config, method, K, Kind.of(sampling))
     number = jax.ShapeDtypeStruct((), jnp.int32)

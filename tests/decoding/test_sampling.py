@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deer_jax.build import Build
 from deer_jax.config import Sampling
 from deer_jax.decoding.accept import Verdict, accepted_prefix
 from deer_jax.decoding.loop import commit, first_stop
 from deer_jax.decoding.sampling import Kind, Knobs, keys_for, largest_threshold, log_probabilities, pick_draft
-from deer_jax.decoding.state import idle_state
+from deer_jax.decoding.state import StateShape, idle_state
 from deer_jax.drafters.protocol import Context
 from tests.decoding.processed import processed
 from tests.tiny import tiny
@@ -194,7 +195,7 @@ def plain_commit(row, choice, accepted, stop_ids):
 @pytest.mark.parametrize("k", [0, 3])
 def test_commit_equals_a_plain_loop(k):
     rng, B, S, stop_ids = np.random.default_rng(k), 60, 24, (2, 5)
-    state = idle_state(tiny("qwen3"), B, S, k, jnp.float32, ())
+    state = idle_state(StateShape(tiny("qwen3"), None, B, S, k, Build.of("cpu")), {})
     length = rng.integers(1, 12, B)
     rows = [
         {

@@ -49,8 +49,8 @@ def test_any_visibility_over_a_ragged_cache(qkv, shared, block):
     for row, length in enumerate(start):  # whatever lies beyond start must not matter
         keys[row, :, length:], values[row, :, length:] = 1e4, -1e4
     layers = (jnp.stack([jnp.full_like(side, 7.0), side]) for side in (keys, values))  # the other layer is not read
-    cache = KVCache(*layers)
-    out = attend(q, k, v, visible=jnp.asarray(visible), cache=cache, layer=1, start=jnp.asarray(start), block=block)
+    cache = KVCache(*layers, block)
+    out = attend(q, k, v, visible=jnp.asarray(visible), cache=cache, layer=1, start=jnp.asarray(start))
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deer_jax.models.cache import STATIC_ROWS, KVCache, cache_bytes, empty_cache, write_cache, write_rows
+from deer_jax.build import Build
+from deer_jax.models.cache import STATIC_ROWS, KVCache, empty_cache, write_cache, write_rows
 from tests.tiny import tiny
 
 
@@ -33,9 +34,8 @@ def test_rows_go_where_they_are_sent(count):
 
 def test_a_cache_starts_as_zeros_and_holds_what_is_written():
     config = tiny("llama")
-    cache = empty_cache(config, 2, 10, jnp.bfloat16)
+    cache = empty_cache(config, 2, 10, Build.of("tpu"))
     assert cache.capacity == 10
-    assert cache_bytes(config, 2, 10, jnp.bfloat16) == cache.keys.nbytes + cache.values.nbytes
     fresh = KVCache(jnp.ones((2, 2, 2, 3, 8), jnp.bfloat16), jnp.full((2, 2, 2, 3, 8), 2, jnp.bfloat16))
     cache = write_cache(cache, fresh, jnp.array([0, 7]))
     for side, value in ((cache.keys, 1), (cache.values, 2)):

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from deer_jax.build import Build
 from deer_jax.config import ModelConfig, Rope, Sampling
 from deer_jax.decoding import loop
 from deer_jax.decoding.sampling import Kind, Knobs
-from deer_jax.decoding.state import idle_state
+from deer_jax.decoding.state import StateShape, abstract_state
 from deer_jax.drafters.standalone import StandaloneMethod
 from deer_jax.models.transformer import abstract_params
 from deer_jax.training.objectives import drafter_loss
@@ -91,9 +92,7 @@ def test_a_segment_of_its_decoding_traces(name):
     assert recipe.reading is not None
     method = StandaloneMethod(DRAFTER, recipe.reading, config.vocab_size)
     drafter = with_entries(abstract_params(DRAFTER, jnp.bfloat16), jnp.bfloat16)
-    state = jax.eval_shape(
-        lambda: idle_state(config, slots, capacity, k, jnp.bfloat16, method.init_state(drafter, slots, capacity))
-    )
+    state = abstract_state(StateShape(config, method, slots, capacity, k, Build.of("tpu")), drafter)
     plan, number = loop.Plan(config, method, k, Kind.of(Sampling())), jax.ShapeDtypeStruct((), jnp.int32)
     stop_ids = jax.ShapeDtypeStruct((2,), jnp.int32)
     after = jax.eval_shape(
@@ -122,7 +121,7 @@ def test_its_steps_trace(attention, labels):
     for stage in recipe.stages:
         optimizer = jax.eval_shape(make_optimizer(stage.optimizer, stage.steps).init, params)
         state = TrainState(params=params, average={}, optimizer=optimizer)
-        run = make_step(loss, stage.optimizer, stage.steps, dtype=jnp.bfloat16)
+        run = make_step(loss, stage.optimizer, stage.steps, build=Build.of("tpu"))
         after, metrics = jax.eval_shape(run, state, batch_of(recipe, stage.corruption, method.cached), target_params)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
         assert metrics["loss"].shape == ()

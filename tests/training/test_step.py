@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from deer_jax import DrafterConfig, InputError, Target, drafter_from_target
+from deer_jax.build import Build
 from deer_jax.diffusion.corruption import Corruption, corrupt_blocks, corrupt_cut
 from deer_jax.training import objectives
 from deer_jax.training.objectives import block_loss, drafter_loss
@@ -52,7 +53,7 @@ def make_batch(parts: int, *, bidirectional=False):
 
 @functools.cache
 def compiled(method):
-    return make_step(drafter_loss(method), FIXED, STEPS)
+    return make_step(drafter_loss(method), FIXED, STEPS, build=dataclasses.replace(Build.of("cpu"), scan=True))
 
 
 @pytest.fixture(scope="module")
