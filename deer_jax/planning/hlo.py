@@ -147,7 +147,7 @@ class Program:
       trips: how often loops run whose end depends on data; the key is a part of the loop's `origin` (scope, file or
         function), the first that fits counts.
     Attributes:
-      unresolved: names of the loops whose number of runs nobody knows, from the outside inwards.
+      unresolved: the origins, by name, of the loops whose number of runs nobody knows, from the outside inwards.
     """
 
     def __init__(self, text: str, trips: Mapping[str, float] | None = None):
@@ -155,7 +155,7 @@ class Program:
         self._trips_of = dict(trips or {})
         self._used: dict[tuple[str, int], float] = {}
         loops = [line for lines in self.text.computations.values() for line in lines.values() if line.op == "while"]
-        self.unresolved = [loop.name for loop in reversed(loops) if self._trips(loop) is None]
+        self.unresolved = {loop.name: self.text.origin(loop) for loop in reversed(loops) if self._trips(loop) is None}
 
     def whole(self) -> Cost:
         """One call of the program; a loop whose runs nobody knows counts once."""
