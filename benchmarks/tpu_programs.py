@@ -311,9 +311,9 @@ def allowed_collectives(case: Training) -> float:
     if fsdp > 1:
         total += 2 * layers + table  # gathered for the forward pass, and layers once more for the backward pass
     if data * fsdp > 1:
-        # Gradients summed once: over fsdp whole, over data what is left of them. The table's are two, one as the
-        # embedding's and one as the head's.
-        total += (layers + 2 * table) * ((fsdp > 1) + (data > 1) / fsdp)
+        # Gradients summed once: over fsdp whole, over data what is left of them. The table has two, one as the
+        # embedding and one as the head, which is summed in float32.
+        total += (layers + table + 2 * table) * ((fsdp > 1) + (data > 1) / fsdp)
     if tensor > 1:
         # Each layer sums x twice in the forward pass, twice when that is made again, and twice in the backward pass.
         rows = TEXTS * tensor * (LENGTH + BLOCKS * (WIDTH + 1))
@@ -364,8 +364,10 @@ def measure(name: str, dearest: int, text: str | None) -> dict:
         "memory": dataclasses.asdict(memory),
         "unresolved": program.unresolved,
     }  # fmt: skip
-    for key in ("hbm_bytes", "flops", "collectives"):
-        steps = cost.dearest(dearest, key)
+    parts = [(key, cost.dearest(dearest, key)) for key in ("hbm_bytes", "flops", "collectives")]
+    if "once_gb" in result:
+        parts.append(("once", program.once().dearest(dearest)))
+    for key, steps in parts:
         result[f"dearest_{key}"] = [
             {"name": x.instruction.name, "type": x.instruction.type[:100], "times": x.times, "hbm_bytes": x.hbm_bytes,
              "flops": x.flops, "collectives": [[part.kind, part.bytes] for part in x.collectives], "origin": x.origin}
@@ -399,9 +401,10 @@ def shown(result: dict) -> str:
 
 def shown_steps(result: dict) -> list[str]:
     lines = []
-    for key in ("hbm_bytes", "flops", "collectives"):
+    for key in ("hbm_bytes", "flops", "collectives", "once"):
         for step in result.get(f"dearest_{key}", []):
-            one = sum(part[1] for part in step["collectives"]) if key == "collectives" else step[key]
+            one = sum(part[1] for part in step["collectives"])
+            one = one if key == "collectives" else step["hbm_bytes" if key == "once" else key]
             lines.append(f"    {key:11} {one * step['times'] / 1e6:12.1f} M {step['times']:6.0f}x {step['name']:34} "
                          f"{step['type'][:60]:60} {step['origin']}")  # fmt: skip
     return lines
