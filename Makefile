@@ -68,8 +68,8 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	@$(PIP_INSTALL) '.[test]'
 	@touch $@
 
-# Some tests compile programs for TPUs, which needs the libtpu of this jax, beside the environment: in it each program on
-# a CPU would look for a TPU first. Where it cannot be had those tests are skipped.
+# Some tests compile programs for TPUs, which needs the libtpu of this jax, beside the environment: in it programs on a
+# CPU would look for a TPU first. Where it cannot be had those tests are skipped.
 LIBTPU := import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))
 .cache/libtpu/.stamp: $(VENV)/.test
 	@[ "$$(uname -sm)" != "Linux x86_64" ] || { \

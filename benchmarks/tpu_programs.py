@@ -32,11 +32,13 @@ import tempfile
 import time
 from pathlib import Path
 
-# Before jax is imported. The last three keep libtpu from asking the network what machine this is.
+# Before jax is imported. Several processes may compile at the same time, as none of them uses a TPU, and the last three
+# keep libtpu from asking the network what machine this is.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_LIBRARY_PATH"] = os.environ.get("DEER_JAX_LIBTPU") or str(
     Path(__file__).resolve().parent.parent / ".cache" / "libtpu" / "libtpu" / "libtpu.so"
 )
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-8"
 os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"

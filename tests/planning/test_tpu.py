@@ -17,12 +17,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LIBTPU = Path(os.environ.get("DEER_JAX_LIBTPU") or ROOT / ".cache" / "libtpu" / "libtpu" / "libtpu.so")
 
-pytestmark = [
-    pytest.mark.skipif(
-        not LIBTPU.is_file(), reason=f"no {LIBTPU}: make test installs it on Linux x86_64, or set DEER_JAX_LIBTPU"
-    ),
-    pytest.mark.xdist_group("tpu"),
-]
+pytestmark = pytest.mark.skipif(
+    not LIBTPU.is_file(), reason=f"no {LIBTPU}: make test installs it on Linux x86_64, or set DEER_JAX_LIBTPU"
+)
 
 
 @functools.cache
