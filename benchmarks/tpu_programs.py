@@ -412,10 +412,11 @@ def shown_steps(result: dict) -> list[str]:
     return lines
 
 
-def in_its_own_process(name: str, dearest: int) -> dict:
+def in_its_own_process(name: str, dearest: int, quick: bool) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         command = [sys.executable, __file__, "--case", name, "--json", str(file), "--dearest", str(dearest)]
+        command += ["--quick"] if quick else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if not file.is_file():
             return {"case": name, "error": done.stderr.strip()[-600:]}
@@ -428,6 +429,8 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the names of all cases")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     parser.add_argument("--dearest", type=int, default=0, metavar="N", help="also the N dearest instructions of each")
+    parser.add_argument("--quick", action="store_true", help="compile four times faster by trying less: flops and "
+                        "collectives stay as they are, HBM bytes and peaks do not")  # fmt: skip
     parser.add_argument("--text", metavar="FILE", help="of a single case: write the compiled program's text")
     args = parser.parse_args()
     if args.list:
@@ -438,13 +441,15 @@ def main():
         parser.error("no such case; --list prints them")
     if not LIBTPU.is_file():
         parser.error(f"no {LIBTPU}: install libtpu there (see --help), or set DEER_JAX_LIBTPU")
+    if args.quick:
+        jax.config.update("jax_exec_time_optimization_effort", -1.0)
     versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "libtpu": libtpu_version()}
     if len(names) > 1 or not args.json:
         print(", ".join(f"{name} {version}" for name, version in versions.items()))
     results = []
     for name in names:
         alone = len(names) == 1
-        result = measure(name, args.dearest, args.text) if alone else in_its_own_process(name, args.dearest)
+        result = measure(name, args.dearest, args.text) if alone else in_its_own_process(name, args.dearest, args.quick)
         results.append(result)
         print(shown(result), *shown_steps(result), sep="\n", flush=True)
     if args.json:
