@@ -14,8 +14,8 @@ from jax import lax
 
 from deer_jax.config import ModelConfig
 from deer_jax.drafters.standalone import MASK, SEPARATOR, StandaloneMethod, backbone
-from deer_jax.models.attention import BlockMask
 from deer_jax.models.layers import logits, precision
+from deer_jax.models.piecewise import Before, BlockMask
 from deer_jax.models.transformer import Params, bind
 
 CHUNK_ROWS = 512  # masked positions whose logits exist at one time
@@ -99,17 +99,17 @@ def read_blocks(method: StandaloneMethod, params: Params, tokens, anchor, size, 
     block = jnp.where(
         is_mask[..., None], params["special"][MASK][None, None, None], method.embed(model, params, following)
     )
-    real = steps[None, None] < size[..., None]
+    real = size
     if method.config.separator:
         at = steps[None, None] == size[..., None]
         block = jnp.where(at[..., None], params["special"][SEPARATOR][None, None, None], block)
-        real = real | at
+        real = real + 1
 
     rows = M * (W + 1)
     x = jnp.concatenate([method.embed(model, params, tokens), block.reshape(B, rows, -1)], axis=1)
     text = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     positions = jnp.concatenate([text, place.reshape(B, rows)], axis=1)
-    hidden, _ = model(x, positions, visible=BlockMask(anchor, real), remat=True)
+    hidden, _ = model(x, positions, visible=BlockMask(anchor, real, W + 1), remat=True)
 
     if method.config.head == "shifted":
         in_block = T + (jnp.arange(M) * (W + 1))[None, :, None] + steps[None, None, : W - 1]
@@ -132,12 +132,11 @@ def cut_loss(method: StandaloneMethod, params: Params, batch: dict[str, jax.Arra
     model = bind(method.model, backbone(params))
     positions = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     x = jnp.where(masked[..., None], params["special"][MASK][None, None], method.embed(model, params, tokens))
-    end = length[:, None]
+    end = length
     if method.config.separator:
-        x = jnp.where((positions == end)[..., None], params["special"][SEPARATOR][None, None], x)
+        x = jnp.where((positions == end[:, None])[..., None], params["special"][SEPARATOR][None, None], x)
         end = end + 1
-    visible = jnp.broadcast_to((positions < end)[:, None], (B, T, T))
-    hidden, _ = model(x, positions, visible=visible, remat=True)
+    hidden, _ = model(x, positions, visible=Before(end), remat=True)
     place, weights = positions, batch["weight"]
     if method.config.head == "shifted":
         hidden, place, weights = hidden[:, :-1], place[:, 1:], weights[:, 1:]
