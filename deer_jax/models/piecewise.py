@@ -59,55 +59,56 @@ def attend_pieces(q, k, v, visible: Before | BlockMask | None) -> jax.Array:
         ends = jnp.broadcast_to(1 + jnp.arange(text, dtype=jnp.int32)[None], (B, text))
     if isinstance(visible, BlockMask):
         ends = jnp.concatenate([ends, jnp.repeat(visible.anchor + 1, rows, axis=1)], axis=1)
-    return _attention(q.reshape(B, T, K, N // K, H), k, v, ends, real, rows).reshape(B, T, N, H)
+    queries = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)
+    keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    out = _attention(queries, keys, values, ends, real, rows)
+    return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attention(q, k, v, ends, real, rows: int):
-    """q and the output [B, T, K, G, H]; k, v [B, T, K, H]; ends int32 [B, T]; real int32 [B, M]."""
+    """q and the output [B, K, G, T, H]; k, v [B, K, T, H]; ends int32 [B, T]; real int32 [B, M]."""
     return _forward(q, k, v, ends, real, rows)[0]
 
 
-def _specs(q):
-    """Partitions of q, k, the log-sum-exp [B, K, G, T], and what is only by the batch."""
-    B, T, K, G, H = q.shape
-    batch = "batch" if divides(B, "batch") else None  # a prompt alone is read by every device
-    wide = here(q.shape, batch, None, "kv_heads", "groups", None)
-    narrow = here((B, T, K, H), batch, None, "kv_heads", None)
-    return wide, narrow, here((B, K, G, T), batch, "kv_heads", "groups", None), here((B, T), batch, None)
-
-
 def _forward(q, k, v, ends, real, rows: int):
-    wide, narrow, norms, flat = _specs(q)
+    wide, narrow, flat = _partitions(q)
     run = on_shards(
         functools.partial(_by_groups, functools.partial(_forward_group, rows)),
         (wide, narrow, narrow, flat, flat),
-        (wide, norms),
+        (wide, wide),
     )
-    out, norm = run(q, k, v, ends, real)
-    out, norm = checkpoint_name(out, SAVED), checkpoint_name(norm, SAVED)
+    out, norm = (checkpoint_name(x, SAVED) for x in run(q, k, v, ends, real))
     return out, (q, k, v, ends, real, out, norm)
 
 
 def _backward(rows: int, kept, to_out):
-    q, k, v, *_ = kept
-    wide, narrow, norms, flat = _specs(q)
+    wide, narrow, flat = _partitions(kept[0])
     run = on_shards(
         functools.partial(_by_groups, functools.partial(_backward_group, rows)),
-        (wide, narrow, narrow, flat, flat, wide, norms, wide),
+        (wide, narrow, narrow, flat, flat, wide, wide, wide),
         (wide, wide, wide),
     )
-    to_q, to_k, to_v = run(*kept, to_out)
+    to_q, *sides = run(*kept, to_out)
     # Devices that share a key head have each their query heads' share of its gradient.
-    return to_q, jnp.sum(to_k, axis=3).astype(k.dtype), jnp.sum(to_v, axis=3).astype(v.dtype), None, None
+    to_k, to_v = (jnp.sum(side, axis=2).astype(x.dtype) for side, x in zip(sides, kept[1:3], strict=True))
+    return to_q, to_k, to_v, None, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
+def _partitions(q):
+    """On the mesh, of q, of k, and of what has one axis behind the batch's."""
+    B, K, _, T, H = q.shape
+    batch = "batch" if divides(B, "batch") else None  # a prompt alone is read by every device
+    wide = here(q.shape, batch, "kv_heads", "groups", None, None)
+    return wide, here((B, K, T, H), batch, "kv_heads", None, None), here((B, T), batch, None)
+
+
 def _by_groups(function, q, *arrays):
     """`function` over groups of batch rows, so many that the scores of a piece have SCORES bytes at most."""
-    B, T, K, G, _ = q.shape
+    B, K, G, T, _ = q.shape
     one = 4 * K * G * min(ROWS, T) * min(KEYS, T)
     size = max(b for b in range(1, B + 1) if B % b == 0 and (b == 1 or b * one <= SCORES))
     if size == B:
@@ -118,33 +119,33 @@ def _by_groups(function, q, *arrays):
 
 
 def _forward_group(rows: int, q, k, v, ends, real):
-    """The output [B, T, K, G, H], and the log-sum-exp float32 [B, K, G, T] of each row's scores; 0 if it sees none."""
-    text, keys, values = _text(q, k, v, real, rows)
+    """The output [B, K, G, T, H], and each row's log-sum-exp float32 [B, K, G, T, 1]; 0 if it sees nothing."""
+    text, keys, values = _text(k, v, real, rows)
     with jax.named_scope("attend_text"):
-        out, norm = _forward_rows(q[:, :text], keys, values, ends[:, :text], None)
+        out = _forward_rows(q[..., :text, :], keys, values, ends[:, :text], None)
     if rows:
         with jax.named_scope("attend_blocks"):
-            own_rows, own_keys, own_values, seen = _own(q, k, v, real, rows)
-            own = Part(*(_beside(x, q.shape[0]) for x in part(own_rows, own_keys, own_values, seen)))
-            more_out, more_norm = _forward_rows(q[:, text:], keys, values, ends[:, text:], own)
-        out, norm = jnp.concatenate([out, more_out], axis=1), jnp.concatenate([norm, more_norm], axis=3)
-    return out, norm
+            own = part(*_own(q, k, v, real, rows))
+            own = Part(*(_beside(x, q.shape[0]) for x in own))
+            more = _forward_rows(q[..., text:, :], keys, values, ends[:, text:], own)
+        out = tuple(jnp.concatenate(pair, axis=3) for pair in zip(out, more, strict=True))
+    return out
 
 
-def _text(q, k, v, real, rows: int):
+def _text(k, v, real, rows: int):
     """Length of the text, and its keys and values [B, K, S, H], padded to whole pieces."""
-    text = q.shape[1] - real.shape[1] * rows
+    text = k.shape[2] - real.shape[1] * rows
     pad = -text % KEYS if text > KEYS else 0
-    keys, values = (jnp.pad(jnp.swapaxes(x[:, :text], 1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (k, v))
+    keys, values = (jnp.pad(x[:, :, :text], ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (k, v))
     return text, keys, values
 
 
 def _own(q, k, v, real, rows: int):
     """Each block alone: rows [B*M, K, G, R, H], keys and values [B*M, K, R, H], and who is seen."""
-    (B, M), behind = real.shape, slice(q.shape[1] - real.shape[1] * rows, None)
-    own_rows = _alone(jnp.moveaxis(q[:, behind], 1, 3), M)
-    own_keys, own_values = (jnp.swapaxes(x[:, behind].reshape(B * M, rows, *x.shape[2:]), 1, 2) for x in (k, v))
-    return own_rows, own_keys, own_values, _seen(real.reshape(B * M, 1), 0, rows)
+    M = real.shape[1]
+    text = k.shape[2] - M * rows
+    keys, values = (_alone(x[:, :, None, text:], M)[:, :, 0] for x in (k, v))
+    return _alone(q[..., text:, :], M), keys, values, _seen(real.reshape(-1, 1), 0, rows)
 
 
 def _alone(x, M: int):
@@ -159,22 +160,21 @@ def _beside(x, B: int):
     return jnp.moveaxis(x.reshape(B, -1, K, G, rows, width), 1, 3).reshape(B, K, G, -1, width)
 
 
-def _pieces(x, axis: int):
+def _pieces(x, axis: int = 3):
     """Rows along an axis, in pieces of equal length [n, ..], padded with zeros."""
     count = -(-x.shape[axis] // ROWS)
     width = -(-x.shape[axis] // count)
-    width += -width % 8 if count > 1 else 0
+    width += -width % 8 if count > 1 else 0  # whole tiles of a TPU's memory
     pad = [(0, 0)] * x.ndim
     pad[axis] = (0, count * width - x.shape[axis])
     x = jnp.pad(x, pad)
     return jnp.moveaxis(x.reshape(*x.shape[:axis], count, width, *x.shape[axis + 1 :]), axis, 0)
 
 
-def _whole(pieces, axis: int, length: int):
-    """`_pieces` undone."""
-    x = jnp.moveaxis(pieces, 0, axis)
-    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-    return lax.slice_in_dim(x, 0, length, axis=axis)
+def _whole(pieces, length: int):
+    """`_pieces` undone: [n, B, K, G, rows, x] -> [B, K, G, length, x]"""
+    x = jnp.moveaxis(pieces, 0, 3)
+    return x.reshape(*x.shape[:3], -1, x.shape[-1])[..., :length, :]
 
 
 def _scan(step, carry, xs):
@@ -198,82 +198,81 @@ def _seen(ends, first, width: int):
     return (first + jnp.arange(width)).reshape(1, 1, 1, 1, -1) < ends[:, None, None, :, None]
 
 
+def _near(side, first, width: int):
+    """Keys or values [B, K, S, H] -> [B, K, width, H] from `first` on."""
+    return lax.dynamic_slice_in_dim(side, first, width, axis=2)
+
+
+def _add(side, more, first):
+    """more [B, K, w, H] added to side [B, K, S, H] from `first` on."""
+    return lax.dynamic_update_slice_in_dim(side, _near(side, first, more.shape[2]) + more, first, axis=2)
+
+
 def _forward_rows(q, keys, values, ends, own: Part | None):
-    """Output [B, T, K, G, H] and log-sum-exp [B, K, G, T] of rows over their prefixes, and their `own` part."""
-    T = q.shape[1]
-    rows = _pieces(jnp.moveaxis(q, 1, 3), 3)
-    others = None if own is None else Part(*(_pieces(x, 3) for x in own))
+    """Output and log-sum-exp of rows over their prefixes, and over what their `own` part is of."""
+    others = None if own is None else Part(*map(_pieces, own))
 
     def step(carry, xs):
         rows, ends, own = xs
 
         def read(first, width, whole):
-            near = (lax.dynamic_slice_in_dim(x, first, width, axis=2) for x in (keys, values))
-            return merge(whole, part(rows, *near, _seen(ends, first, width)))
+            near_keys, near_values = _near(keys, first, width), _near(values, first, width)
+            return merge(whole, part(rows, near_keys, near_values, _seen(ends, first, width)))
 
         whole = _over_keys(read, ends, keys.shape[2], nothing(rows) if own is None else own)
         norm = jnp.where(whole.total == 0, 0, whole.top + jnp.log(whole.total))
-        return carry, (normalised(whole).astype(values.dtype), norm[..., 0])
+        return carry, (normalised(whole).astype(values.dtype), norm)
 
-    _, (out, norm) = _scan(step, None, (rows, _pieces(ends, 1), others))
-    return jnp.moveaxis(_whole(out, 3, T), 3, 1), _whole(norm, 3, T)
+    _, out = _scan(step, None, (_pieces(q), _pieces(ends, 1), others))
+    return tuple(_whole(x, q.shape[3]) for x in out)
 
 
 def _backward_group(rows: int, q, k, v, ends, real, out, norm, to_out):
-    """Gradients of q [B, T, K, G, H], and of k and v float32 [B, T, K, 1, H] by the query heads that are here."""
-    text, keys, values = _text(q, k, v, real, rows)
+    """Gradients of q [B, K, G, T, H], and of k and v float32 [B, K, 1, T, H] by the query heads that are here."""
+    text, keys, values = _text(k, v, real, rows)
     # What normalising takes from each row's gradient.
-    shared = jnp.moveaxis(jnp.sum(out.astype(jnp.float32) * to_out.astype(jnp.float32), axis=-1), 1, 3)
+    shared = jnp.sum(out.astype(jnp.float32) * to_out.astype(jnp.float32), axis=-1, keepdims=True)
     to_keys = to_values = jnp.zeros(keys.shape, jnp.float32)
     with jax.named_scope("attend_text"):
-        of = (q[:, :text], to_out[:, :text], norm[..., :text], shared[..., :text], ends[:, :text])
-        to_q, to_keys, to_values = _backward_rows(*of, keys, values, to_keys, to_values)
+        of = [x[..., :text, :] for x in (q, to_out, norm, shared)]
+        to_q, to_keys, to_values = _backward_rows(of, ends[:, :text], keys, values, to_keys, to_values)
     own = []
     if rows:
         with jax.named_scope("attend_blocks"):
-            of = (q[:, text:], to_out[:, text:], norm[..., text:], shared[..., text:], ends[:, text:])
-            to_blocks, to_keys, to_values = _backward_rows(*of, keys, values, to_keys, to_values)
-            own_rows, own_keys, own_values, seen = _own(q, k, v, real, rows)
-            M = real.shape[1]
-            own_to_out = _alone(jnp.moveaxis(to_out[:, text:], 1, 3), M)
-            own_norm, own_shared = (_alone(x[..., text:, None], M) for x in (norm, shared))
-            to_own, *own = _gradients(own_rows, own_keys, own_values, seen, own_to_out, own_norm, own_shared)
-            to_blocks = to_blocks + jnp.moveaxis(_beside(to_own, q.shape[0]), 3, 1)
-        to_q = jnp.concatenate([to_q, to_blocks], axis=1)
-    sides = [jnp.swapaxes(side[:, :, :text], 1, 2) for side in (to_keys, to_values)]
-    for i, side in enumerate(own):  # [B*M, K, R, H] -> [B, M*R, K, H]
-        side = jnp.swapaxes(side, 1, 2)
-        sides[i] = jnp.concatenate([sides[i], side.reshape(q.shape[0], -1, *side.shape[2:])], axis=1)
-    return to_q.astype(q.dtype), *(side[:, :, :, None] for side in sides)
+            of = [x[..., text:, :] for x in (q, to_out, norm, shared)]
+            to_blocks, to_keys, to_values = _backward_rows(of, ends[:, text:], keys, values, to_keys, to_values)
+            to_own, *own = _gradients(*_own(q, k, v, real, rows), *(_alone(x, real.shape[1]) for x in of[1:]))
+            to_blocks = to_blocks + _beside(to_own, q.shape[0])
+        to_q = jnp.concatenate([to_q, to_blocks], axis=3)
+    sides = [side[:, :, None, :text] for side in (to_keys, to_values)]
+    for i, side in enumerate(own):
+        sides[i] = jnp.concatenate([sides[i], _beside(side[:, :, None], q.shape[0])], axis=3)
+    return to_q.astype(q.dtype), *sides
 
 
-def _backward_rows(q, to_out, norm, shared, ends, keys, values, to_keys, to_values):
-    """Gradient float32 [B, T, K, G, H] of rows over their prefixes; what they add to the keys' and values'."""
-    T = q.shape[1]
-    rows, to_out = (_pieces(jnp.moveaxis(x, 1, 3), 3) for x in (q, to_out))
+def _backward_rows(of, ends, keys, values, to_keys, to_values):
+    """Gradient float32 [B, K, G, T, H] of rows over their prefixes, added to the keys' and values' what these get.
+
+    of: the rows, and what `_gradients` wants to know of them.
+    """
 
     def step(carry, xs):
         rows, to_out, norm, shared, ends = xs
 
         def read(first, width, carry):
             to_rows, to_keys, to_values = carry
-            near = (lax.dynamic_slice_in_dim(x, first, width, axis=2) for x in (keys, values))
-            seen = _seen(ends, first, width)
-            more, *sides = _gradients(rows, *near, seen, to_out, norm[..., None], shared[..., None])
-            return (to_rows + more, *(_add(x, y, first) for x, y in zip((to_keys, to_values), sides, strict=True)))
+            near_keys, near_values = _near(keys, first, width), _near(values, first, width)
+            more, to_near_keys, to_near_values = _gradients(
+                rows, near_keys, near_values, _seen(ends, first, width), to_out, norm, shared
+            )
+            return to_rows + more, _add(to_keys, to_near_keys, first), _add(to_values, to_near_values, first)
 
         to_rows, *carry = _over_keys(read, ends, keys.shape[2], (jnp.zeros(rows.shape, jnp.float32), *carry))
         return tuple(carry), to_rows
 
-    xs = (rows, to_out, _pieces(norm, 3), _pieces(shared, 3), _pieces(ends, 1))
+    xs = (*map(_pieces, of), _pieces(ends, 1))
     (to_keys, to_values), to_rows = _scan(step, (to_keys, to_values), xs)
-    return jnp.moveaxis(_whole(to_rows, 3, T), 3, 1), to_keys, to_values
-
-
-def _add(side, more, first):
-    """more [B, K, w, H] added to side [B, K, S, H] from `first` on."""
-    before = lax.dynamic_slice_in_dim(side, first, more.shape[2], axis=2)
-    return lax.dynamic_update_slice_in_dim(side, before + more, first, axis=2)
+    return _whole(to_rows, of[0].shape[3]), to_keys, to_values
 
 
 def _gradients(rows, keys, values, seen, to_out, norm, shared):
