@@ -230,18 +230,18 @@ def _forward_rows(q, keys, values, ends, own: Part | None):
 def _backward_group(rows: int, q, k, v, ends, real, out, norm, to_out):
     """Gradients of q [B, K, G, T, H], and of k and v float32 [B, K, 1, T, H] by the query heads that are here."""
     text, keys, values = _text(k, v, real, rows)
-    # What normalising takes from each row's gradient.
-    shared = jnp.sum(out.astype(jnp.float32) * to_out.astype(jnp.float32), axis=-1, keepdims=True)
     to_keys = to_values = jnp.zeros(keys.shape, jnp.float32)
     with jax.named_scope("attend_text"):
-        of = [x[..., :text, :] for x in (q, to_out, norm, shared)]
+        of = [x[..., :text, :] for x in (q, out, norm, to_out)]
         to_q, to_keys, to_values = _backward_rows(of, ends[:, :text], keys, values, to_keys, to_values)
     own = []
     if rows:
         with jax.named_scope("attend_blocks"):
-            of = [x[..., text:, :] for x in (q, to_out, norm, shared)]
+            of = [x[..., text:, :] for x in (q, out, norm, to_out)]
             to_blocks, to_keys, to_values = _backward_rows(of, ends[:, text:], keys, values, to_keys, to_values)
-            to_own, *own = _gradients(*_own(q, k, v, real, rows), *(_alone(x, real.shape[1]) for x in of[1:]))
+            own_out, own_norm, own_to_out = (_alone(x, real.shape[1]) for x in of[1:])
+            own_shared = _shared(own_out, own_to_out)
+            to_own, *own = _gradients(*_own(q, k, v, real, rows), own_norm, own_shared, own_to_out)
             to_blocks = to_blocks + _beside(to_own, q.shape[0])
         to_q = jnp.concatenate([to_q, to_blocks], axis=3)
     sides = [side[:, :, None, :text] for side in (to_keys, to_values)]
@@ -253,17 +253,18 @@ def _backward_group(rows: int, q, k, v, ends, real, out, norm, to_out):
 def _backward_rows(of, ends, keys, values, to_keys, to_values):
     """Gradient float32 [B, K, G, T, H] of rows over their prefixes, added to the keys' and values' what these get.
 
-    of: the rows, and what `_gradients` wants to know of them.
+    of: the rows, their output, log-sum-exp and the output's gradient.
     """
 
     def step(carry, xs):
-        rows, to_out, norm, shared, ends = xs
+        rows, out, norm, to_out, ends = xs
+        shared = _shared(out, to_out)
 
         def read(first, width, carry):
             to_rows, to_keys, to_values = carry
             near_keys, near_values = _near(keys, first, width), _near(values, first, width)
             more, to_near_keys, to_near_values = _gradients(
-                rows, near_keys, near_values, _seen(ends, first, width), to_out, norm, shared
+                rows, near_keys, near_values, _seen(ends, first, width), norm, shared, to_out
             )
             return to_rows + more, _add(to_keys, to_near_keys, first), _add(to_values, to_near_values, first)
 
@@ -275,7 +276,12 @@ def _backward_rows(of, ends, keys, values, to_keys, to_values):
     return _whole(to_rows, of[0].shape[3]), to_keys, to_values
 
 
-def _gradients(rows, keys, values, seen, to_out, norm, shared):
+def _shared(out, to_out):
+    """float32 [B, K, G, T, 1]: what normalising takes from the gradient of each of a row's weights."""
+    return jnp.sum(out.astype(jnp.float32) * to_out.astype(jnp.float32), axis=-1, keepdims=True)
+
+
+def _gradients(rows, keys, values, seen, norm, shared, to_out):
     """float32 gradients of rows [B, K, G, T, H], keys and values [B, K, S, H] by these keys' part of the output."""
     weights = jnp.exp(jnp.where(seen, scores_of(rows, keys), HIDDEN) - norm)
     to_weights = by_keys(to_out, jnp.swapaxes(values, 2, 3))
