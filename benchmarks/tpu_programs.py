@@ -61,7 +61,8 @@ from deer_jax.models.transformer import abstract_params, logical_axes
 from deer_jax.planning.hlo import Memory, Program
 from deer_jax.sharding import batch_placement, make_mesh, on_mesh, placements, replicated
 from deer_jax.training import step as training
-from deer_jax.training.objectives import CHUNK_ROWS, drafter_loss
+from deer_jax.training.cross_entropy import CHUNK_ROWS
+from deer_jax.training.objectives import drafter_loss
 
 LIBTPU = Path(os.environ["TPU_LIBRARY_PATH"])
 

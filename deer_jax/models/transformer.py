@@ -184,7 +184,7 @@ class Transformer(nnx.Module):
 
         Args:
           x: embeddings [B, T, D]; positions: int [B, T].
-          visible: bool [B or 1, T, T] among the fresh rows, or `attention.BlockMask`; None is causal.
+          visible: who sees whom among the fresh rows, see `attention.attend`; None is causal.
           cache: earlier keys and values, only read; start int [B]: how many slots of it exist.
           remat: what gradients compute again, see `build.Remat`.
         """
