@@ -276,7 +276,7 @@ def training_arguments(case: Training):
     if teacher:
         fixed = placed(mesh, abstract_params(teacher, jnp.bfloat16), logical_axes(teacher))
     run = training.make_step(
-        drafter_loss(method, teacher), optimizer, steps, build=Build.of("tpu"),
+        drafter_loss(method, teacher, Build.of("tpu").remat), optimizer, steps, build=Build.of("tpu"),
         shardings=jax.tree.map(lambda x: x.sharding, state),
     )  # fmt: skip
     return mesh, run, (state, batch, fixed), {}
