@@ -21,7 +21,7 @@ quickstart: $(VENV)/.demo  ## everything, small: text, target, answers, drafter,
 check: lint  ## format, lint and type checks, then one of each exactness test (90 seconds)
 	"$(BIN)/python" -m pytest -n $(WORKERS) -m representative
 
-test: lint  ## format, lint and type checks, then all tests
+test: lint .cache/libtpu/.stamp  ## format, lint and type checks, then all tests
 	"$(BIN)/python" -m pytest -n $(WORKERS)
 
 docs: $(VENV)/.test  ## write docs/api.md from the docstrings and options
@@ -68,3 +68,13 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	@echo "installing deer_jax and its test tools into $(VENV), a few minutes the first time"
 	@$(PIP_INSTALL) '.[test]'
 	@touch $@
+
+# Some tests compile programs for TPUs, which needs the libtpu of this jax, beside the environment: in it programs on a
+# CPU would look for a TPU first. Where it cannot be had those tests are skipped.
+LIBTPU := import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))
+.cache/libtpu/.stamp: $(VENV)/.test
+	@[ "$$(uname -sm)" != "Linux x86_64" ] || { \
+	  echo "installing libtpu into .cache/libtpu, for the tests that compile for TPUs"; \
+	  "$(BIN)/python" -m pip install --quiet --disable-pip-version-check --retries 1 --no-deps --upgrade \
+	    --target .cache/libtpu "$$("$(BIN)/python" -c '$(LIBTPU)')" && touch $@; \
+	} || echo "no libtpu: the tests that compile for TPUs are skipped"

@@ -1,0 +1,466 @@
+"""What the programs for TPU slices move and compute, per device: compiled ahead of time on this host, never run.
+
+    python benchmarks/tpu_programs.py --list
+    python benchmarks/tpu_programs.py --case 8b-drafter-b1-4k-v5e train-1x16x1 [--json FILE] [--dearest 10]
+    python benchmarks/tpu_programs.py --case '8b-*-v5e'
+
+Needs libtpu beside the environment, not in it (there every program on CPU would look for a TPU first):
+
+    python -m pip install --no-deps --target .cache/libtpu 'libtpu==0.0.42.*'
+
+or DEER_JAX_LIBTPU, a path to libtpu.so. The version is the one that this jax's extra `tpu` names.
+
+Decoding: one round at full caches. `minimum` is what a round must read: the weights once as they are placed (of a
+mixture of experts those that are expected to be active; an embedding that is no head is only looked up), and the
+caches once as they are placed. On TPU a ratio below 1 is real: small arrays stay in on-chip memory across rounds.
+
+Training: one step. `ideal` counts every product of the forward pass once and of the backward pass twice, nothing twice
+for memory's sake. `allowed` is what the placement itself costs: weights gathered, gradients reduced, and under tensor
+parallelism the activations that are summed.
+
+One process per case; a case that does not fit its devices is reported with the compiler's words.
+"""
+
+import argparse
+import dataclasses
+import fnmatch
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# Before jax is imported. Several processes may compile at the same time, as none of them uses a TPU, and the last three
+# keep libtpu from asking the network what machine this is.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_LIBRARY_PATH"] = os.environ.get("DEER_JAX_LIBTPU") or str(
+    Path(__file__).resolve().parent.parent / ".cache" / "libtpu" / "libtpu" / "libtpu.so"
+)
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-8"
+os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+from jax.experimental import topologies
+
+from deer_jax.build import Build
+from deer_jax.config import DrafterConfig, ModelConfig, Rope, Sampling
+from deer_jax.decoding import loop
+from deer_jax.decoding.engine import bytes_per_device
+from deer_jax.decoding.programs import PREFILL_CHUNK
+from deer_jax.decoding.sampling import Kind, Knobs
+from deer_jax.decoding.state import StateShape, abstract_state
+from deer_jax.drafters.protocol import Draft
+from deer_jax.drafters.standalone import StandaloneMethod
+from deer_jax.models.transformer import abstract_params, logical_axes
+from deer_jax.planning.hlo import Memory, Program
+from deer_jax.sharding import batch_placement, make_mesh, on_mesh, placements, replicated
+from deer_jax.training import step as training
+from deer_jax.training.cross_entropy import CHUNK_ROWS
+from deer_jax.training.objectives import drafter_loss
+
+LIBTPU = Path(os.environ["TPU_LIBRARY_PATH"])
+
+MODELS = {
+    "0.5b": ModelConfig(family="qwen2", vocab_size=151936, width=896, layers=24, heads=14, kv_heads=2, head_width=64,
+                        mlp_width=4864, context=32768, rope=Rope(theta=1e6), tied=True, qkv_bias=True),
+    "8b": ModelConfig(family="qwen3", vocab_size=151936, width=4096, layers=36, heads=32, kv_heads=8, head_width=128,
+                      mlp_width=12288, context=40960, rope=Rope(theta=1e6), qk_norm=True),
+    "30b": ModelConfig(family="qwen3_moe", vocab_size=151936, width=2048, layers=48, heads=32, kv_heads=4,
+                       head_width=128, mlp_width=6144, context=40960, rope=Rope(theta=1e6), qk_norm=True, experts=128,
+                       experts_per_token=8, expert_width=768),
+}  # fmt: skip
+SLICES = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v5p": "v5p:2x2x2", "v5e16": "v5e:4x4", "v5e4": "v5e:2x2"}
+K = 16
+SPECIAL_AXES = (None, "width")
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedMethod:
+    """Proposes token 0 for nothing: a round is the target's pass over k + 1 rows."""
+
+    target_vocab: int
+
+    def init_state(self, params, batch, capacity, build):
+        return ()
+
+    def state_axes(self, state):
+        return ()
+
+    def prefill(self, params, state, tokens, start, rows, *, first):
+        return state
+
+    def ready(self, state, length, rows):
+        return state
+
+    def propose(self, params, state, context, k, pick):
+        return Draft(jnp.zeros((context.length.shape[0], k), jnp.int32), None), state
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """One program of decoding on 8 devices, tensor = 8."""
+
+    target: str
+    drafting: str  # "plain", "fixed" or "drafter"
+    rows: int
+    capacity: int
+    slice: str
+    prefill: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """One step of the 0.5 B drafter, block-causal: 2 texts of 2048 tokens and 24 blocks of 32 per device."""
+
+    mesh: tuple[int, int, int]
+    slice: str = "v5e16"
+    teacher: str = ""  # whose distributions are the labels; "" takes tokens
+
+    @property
+    def devices(self) -> int:
+        return self.mesh[0] * self.mesh[1] * self.mesh[2]
+
+
+def cases() -> dict[str, Decoding | Training]:
+    found: dict[str, Decoding | Training] = {}
+    for kind in ("v5e", "v6e", "v5p"):
+        for rows in (1, 16):
+            for name, capacity in (("4k", 4096), ("32k", 32768)):
+                for drafting in ("plain", "fixed", "drafter"):
+                    found[f"8b-{drafting}-b{rows}-{name}-{kind}"] = Decoding("8b", drafting, rows, capacity, kind)
+                found[f"8b-prefill-b{rows}-{name}-{kind}"] = Decoding("8b", "drafter", rows, capacity, kind, True)
+        for drafting in ("plain", "fixed"):
+            found[f"30b-{drafting}-b1-4k-{kind}"] = Decoding("30b", drafting, 1, 4096, kind)
+        found[f"30b-prefill-b1-4k-{kind}"] = Decoding("30b", "plain", 1, 4096, kind, True)
+    for mesh in ((16, 1, 1), (1, 16, 1), (2, 8, 1), (4, 1, 4), (4, 4, 1), (2, 4, 2)):
+        name = "x".join(map(str, mesh))
+        found[f"train-{name}"] = Training(mesh)
+        found[f"train-{name}-target"] = Training(mesh, teacher="8b")
+    for mesh in ((4, 1, 1), (1, 4, 1), (2, 2, 1), (2, 1, 2)):
+        found["train-" + "x".join(map(str, mesh))] = Training(mesh, "v5e4")
+    return found
+
+
+CASES = cases()
+
+
+def devices(name: str):
+    return topologies.get_topology_desc(platform="tpu", topology_name=SLICES[name]).devices
+
+
+def placed(mesh, tree, axes):
+    """Shapes and dtypes with the places that the axes give them."""
+    places = placements(mesh, tree, axes)
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, places)
+
+
+def everywhere(mesh, tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree)
+
+
+def drafter_params(mesh, dtype):
+    model = MODELS["0.5b"]
+    params = abstract_params(model, dtype) | {"special": jax.ShapeDtypeStruct((2, model.width), dtype)}
+    return placed(mesh, params, logical_axes(model) | {"special": SPECIAL_AXES})
+
+
+# Decoding
+
+
+def decoding_arguments(case: Decoding):
+    """The mesh, the function, and the abstract arguments of its call."""
+    mesh = make_mesh(tensor=8, devices=devices(case.slice))
+    config, k = MODELS[case.target], 0 if case.drafting == "plain" else K
+    build = Build.of("tpu")
+    params = placed(mesh, abstract_params(config, build.dtype), logical_axes(config))
+    method, drafter = None, {}
+    if case.drafting == "fixed":
+        method = FixedMethod(config.vocab_size)
+    elif case.drafting == "drafter":
+        method = StandaloneMethod(MODELS["0.5b"], DrafterConfig(draft_length=K), config.vocab_size)
+        drafter = drafter_params(mesh, build.dtype)
+    state = abstract_state(StateShape(config, method, case.rows, case.capacity, k, build), drafter, mesh)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    if case.prefill:  # the last chunk of prompts that fill the caches; more than one chunk goes row by row
+        tokens, rows = jax.ShapeDtypeStruct((1, PREFILL_CHUNK), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+        rest = ((state.cache, state.drafter), *everywhere(mesh, (tokens, number, rows)))
+        return mesh, loop.prefill, (config, method, params, drafter, *rest), {"first": False}
+    knobs = jax.eval_shape(lambda: Knobs.of(Sampling(), 0))
+    rest = everywhere(mesh, (knobs, jax.ShapeDtypeStruct((2,), jnp.int32), number, number))
+    plan = loop.Plan(config, method, k, Kind.of(Sampling()))
+    return mesh, loop.run_segment, (plan, params, drafter, state, *rest), {}
+
+
+def active_share(config: ModelConfig, rows: int) -> float:
+    """Share of the experts that at least one of so many rows chooses, routed at random."""
+    return 1 - (1 - config.experts_per_token / config.experts) ** rows if config.experts else 1.0
+
+
+def read_once(config: ModelConfig, params, rows: int) -> float:
+    """Bytes per device of the weights that a pass over so many rows must read."""
+    total = bytes_per_device(params)
+    if not config.tied:
+        total -= bytes_per_device(params["embed"])
+    if config.experts:
+        total -= bytes_per_device(params["experts"]) * (1 - active_share(config, rows))
+    return total
+
+
+def minimum_bytes(case: Decoding, args) -> float:
+    """Bytes per device of a round, or of a chunk of a prefill with its caches full."""
+    config = MODELS[case.target]
+    if case.prefill:
+        _, _, params, drafter, caches, *_ = args
+        weights = read_once(config, params, PREFILL_CHUNK) - bytes_per_device(params["head"])  # no logits are made
+        weights += bytes_per_device(drafter) - bytes_per_device(drafter["embed"]) if drafter else 0
+        return weights + bytes_per_device(caches) / case.rows  # of one row
+    plan, params, drafter, state, *_ = args
+    weights = read_once(config, params, case.rows * (plan.k + 1))
+    weights += read_once(MODELS["0.5b"], drafter, 1) if drafter else 0
+    return weights + bytes_per_device((state.cache, state.drafter))
+
+
+def decoding_trips(case: Decoding) -> dict[str, float]:
+    """How often the loops run whose end depends on data."""
+    config = MODELS[case.target]
+    rows = PREFILL_CHUNK if case.prefill else case.rows * (1 if case.drafting == "plain" else K + 1)
+    block = Build.of("tpu").block_of(case.capacity)
+    return {
+        "attend_cache": case.capacity / block if block else 1,
+        "experts.py": active_share(config, rows) * config.experts / 8 if config.experts else 1,  # per device
+    }
+
+
+def measure_decoding(case: Decoding, compiled, args) -> dict:
+    program, memory = Program(compiled.as_text(), decoding_trips(case)), Memory.of(compiled)
+    one = program.whole() if case.prefill else program.per_round()
+    minimum = minimum_bytes(case, args)
+    state = args[4] if case.prefill else args[3]
+    result = {
+        "round_gb": one.hbm_bytes / 1e9,
+        "minimum_gb": minimum / 1e9,
+        "ratio": one.hbm_bytes / minimum,
+        "once_gb": 0.0 if case.prefill else program.once().hbm_bytes / 1e9,
+        "round_copies_gb": one.large_copies.bytes / 1e9,
+        "flops": one.flops,
+        "not_aliased_gb": max(0, bytes_per_device(state) - memory.aliased) / 1e9,
+    }
+    return result | {"program": program, "cost": one, "memory": memory}
+
+
+# Training
+
+TEXTS, LENGTH, BLOCKS, WIDTH = 2, 2048, 24, 32  # per device: texts; of each text: tokens, blocks, tokens of a block
+
+
+def training_arguments(case: Training):
+    mesh = make_mesh(*case.mesh, devices=devices(case.slice))
+    method = StandaloneMethod(MODELS["0.5b"], DrafterConfig(draft_length=WIDTH), MODELS["0.5b"].vocab_size)
+    optimizer, steps = training.OptimizerConfig(), 1000
+    state = training.abstract_state(drafter_params(mesh, jnp.float32), optimizer, steps)
+    texts = TEXTS * case.devices
+    shapes = {"tokens": ("int32", (LENGTH,)), "length": ("int32", ()), "total": ("float32", ()),
+              "anchor": ("int32", (BLOCKS,)), "size": ("int32", (BLOCKS,)), "masked": ("bool", (BLOCKS, WIDTH)),
+              "weight": ("float32", (BLOCKS, WIDTH)), "text_weight": ("float32", (LENGTH,))}  # fmt: skip
+    batch = {
+        name: jax.ShapeDtypeStruct((1, texts, *shape), dtype, sharding=batch_placement(mesh))
+        for name, (dtype, shape) in shapes.items()
+    }
+    fixed, teacher = {}, MODELS.get(case.teacher)
+    if teacher:
+        fixed = placed(mesh, abstract_params(teacher, jnp.bfloat16), logical_axes(teacher))
+    run = training.make_step(
+        drafter_loss(method, teacher, Build.of("tpu").remat), optimizer, steps, build=Build.of("tpu"),
+        shardings=jax.tree.map(lambda x: x.sharding, state),
+    )  # fmt: skip
+    return mesh, run, (state, batch, fixed), {}
+
+
+def matrices(config: ModelConfig) -> int:
+    """Entries of the weights of all layers that rows are multiplied with."""
+    attention = config.width * config.head_width * 2 * (config.heads + config.kv_heads)
+    return config.layers * (attention + 3 * config.width * config.mlp_width)
+
+
+def ideal_flops(case: Training) -> float:
+    """Of a step per device, all rows being predicted: forward once, backward twice that."""
+    model = MODELS["0.5b"]
+    blocks = BLOCKS * (WIDTH + 1)  # a block's separator is a row as well
+    per_text = 2 * matrices(model) * (LENGTH + blocks)
+    per_text += 2 * model.vocab_size * model.width * (LENGTH + BLOCKS * WIDTH)  # the head
+    # Scores and values: text against text (what is hidden too), blocks against text, blocks against themselves.
+    pairs = LENGTH * LENGTH + blocks * LENGTH + blocks * (WIDTH + 1)
+    per_text += 2 * 2 * model.layers * model.heads * model.head_width * pairs
+    total = 3 * per_text
+    if teacher := MODELS.get(case.teacher):  # forward only
+        total += 2 * matrices(teacher) * LENGTH
+        total += 2 * 2 * teacher.layers * teacher.heads * teacher.head_width * LENGTH**2
+        total += 2 * teacher.vocab_size * teacher.width * (LENGTH + BLOCKS * WIDTH)
+    return TEXTS * total
+
+
+def allowed_collectives(case: Training) -> float:
+    """Bytes of collectives that the placement itself costs, of a step without teacher, in bfloat16."""
+    data, fsdp, tensor = case.mesh
+    model, size = MODELS["0.5b"], 2
+    layers, table = size * matrices(model) / tensor, size * model.vocab_size * model.width / tensor
+    total = 0.0
+    if fsdp > 1:
+        total += 2 * layers + table  # gathered for the forward pass, and layers once more for the backward pass
+    if data * fsdp > 1:
+        # Gradients summed once: over fsdp whole, over data what is left of them. The table has two, one as the
+        # embedding and one as the head, which is summed in float32.
+        total += (layers + table + 2 * table) * ((fsdp > 1) + (data > 1) / fsdp)
+    if tensor > 1:
+        # Each layer sums x twice in the forward pass, twice when that is made again, and twice in the backward pass.
+        rows = TEXTS * tensor * (LENGTH + BLOCKS * (WIDTH + 1))
+        total += 6 * model.layers * size * rows * model.width
+    return total
+
+
+def measure_training(case: Training, compiled, args) -> dict:
+    # Rows whose logits are made by one device, in chunks: those of its own texts, or in a program that is not written
+    # for shards those of all texts.
+    text = compiled.as_text()
+    alone = all("shard_map" in origin for origin in Program(text).unresolved.values())
+    texts = TEXTS * (case.mesh[2] if alone else case.devices)
+    program = Program(text, {"cross_entropy": -(-texts * (LENGTH + BLOCKS * WIDTH) // CHUNK_ROWS)})
+    one, memory = program.whole(), Memory.of(compiled)
+    result = {
+        "flops": one.flops,
+        "ideal_flops": ideal_flops(case),
+        "flops_ratio": one.flops / ideal_flops(case),
+        "hbm_gb": one.hbm_bytes / 1e9,
+        "collectives_gb": one.collectives.bytes / 1e9,
+        "allowed_gb": allowed_collectives(case) / 1e9,
+    }
+    return result | {"program": program, "cost": one, "memory": memory}
+
+
+# Running
+
+
+def measure(name: str, dearest: int, text: str | None) -> dict:
+    case = CASES[name]
+    arguments, report = (
+        (decoding_arguments, measure_decoding) if isinstance(case, Decoding) else (training_arguments, measure_training)
+    )
+    mesh, function, args, options = arguments(case)
+    begin = time.perf_counter()
+    try:
+        with on_mesh(mesh):
+            compiled = function.lower(*args, **options).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return {"case": name, "error": str(error).replace("\n", " ")[:600]}
+    result = {"case": name, "compile_seconds": time.perf_counter() - begin} | report(case, compiled, args)
+    if text:
+        Path(text).write_text(compiled.as_text(), encoding="utf-8")
+    program, cost, memory = (result.pop(part) for part in ("program", "cost", "memory"))
+    result |= {
+        "collectives": {kind: total._asdict() for kind, total in cost.by_kind().items()},
+        "memory": dataclasses.asdict(memory),
+        "unresolved": program.unresolved,
+    }  # fmt: skip
+    parts = [(key, cost.dearest(dearest, key)) for key in ("hbm_bytes", "flops", "collectives")]
+    if "once_gb" in result:
+        parts.append(("once", program.once().dearest(dearest)))
+    for key, steps in parts:
+        result[f"dearest_{key}"] = [
+            {"name": x.instruction.name, "type": x.instruction.type[:100], "times": x.times, "hbm_bytes": x.hbm_bytes,
+             "flops": x.flops, "collectives": [[part.kind, part.bytes] for part in x.collectives], "origin": x.origin}
+            for x in steps
+        ]  # fmt: skip
+    return result
+
+
+def shown(result: dict) -> str:
+    if "error" in result:
+        return f"{result['case']:28} does not compile: {result['error']}"
+    memory = {name: value / 1e9 for name, value in result["memory"].items()}
+    kinds = ", ".join(f"{kind} {total['count']:.0f}x {total['bytes'] / 1e6:.1f} MB"
+                      for kind, total in result["collectives"].items())  # fmt: skip
+    count = sum(total["count"] for total in result["collectives"].values())
+    size = sum(total["bytes"] for total in result["collectives"].values()) / 1e6
+    sizes = f"arguments {memory['arguments']:.2f}, peak {memory['peak']:.2f} GB"
+    if "ratio" in result:
+        return (
+            f"{result['case']:28} round {result['round_gb']:.3f} GB, minimum {result['minimum_gb']:.3f}, "
+            f"ratio {result['ratio']:.2f}; once {result['once_gb']:.2f} GB; copies {result['round_copies_gb']:.2f} GB; "
+            f"collectives {count:.0f}, {size:.1f} MB ({kinds}); {sizes}; "
+            f"not aliased {result['not_aliased_gb']:.2f} GB"
+        )
+    return (
+        f"{result['case']:28} peak {memory['peak']:.2f} GB, flops / ideal {result['flops_ratio']:.2f} "
+        f"(ideal {result['ideal_flops'] / 1e12:.1f} TFLOP), HBM {result['hbm_gb']:.0f} GB, "
+        f"collectives {size / 1e3:.2f} GB, allowed {result['allowed_gb']:.2f} ({kinds}); {sizes}"
+    )
+
+
+def shown_steps(result: dict) -> list[str]:
+    lines = []
+    for key in ("hbm_bytes", "flops", "collectives", "once"):
+        for step in result.get(f"dearest_{key}", []):
+            one = sum(part[1] for part in step["collectives"])
+            one = one if key == "collectives" else step["hbm_bytes" if key == "once" else key]
+            lines.append(f"    {key:11} {one * step['times'] / 1e6:12.1f} M {step['times']:6.0f}x {step['name']:34} "
+                         f"{step['type'][:60]:60} {step['origin']}")  # fmt: skip
+    return lines
+
+
+def in_its_own_process(name: str, dearest: int, quick: bool) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        command = [sys.executable, __file__, "--case", name, "--json", str(file), "--dearest", str(dearest)]
+        command += ["--quick"] if quick else []
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not file.is_file():
+            return {"case": name, "error": done.stderr.strip()[-600:]}
+        return json.loads(file.read_text(encoding="utf-8"))["results"][0]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", default=[], metavar="NAME", help="cases, or patterns of their names")
+    parser.add_argument("--list", action="store_true", help="print the names of all cases")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    parser.add_argument("--dearest", type=int, default=0, metavar="N", help="also the N dearest instructions of each")
+    parser.add_argument("--quick", action="store_true", help="compile four times faster by trying less: flops and "
+                        "collectives stay as they are, HBM bytes and peaks do not")  # fmt: skip
+    parser.add_argument("--text", metavar="FILE", help="of a single case: write the compiled program's text")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(CASES))
+        return
+    names = [name for name in CASES if any(fnmatch.fnmatch(name, pattern) for pattern in args.case)]
+    if not names:
+        parser.error("no such case; --list prints them")
+    if not LIBTPU.is_file():
+        parser.error(f"no {LIBTPU}: install libtpu there (see --help), or set DEER_JAX_LIBTPU")
+    if args.quick:
+        jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "libtpu": libtpu_version()}
+    if len(names) > 1 or not args.json:
+        print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    results = []
+    for name in names:
+        alone = len(names) == 1
+        result = measure(name, args.dearest, args.text) if alone else in_its_own_process(name, args.dearest, args.quick)
+        results.append(result)
+        print(shown(result), *shown_steps(result), sep="\n", flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"versions": versions, "results": results}, indent=1), encoding="utf-8")
+
+
+def libtpu_version() -> str:
+    found = sorted(LIBTPU.parent.parent.glob("libtpu-*.dist-info"))
+    return found[-1].name.removeprefix("libtpu-").removesuffix(".dist-info") if found else "unknown"
+
+
+if __name__ == "__main__":
+    main()
