@@ -104,7 +104,7 @@ def _whole(weight, name: str):
 def _by_active_expert(rows, chosen, weights, experts, layer):
     weight_of = _weight_of(rows, chosen, weights, experts)
     load = jnp.zeros((weight_of.shape[1],), jnp.int32).at[chosen.reshape(-1)].add(1, mode="drop")
-    # Shards that hold parts of one expert put it together in step: each runs what the rows of any of them chose.
+    # Shards that hold parts of one expert put it together in step, so each runs what the rows of any of them chose.
     load = total(load, "width")
     by_load = jnp.argsort(-load)  # the active experts come first
 
@@ -142,7 +142,7 @@ class _Tiles(NamedTuple):
     """Choices sorted by expert and cut into tiles of one expert each; those of experts held elsewhere are in none."""
 
     rows: int  # of a tile
-    top: int
+    top: int  # choices of a row
     order: jax.Array  # [R * top + rows] choices, as indices into [R * top]
     sizes: jax.Array  # [E] choices of each expert
     starts: jax.Array  # [E] where in the order they start
