@@ -309,9 +309,9 @@ def on_shards(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
 
 
 def _manual(axis: str) -> tuple[str, ...]:
-    """The mesh axes of a logical axis inside `on_shards`; none outside."""
+    """The mesh axes of a logical axis inside `on_shards`, without those of one device; none outside."""
     mesh = jax.sharding.get_abstract_mesh()
-    return tuple(_mesh_axes(mesh, axis)) if mesh.manual_axes else ()
+    return tuple(name for name in _mesh_axes(mesh, axis) if mesh.shape[name] > 1) if mesh.manual_axes else ()
 
 
 def total(x, axis: str):

@@ -96,9 +96,9 @@ def expert_weights(config: ModelConfig) -> dict[str, Weight]:
         return {}
     E, D, F = config.experts, config.width, config.expert_width
     return {
-        "gate": Weight((E, F, D), ("experts", None, "width")),
-        "up": Weight((E, F, D), ("experts", None, "width")),
-        "down": Weight((E, D, F), ("experts", "width", None)),
+        "gate": Weight((E, F, D), moe.AXES["gate"]),
+        "up": Weight((E, F, D), moe.AXES["up"]),
+        "down": Weight((E, D, F), moe.AXES["down"]),
     }
 
 
