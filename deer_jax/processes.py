@@ -28,7 +28,8 @@ from deer_jax.errors import InputError, RunError, one_line
 from deer_jax.formats import differences
 
 TIMEOUT = 300.0  # seconds that processes wait for each other at the start
-HEARTBEAT = 60  # seconds without a sign of life after which a process counts as dead, and the others end
+HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others end
+LEAVING = 5.0  # seconds that one that ends waits for the others to end too
 AGREED_WITHIN = 1.0  # seconds, about, until all know what one was told
 
 
@@ -74,6 +75,8 @@ def start(
             _wait_for(host, int(port), timeout)
     # It would catch SIGTERM, which is ours: see `agreed`.
     jax.config.update("jax_enable_preemption_service", False)
+    # Otherwise JAX aborts the others where one dies; what they are in fails instead, and they end with a line.
+    jax.config.update("jax_enable_recoverability", True)
     try:
         jax.distributed.initialize(
             coordinator, processes, process, initialization_timeout=max(1, round(timeout)),
@@ -119,12 +122,27 @@ def _code() -> dict[str, str]:
     return {"deer_jax": digest.hexdigest()[:16]} | versions
 
 
-def leave(timeout: float = 10.0) -> None:
-    """Wait a moment until all are here, before a failed one ends and takes the others' connection down with it."""
+def started() -> bool:
+    """Whether `start` has joined several."""
+    return distributed.global_state.client is not None
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error of JAX says that another process is gone."""
+    return any(word in str(error) for word in ("Gloo", "gloo", "oordination service", "onnection", "heartbeat"))
+
+
+def leave() -> None:
+    """To be called at the end of a program that has called `start`; it is to exit right after.
+
+    Process 0 goes last: with it the connection of the others goes, and JAX aborts who is still there.
+    """
     client = distributed.global_state.client
     if client is not None:
         with contextlib.suppress(Exception):  # whatever JAX's runtime says if one of them is gone
-            client.wait_at_barrier("deer_jax leaves", round(timeout * 1000))
+            client.wait_at_barrier("deer_jax leaves", round(LEAVING * 1000))
+        if lead():
+            time.sleep(1)
 
 
 def gather(text: str) -> list[str]:
