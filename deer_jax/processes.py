@@ -29,6 +29,7 @@ from deer_jax.formats import differences
 
 TIMEOUT = 300.0  # seconds that processes wait for each other at the start
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others end
+GO = "go"
 LEAVING = 5.0  # seconds that one that ends waits for the others to end too
 AGREED_WITHIN = 1.0  # seconds, about, until all know what one was told
 
@@ -71,8 +72,7 @@ def start(
         host, colon, port = coordinator.rpartition(":")
         if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise InputError(f"coordinator '{coordinator:.80}' must be HOST:PORT, as in 10.0.0.2:8476")
-        if process > 0:
-            _wait_for(host, int(port), timeout)
+        _meet(host, int(port), processes, process, timeout)
     # It would catch SIGTERM, which is ours: see `agreed`.
     jax.config.update("jax_enable_preemption_service", False)
     # Otherwise JAX aborts the others where one dies; what they are in fails instead, and they end with a line.
@@ -85,32 +85,63 @@ def start(
     except ValueError as error:  # of the detection of clusters
         raise InputError(f"the environment does not say which processes there are: {one_line(error)}") from None
     except RuntimeError as error:
-        raise RunError(_missing(error, coordinator, timeout)) from None
+        raise RunError(f"the processes do not find each other: {one_line(error)}") from None
     same({"code": _code()})
 
 
-def _wait_for(host: str, port: int, timeout: float) -> None:
-    """RunError if nothing listens there; JAX's client would end this process instead."""
-    end, why = time.monotonic() + timeout, "it does not answer"
+def _meet(host: str, port: int, processes: int, process: int, timeout: float) -> None:
+    """Wait until all processes are there; the line for who is not. Where JAX waits in vain it aborts the process."""
+    end = time.monotonic() + timeout
+    if process == 0:
+        _receive(host, port, processes, end, timeout)
+        return
+    why = "it does not answer"
     while time.monotonic() < end:
         try:
-            with socket.create_connection((host, port), timeout=max(0.1, end - time.monotonic())):
+            with socket.create_connection((host, port), timeout=max(0.1, end - time.monotonic())) as connection:
+                connection.sendall(f"{process}\n".encode())
+                connection.settimeout(timeout + LEAVING)  # it may have begun to wait later than this one
+                answer = connection.makefile("r", encoding="utf-8", errors="replace").readline(1000).strip()
+            if answer == GO:
                 return
+            if answer:
+                raise RunError(answer)
         except OSError as error:
             why = error.strerror or str(error)
         time.sleep(0.1)
-    raise RunError(
-        f"the coordinator {host}:{port} did not come within {timeout:g} s ({why}); is process 0 started there?"
-    )
+    raise RunError(f"the coordinator {host}:{port} did not come within {timeout:g} s ({why}); start process 0 there")
 
 
-def _missing(error: Exception, coordinator: str | None, timeout: float) -> str:
-    """What JAX's long text says about those that have not come."""
-    tasks = [word.rpartition("/task:")[2].strip(".,") for word in str(error).split() if "/task:" in word]
-    late = sorted({int(each) for each in tasks if each.isdecimal()})
-    where = "the environment's coordinator" if coordinator is None else f"the coordinator {coordinator}"
-    who = f"process {', '.join(map(str, late))}" if late else "a process"
-    return f"{who} did not come to {where} within {timeout:g} s; start all of them, and see what ended it"
+def _receive(host: str, port: int, processes: int, end: float, timeout: float) -> None:
+    """The coordinator's part: it tells those that come when all are there, or who is not."""
+    dual = socket.has_dualstack_ipv6()
+    try:
+        server = socket.create_server(
+            ("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual, backlog=processes
+        )
+    except OSError as error:
+        raise InputError(f"coordinator {host}:{port}: {error.strerror}; process 0 needs a free port there") from None
+    found: dict[int, socket.socket] = {}
+    with server, contextlib.ExitStack() as connections:
+        while len(found) < processes - 1 and (left := end - time.monotonic()) > 0:
+            server.settimeout(left)
+            with contextlib.suppress(OSError):
+                connection = connections.enter_context(server.accept()[0])
+                connection.settimeout(min(left, LEAVING))
+                said = connection.recv(20).strip()
+                if said.isdigit() and 0 < int(said) < processes:
+                    found[int(said)] = connection
+        late = [str(each) for each in range(1, processes) if each not in found]
+        line = GO
+        if late:
+            who = f"process {', '.join(late[:10])}{', ...' if len(late) > 10 else ''}"
+            line = f"{who} did not come to the coordinator {host}:{port} within {timeout:g} s; start all of them"
+        for connection in found.values():
+            with contextlib.suppress(OSError):
+                connection.sendall(f"{line}\n".encode())
+                connection.recv(1)  # they close first, so that the port is free at once
+    if late:
+        raise RunError(line)
 
 
 def _code() -> dict[str, str]:

@@ -162,14 +162,19 @@ def test_processes_with_different_recipes_are_refused(folder, environment, tmp_p
 
 def test_one_that_does_not_come_is_named(folder, environment):
     path = runs.write(recipe(folder, "none"))
+    where = address()
     found = [
-        start(path, environment, 0, address(), "--wait", "2"),
+        start(path, environment, 0, where, "--wait", "8", count=3),
+        start(path, environment, 1, where, "--wait", "8", count=3),
         start(path, environment, 1, address(), "--wait", "1"),
     ]
-    codes, (lead, other) = ended(found)
-    assert codes == [1, 1]
-    assert re.search(r"error: process 1 did not come to the coordinator localhost:\d+ within 2 s; start all of", lead)
-    assert re.search(r"error: the coordinator localhost:\d+ did not come within 1 s \([^\n]*; is process 0 st", other)
+    codes, (lead, other, lonely) = ended(found)
+    assert codes == [1, 1, 1]
+    line = rf"\Adeer-jax: error: process 2 did not come to the coordinator {where} within 8 s; start all of them\n\Z"
+    assert re.search(line, lead), lead
+    assert other == lead
+    line = r"\Adeer-jax: error: the coordinator localhost:\d+ did not come within 1 s \([^\n]*\); start process 0"
+    assert re.search(line, lonely), lonely
     assert not (folder / "none").exists()
 
 
