@@ -15,17 +15,8 @@ import pytest
 import yaml
 
 from deer_jax.checkpoints.claims import claimed, input_changes
-from deer_jax.checkpoints.runs import (
-    DRAFTER,
-    RECORD,
-    TARGET,
-    Checkpoint,
-    Checkpoints,
-    DamagedError,
-    is_run,
-    read_best,
-    read_record,
-)
+from deer_jax.checkpoints.records import DRAFTER, RECORD, TARGET, DamagedError, read_record
+from deer_jax.checkpoints.runs import Checkpoint, Checkpoints, is_run, read_best
 from deer_jax.errors import InputError, RunError
 from deer_jax.files import Lock
 from tests.training.refusals import taken_or_refused
