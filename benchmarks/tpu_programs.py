@@ -14,8 +14,8 @@ Decoding: one round at full caches. `minimum` is what a round must read: the wei
 mixture of experts those that are expected to be active; an embedding that is no head is only looked up), and the
 caches once as they are placed. On TPU a ratio below 1 is real: small arrays stay in on-chip memory across rounds.
 
-`once` is what a call costs beside its rounds, `copies` the large ones within a round, `not aliased` what of the state is
-not updated in place. A `prefill` is one chunk, the last of a prompt that fills the cache.
+`once` is what a call costs beside its rounds, `copies` the large ones within a round, `not aliased` what of the state
+is not updated in place. A `prefill` is one chunk, the last of a prompt that fills the cache.
 
 Training: one step. `ideal` counts every product of the forward pass once and of the backward pass twice, nothing twice
 for memory's sake. `allowed` is what the placement itself costs: weights gathered, gradients reduced, and under tensor
