@@ -37,6 +37,7 @@ lint: $(VENV)/.test  ## format, lint and type checks
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/ruff" check .
 	"$(BIN)/pyrefly" check
+	"$(BIN)/shellcheck" --external-sources launch/*.sh
 
 format: $(VENV)/.test  ## rewrite the sources in the project's format
 	"$(BIN)/ruff" check --fix .

@@ -13,6 +13,7 @@ from deer_jax.demo import demo_pair
 from deer_jax.drafters.standalone import StandaloneDrafter, drafter_from_target
 from deer_jax.errors import InputError, RunError
 from deer_jax.models.target import Target
+from deer_jax.sharding import make_mesh
 from deer_jax.training.align import AlignReport, align
 from deer_jax.training.pretrain import PretrainReport, pretrain
 
@@ -36,6 +37,7 @@ __all__ = [
     "export",
     "load_drafter",
     "load_target",
+    "make_mesh",
     "pretrain",
     "save_drafter",
     "stream",

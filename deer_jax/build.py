@@ -5,6 +5,7 @@ that a program for a TPU can be traced on a host that has none.
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,10 @@ from jax.sharding import Mesh
 from deer_jax.errors import InputError, shown
 
 DTYPES = ("bfloat16", "float32")
+
+# What a gradient computes again instead of keeping it from the forward pass: nothing; what of each layer is no product
+# with weights; or all of each layer, so that only what lies between layers is kept.
+Remat = Literal["none", "cheap", "layers"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +28,7 @@ class Build:
       kind: of the devices: "cpu", "gpu" or "tpu".
       dtype: of the computation, and of the parameters when decoding.
       scan: layers are stacked and run by a scan; otherwise one after the other, over arrays of their own.
+      remat: what the gradients of training compute again unless a recipe says otherwise, see `Remat`.
       cache_block: attention reads the cache in pieces of so many slots, up to the longest row.
       whole_cache: a cache of up to so many slots is read at once instead.
     """
@@ -30,6 +36,7 @@ class Build:
     kind: str
     dtype: jnp.dtype
     scan: bool
+    remat: Remat
     cache_block: int
     whole_cache: int
 
@@ -39,9 +46,9 @@ class Build:
         dtype = parse_dtype(("float32" if kind == "cpu" else "bfloat16") if dtype is None else dtype)
         if kind == "cpu":
             # Unrolled layers are faster here, and reading only what is there pays from the first hundred slots on.
-            return cls(kind=kind, dtype=dtype, scan=False, cache_block=128, whole_cache=0)
+            return cls(kind=kind, dtype=dtype, scan=False, remat="none", cache_block=128, whole_cache=0)
         # On accelerators the loop over pieces costs more than the bytes it saves until the cache is long.
-        return cls(kind=kind, dtype=dtype, scan=True, cache_block=1024, whole_cache=4096)
+        return cls(kind=kind, dtype=dtype, scan=True, remat="layers", cache_block=1024, whole_cache=4096)
 
     @classmethod
     def here(cls, mesh: Mesh | None = None, dtype=None) -> "Build":

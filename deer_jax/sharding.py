@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -88,6 +89,23 @@ class MeshShape:
         for name in AXES:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @classmethod
+    def parse(cls, text: str) -> "MeshShape":
+        """Of text such as "data=2,tensor=4"; axes that are not named have one device. InputError for anything else."""
+        found: dict[str, int] = {}
+        for part in text.split(","):
+            name, equals, count = (each.strip() for each in part.partition("="))
+            if name not in AXES or not equals:
+                raise InputError(
+                    f"a mesh is written as data=2,fsdp=4,tensor=8, with some of these axes, not as {shown(text)}"
+                )
+            if not re.fullmatch("[0-9]{1,6}", count):
+                raise InputError(f"{name} of a mesh must be a whole number of at least 1, got {shown(count)}")
+            if name in found:
+                raise InputError(f"{name} stands twice in the mesh {shown(text)}")
+            found[name] = int(count)
+        return cls(**found)
 
     @property
     def batch_ways(self) -> int:
@@ -232,6 +250,42 @@ def constrain(x, *axes: Axis):
     return x if mesh is None else lax.with_sharding_constraint(x, spec(mesh, x.shape, axes))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def whole(weight, axes: tuple[Axis, ...]):
+    """A weight with its `width` slices put together, for a product; its gradient is summed into slices again."""
+    return constrain(weight, *(None if axis == "width" else axis for axis in axes))
+
+
+def _whole_forward(weight, axes):
+    return whole(weight, axes), None
+
+
+def _whole_backward(axes, _, gradient):
+    return (constrain(gradient, *axes),)
+
+
+whole.defvjp(_whole_forward, _whole_backward)
+
+
+def spread(table):
+    """A table [V, D] as every shard of the rows has it, [shards, V, D], for training; as it is without a mesh.
+
+    Its width is put together once for all uses, and their gradients, [shards, V, D] too, are added where they are made
+    and summed over the shards once: of a tied embedding, what the look-up and the loss say.
+    """
+    mesh = _ambient()
+    if mesh is None:
+        return table
+    shards = math.prod(mesh.shape[name] for name in _mesh_axes(mesh, "batch"))
+    out = here((shards, *table.shape), "batch", "vocab", None)
+    return on_shards(lambda x: gathered(x, "width", 1)[None], (here(table.shape, "vocab", "width"),), out)(table)
+
+
+def constrain_tree(tree: Any, axes: Any) -> Any:
+    """`constrain` for every array of a tree; axes: the same tree with the logical axes of each, as tuples."""
+    return tree if _ambient() is None else jax.tree.map(lambda x, names: constrain(x, *names), tree, axes)
+
+
 def here(shape: Sequence[int], *axes: Axis) -> P:
     """`spec` in the mesh of `on_mesh`, for `on_shards`."""
     mesh = _ambient()
@@ -241,7 +295,7 @@ def here(shape: Sequence[int], *axes: Axis) -> P:
 def on_shards(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """`function` run on each device's shard of its arguments; as it is without a mesh.
 
-    Inside it `total`, `largest`, `gathered`, `scattered` and `shard_index` speak of logical axes.
+    Inside it `total`, `largest`, `gathered` and `shard_index` speak of logical axes.
     """
     if _ambient() is None:
         return function
@@ -270,12 +324,6 @@ def gathered(x, axis: str, dimension: int):
     """The shards along a logical axis, put together."""
     names = _manual(axis)
     return lax.all_gather(x, names, axis=dimension, tiled=True) if names else x
-
-
-def scattered(x, axis: str, dimension: int):
-    """The shard's own part of the sum over the shards: `total`, then a slice."""
-    names = _manual(axis)
-    return lax.psum_scatter(x, names, scatter_dimension=dimension, tiled=True) if names else x
 
 
 def shard_index(axis: str) -> Any:

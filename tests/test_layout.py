@@ -30,7 +30,7 @@ COLLECTIVES = {"psum", "pmax", "pmin", "pmean", "psum_scatter", "all_gather", "a
 PUBLIC_NAMES = {
     "AlignReport", "AnswersReport", "DecodeResult", "DecodeStats", "DrafterConfig", "InputError", "PretrainReport",
     "RunError", "StandaloneDrafter", "Target", "align", "answers", "bench", "decode", "demo_pair",
-    "drafter_from_target", "export", "load_drafter", "load_target", "pretrain", "save_drafter", "stream",
+    "drafter_from_target", "export", "load_drafter", "load_target", "make_mesh", "pretrain", "save_drafter", "stream",
     "stream_blocks",
 }  # fmt: skip
 

@@ -1,11 +1,14 @@
 """Tiny versions of real configurations, as ours and as Hugging Face's, and random torch models of them."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deer_jax.build import Build
 from deer_jax.config import ModelConfig, Rope
 from deer_jax.models.transformer import Params, abstract_params, unstack_layers
 
@@ -111,3 +114,7 @@ def torch_model(config: ModelConfig, seed: int = 0):
             else:
                 weight.copy_(noise * (0.3 if name.endswith("bias") else weight.shape[-1] ** -0.5))
     return model.eval()
+
+
+# What a drafter that reads text only asks of its target.
+HERE: Any = SimpleNamespace(mesh=None, build=Build.of("cpu"))

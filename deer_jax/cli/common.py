@@ -24,6 +24,7 @@ from deer_jax.errors import InputError
 from deer_jax.files import Lock, check_file, write_file
 from deer_jax.formats import json_bytes
 from deer_jax.models.target import Target
+from deer_jax.sharding import MeshShape, make_mesh
 
 DRAFTER_HELP = (
     f"a folder, a hub id ([hub:]OWNER/NAME), or '{FROM_TARGET}': an untrained drafter with the target's own weights "
@@ -39,11 +40,18 @@ class TargetOptions:
     dtype: Annotated[
         Literal["bfloat16", "float32"] | None, "of the weights; by default float32 on CPU, else bfloat16"
     ] = None
+    mesh: Annotated[
+        MeshShape | None,
+        "split the models and the slots over several devices, as in data=2,tensor=4: copies with their share of the "
+        "slots, and slices of every product; fsdp=N slices of the parameters. By default one device",
+        "AXES",
+    ] = None
 
     def load_target(self, digests: Digests | None = None) -> Target:
         """digests: see `load_target`."""
+        mesh = None if self.mesh is None else make_mesh(**dataclasses.asdict(self.mesh))
         with Reporter("loading, bytes") as reporter:
-            return load_target(self.target, dtype=self.dtype, progress=reporter.show, digests=digests)
+            return load_target(self.target, dtype=self.dtype, mesh=mesh, progress=reporter.show, digests=digests)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

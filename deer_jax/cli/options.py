@@ -24,6 +24,7 @@ from typing import Any, NewType, NoReturn, TypeVar
 from deer_jax.config import nearest
 from deer_jax.errors import InputError, one_line
 from deer_jax.formats import read_yaml
+from deer_jax.sharding import MeshShape
 
 Options = TypeVar("Options")
 Source = NewType("Source", str)  # a path, or what else names a model: a hub id, NAME=PATH
@@ -132,7 +133,7 @@ def _argument(hint: Any, default: Any) -> dict[str, Any]:
     argument["action"] = ("extend" if kind in (int, float) else "append") if several else _Once
     argument["type"] = {
         int: _integers if several else _integer, float: _floats if several else _float,
-        Path: _path, Source: _source, str: _text,
+        Path: _path, Source: _source, str: _text, MeshShape: _mesh,
     }[kind]  # fmt: skip
     return argument
 
@@ -179,6 +180,13 @@ def _text(text: str) -> str:
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise argparse.ArgumentTypeError(f"is not UTF-8: {shown(text)}")
     return text
+
+
+def _mesh(text: str) -> MeshShape:
+    try:
+        return MeshShape.parse(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _path(text: str) -> Path:
@@ -236,6 +244,8 @@ def _as_arguments(cls: type, values: Mapping[str, Any]) -> list[str]:
             arguments.append(_flag(name if value else f"no_{name}"))
             continue
         kind, several = _kind(hints[name])
+        if kind is MeshShape and isinstance(value, Mapping):  # as a recipe writes it
+            value = ",".join(f"{axis}={count}" for axis, count in value.items())
         if isinstance(value, list | Mapping) and not several:
             raise InputError(f"key '{key}' takes one value, got {shown(value)}")
         if isinstance(value, Mapping):

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from deer_jax.config import Sampling
@@ -18,6 +17,7 @@ from deer_jax.decoding.engine import Engine
 from deer_jax.decoding.programs import capacity_for
 from deer_jax.drafters.protocol import Draft
 from deer_jax.models.target import Target
+from deer_jax.sharding import on_mesh
 
 Tokens = Sequence[Sequence[int]]
 
@@ -83,10 +83,13 @@ def cached_logits(target: Target, text: Sequence[int], k: int, offset: int, batc
     """float32 [V] after `text`, read over the cache in a block of k + 1 tokens whose last `offset` + 1 end the text."""
     split = len(text) - offset
     engine = Engine(target, None, 0, Sampling(), 0, (), batch, capacity_for([len(text)], k))
+    batch = engine.slots
     engine.admit([text[:split]] * batch, [len(text) + 1] * batch, range(batch), range(batch))
     draft = np.zeros((batch, k), np.int32)
     draft[:, :offset] = text[split:]
-    return np.asarray(_block_logits(target.config, target.params, engine.state, jnp.asarray(draft)))[0, offset]
+    with on_mesh(target.mesh):
+        draft = engine.put(draft, "batch", None)
+        return np.asarray(_block_logits(target.config, target.params, engine.state, draft))[0, offset]
 
 
 @functools.partial(jax.jit, static_argnames="config")

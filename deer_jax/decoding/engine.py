@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from deer_jax.config import Sampling
@@ -21,6 +20,7 @@ from deer_jax.decoding.state import NONE, TARGET, DecodeState, StateShape, abstr
 from deer_jax.drafters.protocol import Drafter
 from deer_jax.errors import InputError, NotFiniteError
 from deer_jax.models.target import Target
+from deer_jax.sharding import batch_ways, on_mesh, placement
 
 PREFILL_TOKENS = 32768  # prompt tokens one pass reads over all rows; bounds its activations
 
@@ -33,11 +33,14 @@ class Engine:
     def __init__(self, target: Target, drafter: Drafter | None, k: int, sampling: Sampling, seed: int,
                  stop_ids: Sequence[int], slots: int, capacity: int):  # fmt: skip
         self.target, self.drafter = target, drafter
-        self.slots, self.capacity = slots, capacity
+        self.shards = batch_ways(target.mesh)
+        self.slots, self.capacity = -(-slots // self.shards) * self.shards, capacity  # every shard has as many
         self.plan = loop.Plan(target.config, drafter.method if drafter else None, k, Kind.of(sampling))
         self.params = (target.params, drafter.params if drafter else {})
-        self.knobs = Knobs.of(sampling, seed)
-        self.stop_ids = jnp.asarray(stop_ids, jnp.int32).reshape(-1)
+        self.knobs = jax.tree.map(self.put, Knobs.of(sampling, seed))
+        self.stop_ids = self.put(np.asarray(stop_ids, np.int32).reshape(-1), None)
+        depth = self.slots // self.shards
+        self.order = sorted(range(self.slots), key=lambda row: row % depth)  # in which slots are filled: shards in turn
         self.compile_seconds = 0.0
         self.prefill_seconds: float | None = None
         self.fetches = 0
@@ -56,7 +59,8 @@ class Engine:
 
     def _run(self, function, static: tuple, *args, **options):
         """Call a function of `loop` with static arguments first."""
-        program, seconds = compiled(function, static, *args, **options)
+        with on_mesh(self.target.mesh):
+            program, seconds = compiled(function, static, *args, **options)
         self.compile_seconds += seconds
         return program(*args)
 
@@ -72,34 +76,45 @@ class Engine:
         rounds = [0] * len(prompts) if rounds is None else rounds
         width = max(len(prompt) - 1 for prompt in prompts)
         # A second pass over a row needs a copy of that row's cache, so long prompts go one at a time.
-        group = 1 if len(prefill_chunks(width)) > 1 else PREFILL_TOKENS // power_of_two(width, 16)
-        for first in range(0, len(prompts), group):
-            part = slice(first, first + group)
-            self._admit(prompts[part], limits[part], indices[part], rounds[part], rows[part])
+        most = 1 if len(prefill_chunks(width)) > 1 else PREFILL_TOKENS // power_of_two(width, 16)
+        dealt: list[list[int]] = [[] for _ in range(self.shards)]  # to every shard of the slots, its prompts
+        for i, row in enumerate(rows):
+            dealt[row * self.shards // self.slots].append(i)
+        for first in range(0, max(map(len, dealt)), most):
+            part = [own[first : first + most] for own in dealt]
+            depth = power_of_two(max(map(len, part)))
+            places = [i for own in part for i in (*own, *[None] * (depth - len(own)))]
+            tokens = np.zeros((len(places), self.capacity), np.int32)
+            numbers = np.full((5, len(places)), self.slots, np.int32)  # padding goes to a slot that is none
+            for place, i in enumerate(places):
+                if i is not None:
+                    tokens[place, : len(prompts[i])] = prompts[i]
+                    numbers[:, place] = len(prompts[i]), limits[i], indices[i], rounds[i], rows[i]
+            self._admit(tokens, numbers, max(len(prompts[i]) for i in places if i is not None))
 
-    def _admit(self, prompts, limits, indices, rounds, rows):
-        # Padding repeats the last prompt: it is written twice into the same slot.
-        repeat = [*range(len(prompts)), *[len(prompts) - 1] * (power_of_two(len(prompts)) - len(prompts))]
-        tokens = np.zeros((len(repeat), self.capacity), np.int32)
-        for i, source in enumerate(repeat):
-            tokens[i, : len(prompts[source])] = prompts[source]
-        numbers = ([len(prompt) for prompt in prompts], limits, indices, rounds, rows)
-        placing = [jnp.asarray([x[i] for i in repeat], jnp.int32) for x in numbers]
-        for start, width in prefill_chunks(max(len(prompt) for prompt in prompts) - 1):
+    def _admit(self, tokens: np.ndarray, numbers: np.ndarray, longest: int):
+        placing = [self.put(x, "batch") for x in numbers]
+        for start, width in prefill_chunks(longest - 1):
             # Padding ends where the tokens do, at the capacity, which knows nothing of it: a write that ran over the
             # end would be moved back, onto what is there.
-            chunk = jnp.asarray(tokens[:, start : start + width])
+            chunk = self.put(tokens[:, start : start + width], "batch", None)
             models, caches = (self.plan.target, self.plan.drafter), (self.state.cache, self.state.drafter)
             caches = self._run(
-                loop.prefill, models, *self.params, caches, chunk, jnp.int32(start), placing[-1], first=start == 0
-            )
+                loop.prefill, models, *self.params, caches, chunk, self.put(np.int32(start)), placing[-1],
+                first=start == 0,
+            )  # fmt: skip
             self.state = dataclasses.replace(self.state, cache=caches[0], drafter=caches[1])
-        self.state = self._run(loop.admit, (self.plan,), *self.params, self.state, jnp.asarray(tokens), *placing)
+        tokens_there = self.put(tokens, "batch", None)
+        self.state = self._run(loop.admit, (self.plan,), *self.params, self.state, tokens_there, *placing)
+
+    def put(self, x, *axes: str | None) -> jax.Array:
+        """An array from the host, by its logical axes."""
+        return jax.device_put(x, placement(self.target.mesh, np.shape(x), axes))
 
     def segment(self, max_rounds: int | None = None, max_done: int | None = None) -> dict[str, np.ndarray]:
         """Run rounds until all rows (or max_done) are done, or max_rounds have run; then the one fetch."""
         bounds = (2**31 - 1 if bound is None else bound for bound in (max_rounds, max_done))
-        numbers = map(jnp.int32, bounds)
+        numbers = [self.put(np.int32(bound)) for bound in bounds]
         self.state = self._run(
             loop.run_segment, (self.plan,), *self.params, self.state, self.knobs, self.stop_ids, *numbers
         )
@@ -181,7 +196,7 @@ def serve(
     if time_prefill:
         engine.prefill_seconds = 0.0
     while admitted < len(prompts) or any(place is not None for place in holds):
-        free = [row for row, place in enumerate(holds) if place is None][: len(prompts) - admitted]
+        free = [row for row in engine.order if holds[row] is None][: len(prompts) - admitted]
         if free:
             taken = range(admitted, admitted + len(free))
             before, compiled = time.perf_counter(), engine.compile_seconds

@@ -17,6 +17,7 @@ from deer_jax.decoding.state import DRAFTER, NONE, TARGET, DecodeState
 from deer_jax.drafters.protocol import Draft, Method
 from deer_jax.models.cache import write_cache, write_rows
 from deer_jax.models.transformer import Params, bind, prefill_rows
+from deer_jax.sharding import constrain, constrain_tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,13 @@ def one_round(plan: Plan, params: Params, drafter_params: Params, state: DecodeS
         verdict = accept_greedy(logits, draft)
     state = dataclasses.replace(state, drafter=drafter, cache=write_cache(state.cache, fresh, state.length - 1))
     best = jnp.max(logits, axis=-1) if plan.kind.sampled else picked(logits, verdict.choice)
-    return commit(state, verdict, stop_ids, faults_of(best, draft))
+    return placed(plan, commit(state, verdict, stop_ids, faults_of(best, draft)))
+
+
+def placed(plan: Plan, state: DecodeState) -> DecodeState:
+    """The state where its declared axes say, so that every program takes and returns it in one place."""
+    axes = state.axes(plan.drafter.state_axes(state.drafter) if plan.drafter else ())
+    return constrain_tree(state, axes)
 
 
 def propose(plan: Plan, drafter_params: Params, state: DecodeState, knobs: Knobs):
@@ -60,6 +67,7 @@ def read_block(config: ModelConfig, params: Params, state: DecodeState, draft: D
         model = bind(config, params)
         at = state.length[:, None] - 1
         block = jnp.concatenate([jnp.take_along_axis(state.tokens, at, axis=1), draft.tokens], axis=1)
+        block = constrain(block, "batch", None)
         positions = at + jnp.arange(block.shape[1])[None]
         hidden, fresh = model(model.lookup(block), positions, cache=state.cache, start=state.length - 1)
         return model.logits(hidden), fresh
@@ -99,7 +107,7 @@ def commit(state: DecodeState, verdict: Verdict, stop_ids, faults) -> DecodeStat
         committed = jax.nn.one_hot(offered - 1, choice.shape[1], dtype=jnp.int32) * running[:, None]
         return dataclasses.replace(
             state,
-            tokens=write_rows(state.tokens, choice, state.length),
+            tokens=write_rows(state.tokens, choice, state.length, ("batch", "slots")),
             length=length,
             done=state.done | (stop_at < count) | (length >= state.limit) | (fault != NONE),
             rounds=state.rounds + running,
@@ -149,6 +157,8 @@ def prefill(
 ):
     """Both models read a chunk int32 [R, P] of the prompts in slots `rows`, at positions start.. (int32 []).
 
+    A row whose slot is none is padding. On a mesh every row lies on the shard of its slot.
+
     caches: the target's cache and the drafter's state, not the whole state, so that every k shares this program.
     """
     with jax.named_scope("prefill"):
@@ -157,7 +167,8 @@ def prefill(
         cache = prefill_rows(model, model.lookup(tokens), cache, start, rows, first=first)
         if drafter is not None:
             drafter_state = drafter.prefill(drafter_params, drafter_state, tokens, start, rows, first=first)
-        return cache, drafter_state
+            drafter_state = constrain_tree(drafter_state, drafter.state_axes(drafter_state))
+        return constrain_tree(cache, cache.axes), drafter_state
 
 
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
@@ -166,20 +177,27 @@ def admit(
 ) -> DecodeState:
     """Put prompts into slots: tokens int32 [R, S], length, limit, prompt index and rounds int32 [R], slots int32 [R].
 
+    A row whose slot is none is padding.
+
     rounds: what the rows' own counts start from; above 0 where part of the prompt is an answer begun earlier.
     """
     drafter = state.drafter
     if plan.drafter is not None:
         drafter = plan.drafter.ready(drafter, length, rows)
-    return dataclasses.replace(
+
+    def put(side, values):
+        return side.at[rows].set(values, mode="drop")
+
+    state = dataclasses.replace(
         state,
-        tokens=state.tokens.at[rows].set(tokens),
-        length=state.length.at[rows].set(length),
-        limit=state.limit.at[rows].set(limit),
-        done=state.done.at[rows].set(False),
-        prompt_index=state.prompt_index.at[rows].set(index),
-        rounds=state.rounds.at[rows].set(rounds),
-        histogram=state.histogram.at[rows].set(0),
-        fault=state.fault.at[rows].set(NONE),
+        tokens=put(state.tokens, tokens),
+        length=put(state.length, length),
+        limit=put(state.limit, limit),
+        done=put(state.done, False),
+        prompt_index=put(state.prompt_index, index),
+        rounds=put(state.rounds, rounds),
+        histogram=put(state.histogram, 0),
+        fault=put(state.fault, NONE),
         drafter=drafter,
     )
+    return placed(plan, state)

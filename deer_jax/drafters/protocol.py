@@ -51,10 +51,13 @@ class Method(Protocol):
         """The logical axes (see `sharding`) of every array of such a state, as tuples in a tree like it."""
 
     def prefill(self, params: Params, state: Any, tokens, start, rows, *, first: bool) -> Any:
-        """Read prompt chunk tokens int32 [R, P] at positions start.. into the given rows; `first`: start is 0."""
+        """Read prompt chunk tokens int32 [R, P] at positions start.. into the given rows; `first`: start is 0.
+
+        A row that is none of the state's is padding and changes nothing.
+        """
 
     def ready(self, state: Any, length, rows) -> Any:
-        """Rows int32 [R] now hold prompts of length int32 [R], read up to the last token."""
+        """Rows int32 [R] now hold prompts of length int32 [R], read up to the last token; padding as in `prefill`."""
 
     def propose(self, params: Params, state: Any, context: Context, k: int, pick: Pick) -> tuple[Draft, Any]:
         """k drafted tokens after each row's committed ones, and the next state."""

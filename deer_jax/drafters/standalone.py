@@ -19,6 +19,7 @@ from deer_jax.errors import InputError
 from deer_jax.models.cache import KVCache, empty_cache, write_cache
 from deer_jax.models.target import Target, Tokenizer, check_tokens
 from deer_jax.models.transformer import Params, Transformer, bind, is_stacked, prefill_rows
+from deer_jax.sharding import batch_ways, constrain, on_mesh
 
 MASK, SEPARATOR = 0, 1  # rows of params["special"] [2, D]
 
@@ -53,7 +54,7 @@ class StandaloneMethod:
         return state | {"cache": prefill_rows(model, x, state["cache"], start, rows, first=first)}
 
     def ready(self, state: Any, length, rows) -> Any:
-        return state | {"read": state["read"].at[rows].set(length - 1)} if self.cached else state
+        return state | {"read": state["read"].at[rows].set(length - 1, mode="drop")} if self.cached else state
 
     def propose(self, params: Params, state: Any, context: Context, k: int, pick: Pick) -> tuple[Draft, Any]:
         logits, state = self.draft_logits(params, state, context, k)
@@ -83,7 +84,7 @@ class StandaloneMethod:
         tokens = _gather_rows(context.tokens, read, width)
         tail = jnp.array([MASK] * k + [SEPARATOR] * self.config.separator)
         special = jnp.broadcast_to(params["special"][tail][None], (tokens.shape[0], tail.size, self.model.width))
-        x = jnp.concatenate([self.embed(model, params, tokens), special], axis=1)
+        x = constrain(jnp.concatenate([self.embed(model, params, tokens), special], axis=1), "batch", None, None)
 
         steps = jnp.arange(width)[None]
         tail_positions = context.length[:, None] + jnp.arange(tail.size)[None]
@@ -207,7 +208,10 @@ class StandaloneDrafter:
         k = self.draft_length if draft_length is None else draft_length
         if k < 1:
             raise InputError(f"draft_length must be at least 1, got {k}")
-        return _draft_logits_from_text(self.method, self.params, text, k, target.build)
+        rows = len(text)
+        with on_mesh(target.mesh):
+            text = np.pad(text, ((0, -rows % batch_ways(target.mesh)), (0, 0)))
+            return _draft_logits_from_text(self.method, self.params, text, k, target.build)[:rows]
 
 
 def new_entries(embed: jax.Array, seed: int = 0) -> jax.Array:

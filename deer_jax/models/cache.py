@@ -7,6 +7,7 @@ at p. Values are finite there (0 * NaN is NaN): caches start as zeros, and what 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax import lax
 
 from deer_jax.build import Build
 from deer_jax.config import ModelConfig
+from deer_jax.sharding import Axis, here, on_shards, shard_index
 
 STATIC_ROWS = 16  # up to here rows are written by unrolled updates, beyond by a loop: bounds program size
 
@@ -48,39 +50,65 @@ def empty_cache(config: ModelConfig, batch: int, capacity: int, build: Build) ->
     return KVCache(jnp.zeros(shape, build.dtype), jnp.zeros(shape, build.dtype), build.block_of(capacity))
 
 
-def write_rows(buffer, fresh, start, *, rows=None, axis: int = 0, slot_axis: int = 1):
+def write_rows(buffer, fresh, start, axes: Sequence[Axis], *, rows=None):
     """Write `fresh` row by row into `buffer`, each row at its own start.
 
-    buffer has rows on `axis` and slots on `slot_axis`; fresh has the same rank. Row i of fresh goes to row rows[i]
-    (default i) from slot start[i] on. `dynamic_update_slice` would silently move a write that runs over the end, so
-    the caller keeps start + width <= slots.
+    axes: the logical axes of both, among them "batch" for the rows and "slots". Row i of fresh goes to row rows[i]
+    (default i) from slot start[i] on; a row that is none of the buffer's is not written. On a mesh row i of fresh must
+    lie on the shard that has row rows[i]. `dynamic_update_slice` would silently move a write that runs over the end,
+    so the caller keeps start + width <= slots.
 
       buffer  [[7 7 7 7]   fresh [[1 2]   start [0      ->  [[1 2 7 7]
                [7 7 7 7]]         [3 4]]         2]          [7 7 3 4]]
     """
-    count = fresh.shape[axis]
-    if rows is None:
-        rows = jnp.arange(count, dtype=start.dtype)
+    row_axis, slot_axis = axes.index("batch"), axes.index("slots")
+    split = [None if axis == "slots" else axis for axis in axes]
 
-    def write(i, buffer):
-        row = lax.dynamic_slice_in_dim(fresh, i, 1, axis)
-        zero = jnp.zeros((), start.dtype)
-        where = [zero] * buffer.ndim
-        where[axis], where[slot_axis] = rows[i], start[i]
-        return lax.dynamic_update_slice(buffer, row, where)
+    def local(buffer, fresh, start, *rows):
+        count, slots = fresh.shape[row_axis], buffer.shape[row_axis]
+        targets = rows[0] - shard_index("batch") * slots if rows else jnp.arange(count, dtype=start.dtype)
 
-    if count <= STATIC_ROWS:
-        for i in range(count):
-            buffer = write(i, buffer)
-        return buffer
-    return lax.fori_loop(0, count, write, buffer)
+        def write(i, buffer):
+            row = lax.dynamic_slice_in_dim(fresh, i, 1, row_axis)
+            where = [jnp.zeros((), start.dtype)] * buffer.ndim
+            where[row_axis], where[slot_axis] = targets[i], start[i]
+            if rows:
+                known = (targets[i] >= 0) & (targets[i] < slots)
+                row = jnp.where(known, row, lax.dynamic_slice(buffer, where, row.shape))
+            return lax.dynamic_update_slice(buffer, row, where)
+
+        if count <= STATIC_ROWS:
+            for i in range(count):
+                buffer = write(i, buffer)
+            return buffer
+        return lax.fori_loop(0, count, write, buffer)
+
+    row_spec = here(start.shape, "batch")
+    specs = (here(buffer.shape, *split), here(fresh.shape, *split), row_spec, *([row_spec] if rows is not None else []))
+    return on_shards(local, specs, specs[0])(buffer, fresh, start, *([rows] if rows is not None else []))
 
 
 def write_cache(cache: KVCache, fresh: KVCache, start, rows=None) -> KVCache:
-    """The cache with a pass's fresh keys and values [L, B, K, T, H] written at start [B]."""
+    """The cache with a pass's fresh keys and values [L, B, K, T, H] written at start [B]; rows: see `write_rows`."""
     with jax.named_scope("commit_cache"):
+        axes = (None, "batch", "kv_heads", "slots", None)
         return KVCache(
-            write_rows(cache.keys, fresh.keys, start, rows=rows, axis=1, slot_axis=3),
-            write_rows(cache.values, fresh.values, start, rows=rows, axis=1, slot_axis=3),
+            write_rows(cache.keys, fresh.keys, start, axes, rows=rows),
+            write_rows(cache.values, fresh.values, start, axes, rows=rows),
             cache.block,
         )
+
+
+def rows_of(cache: KVCache, rows) -> KVCache:
+    """A copy of some rows, each of which lies on the shard that is to have it; one that is none holds anything."""
+
+    def local(side, rows):
+        return side.at[:, rows - shard_index("batch") * side.shape[1]].get(mode="clip")
+
+    axes = (None, "batch", "kv_heads", None, None)
+
+    def take(side):
+        shape = (side.shape[0], rows.shape[0], *side.shape[2:])
+        return on_shards(local, (here(side.shape, *axes), here(rows.shape, "batch")), here(shape, *axes))(side, rows)
+
+    return KVCache(take(cache.keys), take(cache.values), cache.block)

@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 
 from deer_jax.config import Rope
+from deer_jax.sharding import constrain, gathered, here, on_shards, shard_index, total
 
 
 def precision(dtype) -> lax.Precision | None:
@@ -27,6 +28,25 @@ def linear(x, weight, bias=None):
     """x [..., in] times weight [out, in] plus bias [out]."""
     y = jnp.einsum("...i,oi->...o", x, weight, precision=precision(x.dtype))
     return y if bias is None else y + lax.expand_dims(bias, range(x.ndim - 1))
+
+
+def look_up(table, tokens):
+    """Rows [B, .., D] of an embedding [V, D], or of what `sharding.spread` made of it, for tokens int [B, ..].
+
+    A token that is none of the table's has a row of zeros.
+    """
+
+    def local(table, tokens):
+        rows = table[0] if is_spread else gathered(table, "width", 1)
+        at = tokens - shard_index("vocab") * rows.shape[0]
+        known = (at >= 0) & (at < rows.shape[0])
+        return total(jnp.where(known[..., None], rows.at[at].get(mode="clip"), 0), "vocab")
+
+    is_spread = table.ndim == 3
+    split = here(table.shape, "batch", "vocab", None) if is_spread else here(table.shape, "vocab", "width")
+    rows = "batch", *[None] * (tokens.ndim - 1)
+    out = here((*tokens.shape, table.shape[-1]), *rows, None)
+    return on_shards(local, (split, here(tokens.shape, *rows)), out)(table, tokens)
 
 
 def logits(x, head):
@@ -92,4 +112,5 @@ def rotate(x, cos_sin):
 
 def gated_mlp(x, gate, up, down):
     """down(silu(gate(x)) * up(x)), the MLP of every supported family."""
-    return linear(jax.nn.silu(linear(x, gate)) * linear(x, up), down)
+    hidden = jax.nn.silu(linear(x, gate)) * linear(x, up)
+    return linear(constrain(hidden, "batch", *[None] * (x.ndim - 2), "mlp"), down)

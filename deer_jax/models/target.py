@@ -18,6 +18,7 @@ from deer_jax.config import ModelConfig
 from deer_jax.digests import Digests, Stamp, combined
 from deer_jax.errors import InputError
 from deer_jax.models.transformer import Params, bind
+from deer_jax.sharding import batch_ways, on_mesh
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -137,4 +138,8 @@ class Target:
 
     def logits(self, tokens) -> jax.Array:
         """float32 [B, T, V] of tokens int [B, T]: one full forward, for checks and research."""
-        return full_logits(self.params, check_tokens(tokens, self.config.vocab_size), self.config)
+        tokens = check_tokens(tokens, self.config.vocab_size)
+        rows = len(tokens)
+        with on_mesh(self.mesh):
+            tokens = np.pad(tokens, ((0, -rows % batch_ways(self.mesh)), (0, 0)))
+            return full_logits(self.params, tokens, self.config)[:rows]

@@ -19,14 +19,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from deer_jax.build import Remat
 from deer_jax.config import ModelConfig
 from deer_jax.models import experts as moe
 from deer_jax.models.attention import attend, with_finite_values
-from deer_jax.models.cache import KVCache, write_cache
-from deer_jax.models.layers import gated_mlp, linear, logits, rms_norm, rotary, rotate
-from deer_jax.sharding import Axis, Heads
+from deer_jax.models.cache import KVCache, rows_of, write_cache
+from deer_jax.models.layers import gated_mlp, linear, logits, look_up, rms_norm, rotary, rotate
+from deer_jax.sharding import Axis, Heads, constrain, whole
 
 Params = dict[str, Any]
+POLICIES = {"cheap": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "layers": None}
 
 
 class Weight(NamedTuple):
@@ -112,29 +114,36 @@ class Layer(nnx.Module):
     def __call__(self, x, cos_sin, experts, index, *, visible, cache, start):
         """The block's output [B, T, D] and its fresh keys and values [B, K, T, H]."""
         config, (B, T, _) = self.config, x.shape
+        K, G, H = config.kv_heads, config.heads // config.kv_heads, config.head_width
+        axes = {name: weight.axes for name, weight in layer_weights(config).items()}
 
-        def heads(name, count):
-            bias = getattr(self, f"{name}_bias")[...] if config.qkv_bias else None
-            y = linear(h, getattr(self, name)[...], bias).reshape(B, T, count, config.head_width)
+        def weight(name):
+            return whole(getattr(self, name)[...], axes[name])
+
+        def heads(name, groups):
+            y = linear(h, weight(name), weight(f"{name}_bias") if config.qkv_bias else None)
+            y = constrain(y.reshape(B, T, K, groups, H), "batch", None, "kv_heads", "groups", None)
+            y = y.reshape(B, T, K * groups, H)
             if config.qk_norm and name != "v":
-                y = rms_norm(y, getattr(self, f"{name}_norm")[...], config.norm_eps)
+                y = rms_norm(y, weight(f"{name}_norm"), config.norm_eps)
             return y
 
         with jax.named_scope("attention"):
-            h = rms_norm(x, self.input_norm[...], config.norm_eps)
-            q, k = rotate(heads("q", config.heads), cos_sin), rotate(heads("k", config.kv_heads), cos_sin)
-            v = heads("v", config.kv_heads)
+            h = rms_norm(x, weight("input_norm"), config.norm_eps)
+            q, k, v = rotate(heads("q", G), cos_sin), rotate(heads("k", 1), cos_sin), heads("v", 1)
             if T > 1:  # a row alone is seen by all that follow it
                 k, v = with_finite_values(k, v)
             mixed = attend(q, k, v, visible=visible, cache=cache, layer=index, start=start)
-            x = x + linear(mixed.reshape(B, T, -1), self.o[...])
+            x = constrain(x + linear(mixed.reshape(B, T, -1), weight("o")), "batch", None, None)
         with jax.named_scope("mlp"):
-            h = rms_norm(x, self.post_norm[...], config.norm_eps)
+            h = rms_norm(x, weight("post_norm"), config.norm_eps)
             if config.experts:
-                x = x + moe.mix(h, self.router[...], experts, index, config)
+                out = moe.mix(h, weight("router"), experts, index, config)
             else:
-                x = x + gated_mlp(h, self.gate[...], self.up[...], self.down[...])
-        return x, (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
+                out = gated_mlp(h, weight("gate"), weight("up"), weight("down"))
+            x = constrain(x + out, "batch", None, None)
+        fresh = (constrain(jnp.swapaxes(side, 1, 2), "batch", "kv_heads", None, None) for side in (k, v))
+        return x, tuple(fresh)
 
 
 class Experts(nnx.Module):
@@ -161,21 +170,23 @@ class Transformer(nnx.Module):
 
     def lookup(self, tokens):
         """Embeddings [B, T, D] of tokens int [B, T]."""
-        return self.embed[...].at[tokens].get(mode="clip")
+        with jax.named_scope("lookup"):
+            return look_up(self.embed[...], tokens)
 
     def logits(self, hidden):
         """float32 logits [..., V] of final hidden states [..., D]."""
         with jax.named_scope("head"):
-            return logits(hidden, (self.embed if self.config.tied else self.head)[...])
+            head = whole((self.embed if self.config.tied else self.head)[...], ("vocab", "width"))
+            return constrain(logits(hidden, head), "batch", None, "vocab")
 
-    def __call__(self, x, positions, *, visible=None, cache: KVCache | None = None, start=None, remat: bool = False):
+    def __call__(self, x, positions, *, visible=None, cache: KVCache | None = None, start=None, remat: Remat = "none"):
         """Final hidden states [B, T, D] and the fresh keys and values [L, B, K, T, H].
 
         Args:
           x: embeddings [B, T, D]; positions: int [B, T].
           visible: bool [B or 1, T, T] among the fresh rows, or `attention.BlockMask`; None is causal.
           cache: earlier keys and values, only read; start int [B]: how many slots of it exist.
-          remat: gradients compute each layer again instead of keeping what is inside; scanned layers only.
+          remat: what gradients compute again, see `build.Remat`.
         """
         config = self.config
         cos_sin = rotary(positions, config.rope, config.head_width, x.dtype)
@@ -186,6 +197,9 @@ class Transformer(nnx.Module):
         def layer(module, x, index):
             return module(x, cos_sin, experts, index, visible=visible, cache=cache, start=start)
 
+        def saving(run):
+            return run if remat == "none" else jax.checkpoint(run, policy=POLICIES[remat], prevent_cse=not self.scan)
+
         if self.scan:
             graph, weights = nnx.split(self.layers)
 
@@ -193,13 +207,13 @@ class Transformer(nnx.Module):
                 index, weights = xs
                 return layer(nnx.merge(graph, weights), x, index)
 
-            if remat:
-                body = jax.checkpoint(body, prevent_cse=False)
-            x, (keys, values) = lax.scan(body, x, (jnp.arange(config.layers), weights))
+            x, (keys, values) = lax.scan(saving(body), x, (jnp.arange(config.layers), weights))
         else:
             fresh = []
             for index, module in enumerate(self.layers):
-                x, pair = layer(module, x, index)
+                graph, weights = nnx.split(module)
+                run = saving(lambda weights, x, graph=graph, index=index: layer(nnx.merge(graph, weights), x, index))
+                x, pair = run(weights, x)
                 fresh.append(pair)
             keys, values = (jnp.stack(side) for side in zip(*fresh, strict=True))
             if cache is not None:
@@ -279,7 +293,7 @@ def stack_layers(params: Params) -> Params:
 def prefill_rows(model: Transformer, x, cache: KVCache, start, rows, *, first: bool) -> KVCache:
     """Read a prompt chunk's embeddings x [R, P, D], at positions start.. of the given rows, into the cache.
 
-    `first`: nothing lies before, so the cache is not attended to at all.
+    rows: see `cache.write_rows`. `first`: nothing lies before, so the cache is not attended to at all.
     """
     R, P = x.shape[:2]
     positions = jnp.broadcast_to(start + jnp.arange(P)[None], (R, P))
@@ -287,6 +301,5 @@ def prefill_rows(model: Transformer, x, cache: KVCache, start, rows, *, first: b
     if first:
         _, fresh = model(x, positions)
     else:
-        before = KVCache(cache.keys[:, rows], cache.values[:, rows], cache.block)
-        _, fresh = model(x, positions, cache=before, start=starts)
+        _, fresh = model(x, positions, cache=rows_of(cache, rows), start=starts)
     return write_cache(cache, fresh, starts, rows)

@@ -16,7 +16,7 @@ from deer_jax.drafters.standalone import MASK, SEPARATOR
 from deer_jax.models.transformer import bind, unstack_layers
 from tests import reference
 from tests.fast import representing
-from tests.tiny import random_params, tiny
+from tests.tiny import HERE, random_params, tiny
 
 V, K = 48, 3
 SMALL = {"vocab_size": V, "width": 16, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 24}
@@ -80,7 +80,7 @@ def texts(lengths, seed: int = 0, vocab_size: int = V):
 
 def drafted(drafter, text, k: int = K) -> np.ndarray:
     """float32 [k, V] of one text whose last token is the anchor, through the public method."""
-    return np.asarray(drafter.draft_logits(None, np.array([text[:-1]], np.int32), np.array([text[-1]]), k))[0]
+    return np.asarray(drafter.draft_logits(HERE, np.array([text[:-1]], np.int32), np.array([text[-1]]), k))[0]
 
 
 def finite(logits):

@@ -13,7 +13,7 @@ from tests.tiny import tiny
 @pytest.mark.representative
 def test_the_example_of_the_docstring():
     buffer, fresh = jnp.full((2, 4), 7), jnp.array([[1, 2], [3, 4]])
-    out = write_rows(buffer, fresh, jnp.array([0, 2]))
+    out = write_rows(buffer, fresh, jnp.array([0, 2]), ("batch", "slots"))
     np.testing.assert_array_equal(out, [[1, 2, 7, 7], [7, 7, 3, 4]])
 
 
@@ -28,7 +28,10 @@ def test_rows_go_where_they_are_sent(count):
     for i in range(count):
         for t in range(2):
             expected[:, rows[i], :, start[i] + t] = fresh[:, i, :, t]
-    write = jax.jit(lambda *a: write_rows(*a[:3], rows=a[3], axis=1, slot_axis=3))
+    write = jax.jit(lambda *a: write_rows(*a[:3], (None, "batch", None, "slots"), rows=a[3]))
+    np.testing.assert_array_equal(write(buffer, fresh, start, rows), expected)
+    expected[:, rows[1]] = buffer[:, rows[1]]
+    rows[1] = count + 2  # a row that is none
     np.testing.assert_array_equal(write(buffer, fresh, start, rows), expected)
 
 

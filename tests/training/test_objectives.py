@@ -15,10 +15,11 @@ from deer_jax.drafters.standalone import MASK, SEPARATOR, StandaloneDrafter, Sta
 from deer_jax.models.layers import logits
 from deer_jax.models.transformer import unstack_layers
 from deer_jax.training import objectives
-from deer_jax.training.objectives import block_loss, cut_loss, teach, weighted_cross_entropy
+from deer_jax.training.cross_entropy import weighted_cross_entropy
+from deer_jax.training.objectives import block_loss, cut_loss, teach
 from tests import reference
 from tests.fast import representing
-from tests.tiny import random_params, tiny
+from tests.tiny import HERE, random_params, tiny
 
 V, T, W, M = 48, 16, 4, 3
 SMALL = {"vocab_size": V, "width": 16, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 24}
@@ -166,7 +167,7 @@ def full_blocks(tokens, anchors, length):
 
 def assert_drafts(drafter, rows, text, k):
     """Training's logits [B, k, V] are those of a draft of k tokens after text, at the ids that may be proposed."""
-    drafts = np.asarray(drafter.draft_logits(None, text[:, :-1], text[:, -1], k))
+    drafts = np.asarray(drafter.draft_logits(HERE, text[:, :-1], text[:, -1], k))
     may = np.isfinite(drafts).all(axis=(0, 1))
     assert np.flatnonzero(~may).tolist() == list(drafter.method.config.differing_ids)
     np.testing.assert_allclose(rows[..., may], drafts[..., may], rtol=0, atol=2e-5)
