@@ -64,7 +64,8 @@ from deer_jax.models.transformer import abstract_params, logical_axes
 from deer_jax.planning.hlo import Memory, Program
 from deer_jax.sharding import batch_placement, make_mesh, on_mesh, placements, replicated
 from deer_jax.training import step as training
-from deer_jax.training.objectives import CHUNK_ROWS, drafter_loss
+from deer_jax.training.cross_entropy import CHUNK_ROWS
+from deer_jax.training.objectives import drafter_loss
 
 LIBTPU = Path(os.environ["TPU_LIBRARY_PATH"])
 
@@ -284,8 +285,9 @@ def training_arguments(case: Training):
     fixed, teacher = {}, MODELS.get(case.teacher)
     if teacher:
         fixed = placed(mesh, abstract_params(teacher, jnp.bfloat16), logical_axes(teacher))
+    build = Build.of("tpu")
     run = training.make_step(
-        drafter_loss(method, teacher), optimizer, steps, build=Build.of("tpu"),
+        drafter_loss(method, teacher, build.remat), optimizer, steps, build=build,
         shardings=jax.tree.map(lambda x: x.sharding, state),
     )  # fmt: skip
     return mesh, run, (state, batch, fixed), {}
