@@ -16,7 +16,8 @@ from deer_jax.errors import InputError, shown
 DTYPES = ("bfloat16", "float32")
 
 # What a gradient computes again instead of keeping it from the forward pass: nothing; what of each layer is no product
-# with weights; or all of each layer, so that only what lies between layers is kept.
+# with weights; or all of each layer but for its attention, so that little
+# more than what lies between layers is kept.
 Remat = Literal["none", "cheap", "layers"]
 
 

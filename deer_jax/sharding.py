@@ -286,6 +286,12 @@ def constrain_tree(tree: Any, axes: Any) -> Any:
     return tree if _ambient() is None else jax.tree.map(lambda x, names: constrain(x, *names), tree, axes)
 
 
+def divides(size: int, axis: str) -> bool:
+    """Whether the mesh of `on_mesh` splits so many entries of a logical axis evenly; True without one."""
+    mesh = _ambient()
+    return mesh is None or size % math.prod(mesh.shape[name] for name in _mesh_axes(mesh, axis)) == 0
+
+
 def here(shape: Sequence[int], *axes: Axis) -> P:
     """`spec` in the mesh of `on_mesh`, for `on_shards`."""
     mesh = _ambient()
@@ -303,9 +309,9 @@ def on_shards(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
 
 
 def _manual(axis: str) -> tuple[str, ...]:
-    """The mesh axes of a logical axis inside `on_shards`; none outside."""
+    """The mesh axes of a logical axis inside `on_shards`, without those of one device; none outside."""
     mesh = jax.sharding.get_abstract_mesh()
-    return tuple(_mesh_axes(mesh, axis)) if mesh.manual_axes else ()
+    return tuple(name for name in _mesh_axes(mesh, axis) if mesh.shape[name] > 1) if mesh.manual_axes else ()
 
 
 def total(x, axis: str):

@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE, CACHE_BYTES = ROOT / ".cache" / "xla", 2**30
-DEVICES = 4
+DEVICES = 8
 DATA = Path(os.environ.get("DEER_JAX_DATA") or ROOT.parent / "shared" / "data")
 
 # For the tests alone: the programs that tests start run as users run them.

@@ -17,6 +17,7 @@ from deer_jax.config import DrafterConfig, ModelConfig
 from deer_jax.drafters.protocol import Context, Draft, Pick
 from deer_jax.errors import InputError
 from deer_jax.models.cache import KVCache, empty_cache, write_cache
+from deer_jax.models.piecewise import Before
 from deer_jax.models.target import Target, Tokenizer, check_tokens
 from deer_jax.models.transformer import Params, Transformer, bind, is_stacked, prefill_rows
 from deer_jax.sharding import batch_ways, constrain, on_mesh
@@ -109,19 +110,18 @@ class StandaloneMethod:
 
     def _draft_bidirectional(self, model: Transformer, params: Params, state: Any, context: Context, k: int):
         """One pass over the whole buffer, every committed token and k masks and the separator seeing each other."""
-        length = context.length[:, None]
+        length = context.length
         B, S = context.tokens.shape
         positions = jnp.broadcast_to(jnp.arange(S)[None], (B, S))
         x = self.embed(model, params, context.tokens)
         special = params["special"]
-        x = jnp.where((positions >= length)[..., None], special[MASK][None, None], x)
+        x = jnp.where((positions >= length[:, None])[..., None], special[MASK][None, None], x)
         end = length + k
         if self.config.separator:
-            x = jnp.where((positions == end)[..., None], special[SEPARATOR][None, None], x)
+            x = jnp.where((positions == end[:, None])[..., None], special[SEPARATOR][None, None], x)
             end = end + 1
         # Rows behind the end see only real entries too, so that nothing of theirs can be NaN; nobody sees them.
-        visible = jnp.broadcast_to((positions < end)[:, None], (B, S, S))
-        hidden, _ = model(x, positions, visible=visible)
+        hidden, _ = model(x, positions, visible=Before(end))
         first = context.length - (1 if self.config.head == "shifted" else 0)
         return jnp.take_along_axis(
             hidden, (first[:, None] + jnp.arange(k)[None])[..., None], axis=1, mode="clip"

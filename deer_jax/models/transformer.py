@@ -25,10 +25,18 @@ from deer_jax.models import experts as moe
 from deer_jax.models.attention import attend, with_finite_values
 from deer_jax.models.cache import KVCache, rows_of, write_cache
 from deer_jax.models.layers import gated_mlp, linear, logits, look_up, rms_norm, rotary, rotate
+from deer_jax.models.piecewise import SAVED
 from deer_jax.sharding import Axis, Heads, constrain, whole
 
 Params = dict[str, Any]
-POLICIES = {"cheap": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "layers": None}
+# What is not computed again; the outputs of attention are as small as what lies between layers, and dear.
+KEPT = jax.checkpoint_policies.save_only_these_names(SAVED)
+POLICIES = {
+    "cheap": jax.checkpoint_policies.save_from_both_policies(
+        KEPT, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "layers": KEPT,
+}
 
 
 class Weight(NamedTuple):
@@ -88,9 +96,9 @@ def expert_weights(config: ModelConfig) -> dict[str, Weight]:
         return {}
     E, D, F = config.experts, config.width, config.expert_width
     return {
-        "gate": Weight((E, F, D), ("experts", None, "width")),
-        "up": Weight((E, F, D), ("experts", None, "width")),
-        "down": Weight((E, D, F), ("experts", "width", None)),
+        "gate": Weight((E, F, D), moe.AXES["gate"]),
+        "up": Weight((E, F, D), moe.AXES["up"]),
+        "down": Weight((E, D, F), moe.AXES["down"]),
     }
 
 
@@ -184,7 +192,7 @@ class Transformer(nnx.Module):
 
         Args:
           x: embeddings [B, T, D]; positions: int [B, T].
-          visible: bool [B or 1, T, T] among the fresh rows, or `attention.BlockMask`; None is causal.
+          visible: who sees whom among the fresh rows, see `attention.attend`; None is causal.
           cache: earlier keys and values, only read; start int [B]: how many slots of it exist.
           remat: what gradients compute again, see `build.Remat`.
         """

@@ -15,7 +15,7 @@ from jax import lax
 from deer_jax.build import Remat
 from deer_jax.config import ModelConfig
 from deer_jax.drafters.standalone import MASK, SEPARATOR, StandaloneMethod, backbone
-from deer_jax.models.attention import BlockMask
+from deer_jax.models.piecewise import Before, BlockMask
 from deer_jax.models.transformer import Params, bind
 from deer_jax.sharding import constrain, spread
 from deer_jax.training.cross_entropy import SoftLabels, weighted_cross_entropy
@@ -114,18 +114,18 @@ def read_blocks(method: StandaloneMethod, params: Params, tokens, anchor, size, 
     block = jnp.where(
         is_mask[..., None], params["special"][MASK][None, None, None], method.embed(model, params, following)
     )
-    real = steps[None, None] < size[..., None]
+    real = size
     if method.config.separator:
         at = steps[None, None] == size[..., None]
         block = jnp.where(at[..., None], params["special"][SEPARATOR][None, None, None], block)
-        real = real | at
+        real = real + 1
 
     rows = M * (W + 1)
     x = jnp.concatenate([method.embed(model, params, tokens), block.reshape(B, rows, -1)], axis=1)
     x = constrain(x, "batch", None, None)
     text = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     positions = jnp.concatenate([text, place.reshape(B, rows)], axis=1)
-    hidden, _ = model(x, positions, visible=BlockMask(anchor, real), remat=remat)
+    hidden, _ = model(x, positions, visible=BlockMask(anchor, real, W + 1), remat=remat)
 
     if method.config.head == "shifted":
         in_block = T + (jnp.arange(M) * (W + 1))[None, :, None] + steps[None, None, : W - 1]
@@ -151,12 +151,11 @@ def cut_loss(
     model = bind(method.model, backbone(params))
     positions = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     x = jnp.where(masked[..., None], params["special"][MASK][None, None], method.embed(model, params, tokens))
-    end = length[:, None]
+    end = length
     if method.config.separator:
-        x = jnp.where((positions == end)[..., None], params["special"][SEPARATOR][None, None], x)
+        x = jnp.where((positions == end[:, None])[..., None], params["special"][SEPARATOR][None, None], x)
         end = end + 1
-    visible = jnp.broadcast_to((positions < end)[:, None], (B, T, T))
-    hidden, _ = model(constrain(x, "batch", None, None), positions, visible=visible, remat=remat)
+    hidden, _ = model(constrain(x, "batch", None, None), positions, visible=Before(end), remat=remat)
     place, weights = positions, batch["weight"]
     if method.config.head == "shifted":
         hidden, place, weights = hidden[:, :-1], place[:, 1:], weights[:, 1:]

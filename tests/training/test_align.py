@@ -293,7 +293,7 @@ def test_differences_of_plain_values():
             {"evaluation": {"prompts": "{folder}/held_out.jsonl", "max_new_tokens": 61}},
             "{folder}/held_out.jsonl:1: 4 tokens and 61 new ones exceed the context of 64; lower",
         ),
-        ({"mesh": {"data": 8}, "batch": 8, "accumulate": 1}, "a 8x1x1 mesh needs 8 devices, 4 are there"),
+        ({"mesh": {"data": 16}, "batch": 16, "accumulate": 1}, "a 16x1x1 mesh needs 16 devices, 8 are there"),
         ({"drafter": "from-target:7"}, "layers [7]: the target has layers 0..1"),
     ],
 )

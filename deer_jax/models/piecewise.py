@@ -1,0 +1,289 @@
+"""Attention without a cache, piece by piece, forward and backward: no scores of a whole sequence ever exist.
+
+Every row sees a prefix of the text: up to itself (causal), up to its block's anchor, or up to a text's end. Rows and
+keys are cut into pieces; a piece of rows goes over the pieces of keys up to the last one that any of its rows sees.
+Rows of blocks have their own block besides. The backward pass keeps the output and one number per row, and computes
+the scores again, piece by piece.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from deer_jax.models.parts import HIDDEN, Part, by_keys, by_rows, merge, normalised, nothing, part, scores_of
+from deer_jax.sharding import divides, here, on_shards
+
+# The name of what the backward pass keeps, for a policy of jax.checkpoint: output and log-sum-exp.
+SAVED = "attention"
+
+ROWS, KEYS = 256, 256  # of a piece, at most
+SCORES = 2**24  # bytes of one piece's scores, at most
+
+
+class Before(NamedTuple):
+    """Every row sees the keys before `end`, those behind itself too."""
+
+    end: jax.Array  # int32 [B]
+
+
+class BlockMask(NamedTuple):
+    """Who sees whom when M blocks of `rows` rows each stand behind a text: text, block 0, .., block M-1.
+
+    Text rows are causal; a block's rows see the text up to the block's anchor, and the real rows of their own block.
+    Text behind the last anchor of a stretch of blocks costs nothing, so anchors had better be sorted.
+    """
+
+    anchor: jax.Array  # int32 [B, M] position in the text; -1: none of it is seen
+    real: jax.Array  # int32 [B, M] how many of a block's rows are real, from its first on
+    rows: int
+
+
+def attend_pieces(q, k, v, visible: Before | BlockMask | None) -> jax.Array:
+    """Attention output [B, T, N, H] of q [B, T, N, H] over k, v [B, T, K, H]; None is causal. Rows that see nothing: 0.
+
+    On a mesh every device computes its own rows of the batch and its own heads, without communication.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    rows, real = 0, jnp.zeros((B, 0), jnp.int32)
+    if isinstance(visible, BlockMask):
+        rows, real = visible.rows, visible.real
+    text = T - real.shape[1] * rows
+    if isinstance(visible, Before):
+        ends = jnp.broadcast_to(visible.end[:, None], (B, T))
+    else:
+        ends = jnp.broadcast_to(1 + jnp.arange(text, dtype=jnp.int32)[None], (B, text))
+    if isinstance(visible, BlockMask):
+        ends = jnp.concatenate([ends, jnp.repeat(visible.anchor + 1, rows, axis=1)], axis=1)
+    queries = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)
+    keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    out = _attention(queries, keys, values, ends, real, rows)
+    return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(q, k, v, ends, real, rows: int):
+    """q and the output [B, K, G, T, H]; k, v [B, K, T, H]; ends int32 [B, T]; real int32 [B, M]."""
+    return _forward(q, k, v, ends, real, rows)[0]
+
+
+def _forward(q, k, v, ends, real, rows: int):
+    wide, narrow, flat = _partitions(q)
+    run = on_shards(
+        functools.partial(_by_groups, functools.partial(_forward_group, rows)),
+        (wide, narrow, narrow, flat, flat),
+        (wide, wide),
+    )
+    out, norm = (checkpoint_name(x, SAVED) for x in run(q, k, v, ends, real))
+    return out, (q, k, v, ends, real, out, norm)
+
+
+def _backward(rows: int, kept, to_out):
+    wide, narrow, flat = _partitions(kept[0])
+    run = on_shards(
+        functools.partial(_by_groups, functools.partial(_backward_group, rows)),
+        (wide, narrow, narrow, flat, flat, wide, wide, wide),
+        (wide, wide, wide),
+    )
+    to_q, *sides = run(*kept, to_out)
+    # Devices that share a key head have each their query heads' share of its gradient.
+    to_k, to_v = (jnp.sum(side, axis=2).astype(x.dtype) for side, x in zip(sides, kept[1:3], strict=True))
+    return to_q, to_k, to_v, None, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _partitions(q):
+    """On the mesh, of q, of k, and of what has one axis behind the batch's."""
+    B, K, _, T, H = q.shape
+    batch = "batch" if divides(B, "batch") else None  # a prompt alone is read by every device
+    wide = here(q.shape, batch, "kv_heads", "groups", None, None)
+    return wide, here((B, K, T, H), batch, "kv_heads", None, None), here((B, T), batch, None)
+
+
+def _by_groups(function, q, *arrays):
+    """`function` over groups of batch rows, so many that the scores of a piece have SCORES bytes at most."""
+    B, K, G, T, _ = q.shape
+    one = 4 * K * G * min(ROWS, T) * min(KEYS, T)
+    size = max(b for b in range(1, B + 1) if B % b == 0 and (b == 1 or b * one <= SCORES))
+    if size == B:
+        return function(q, *arrays)
+    groups = jax.tree.map(lambda x: x.reshape(B // size, size, *x.shape[1:]), (q, *arrays))
+    out = lax.map(lambda group: function(*group), groups)
+    return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), out)
+
+
+def _forward_group(rows: int, q, k, v, ends, real):
+    """The output [B, K, G, T, H], and each row's log-sum-exp float32 [B, K, G, T, 1]; 0 if it sees nothing."""
+    text, keys, values = _text(k, v, real, rows)
+    with jax.named_scope("attend_text"):
+        out = _forward_rows(q[..., :text, :], keys, values, ends[:, :text], None)
+    if rows:
+        with jax.named_scope("attend_blocks"):
+            own = part(*_own(q, k, v, real, rows))
+            own = Part(*(_beside(x, q.shape[0]) for x in own))
+            more = _forward_rows(q[..., text:, :], keys, values, ends[:, text:], own)
+        out = tuple(jnp.concatenate(pair, axis=3) for pair in zip(out, more, strict=True))
+    return out
+
+
+def _text(k, v, real, rows: int):
+    """Length of the text, and its keys and values [B, K, S, H], padded to whole pieces."""
+    text = k.shape[2] - real.shape[1] * rows
+    pad = -text % KEYS if text > KEYS else 0
+    keys, values = (jnp.pad(x[:, :, :text], ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (k, v))
+    return text, keys, values
+
+
+def _own(q, k, v, real, rows: int):
+    """Each block alone: rows [B*M, K, G, R, H], keys and values [B*M, K, R, H], and who is seen."""
+    M = real.shape[1]
+    text = k.shape[2] - M * rows
+    keys, values = (_alone(x[:, :, None, text:], M)[:, :, 0] for x in (k, v))
+    return _alone(q[..., text:, :], M), keys, values, _seen(real.reshape(-1, 1), 0, rows)
+
+
+def _alone(x, M: int):
+    """[B, K, G, M*R, x] -> [B*M, K, G, R, x]"""
+    B, K, G, rows, width = x.shape
+    return jnp.moveaxis(x.reshape(B, K, G, M, rows // M, width), 3, 1).reshape(B * M, K, G, rows // M, width)
+
+
+def _beside(x, B: int):
+    """[B*M, K, G, R, x] -> [B, K, G, M*R, x]"""
+    _, K, G, rows, width = x.shape
+    return jnp.moveaxis(x.reshape(B, -1, K, G, rows, width), 1, 3).reshape(B, K, G, -1, width)
+
+
+def _pieces(x, axis: int = 3):
+    """Rows along an axis, in pieces of equal length [n, ..], padded with zeros."""
+    count = -(-x.shape[axis] // ROWS)
+    width = -(-x.shape[axis] // count)
+    width += -width % 8 if count > 1 else 0  # whole tiles of a TPU's memory
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, count * width - x.shape[axis])
+    x = jnp.pad(x, pad)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], count, width, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _whole(pieces, length: int):
+    """`_pieces` undone: [n, B, K, G, rows, x] -> [B, K, G, length, x]"""
+    x = jnp.moveaxis(pieces, 0, 3)
+    return x.reshape(*x.shape[:3], -1, x.shape[-1])[..., :length, :]
+
+
+def _scan(step, carry, xs):
+    """`lax.scan`; without a loop where there is one piece."""
+    if len(xs[0]) > 1:
+        return lax.scan(step, carry, xs)
+    carry, y = step(carry, jax.tree.map(lambda x: x[0], xs))
+    return carry, jax.tree.map(lambda x: x[None], y)
+
+
+def _over_keys(read, ends, length: int, carry):
+    """`read(first key, number of keys, carry)` for the pieces of `length` keys that rows with these ends see."""
+    if length <= KEYS:
+        return read(0, length, carry)
+    count = -(-jnp.max(ends) // KEYS)
+    return lax.fori_loop(0, count, lambda i, carry: read(i * KEYS, KEYS, carry), carry)
+
+
+def _seen(ends, first, width: int):
+    """bool [B, 1, 1, rows, keys]: which of the keys from `first` on lie before the rows' ends int32 [B, rows]."""
+    return (first + jnp.arange(width)).reshape(1, 1, 1, 1, -1) < ends[:, None, None, :, None]
+
+
+def _near(side, first, width: int):
+    """Keys or values [B, K, S, H] -> [B, K, width, H] from `first` on."""
+    return lax.dynamic_slice_in_dim(side, first, width, axis=2)
+
+
+def _add(side, more, first):
+    """more [B, K, w, H] added to side [B, K, S, H] from `first` on."""
+    return lax.dynamic_update_slice_in_dim(side, _near(side, first, more.shape[2]) + more, first, axis=2)
+
+
+def _forward_rows(q, keys, values, ends, own: Part | None):
+    """Output and log-sum-exp of rows over their prefixes, and over what their `own` part is of."""
+    others = None if own is None else Part(*map(_pieces, own))
+
+    def step(carry, xs):
+        rows, ends, own = xs
+
+        def read(first, width, whole):
+            near_keys, near_values = _near(keys, first, width), _near(values, first, width)
+            return merge(whole, part(rows, near_keys, near_values, _seen(ends, first, width)))
+
+        whole = _over_keys(read, ends, keys.shape[2], nothing(rows) if own is None else own)
+        norm = jnp.where(whole.total == 0, 0, whole.top + jnp.log(whole.total))
+        return carry, (normalised(whole).astype(values.dtype), norm)
+
+    _, out = _scan(step, None, (_pieces(q), _pieces(ends, 1), others))
+    return tuple(_whole(x, q.shape[3]) for x in out)
+
+
+def _backward_group(rows: int, q, k, v, ends, real, out, norm, to_out):
+    """Gradients of q [B, K, G, T, H], and of k and v float32 [B, K, 1, T, H] by the query heads that are here."""
+    text, keys, values = _text(k, v, real, rows)
+    to_keys = to_values = jnp.zeros(keys.shape, jnp.float32)
+    with jax.named_scope("attend_text"):
+        of = [x[..., :text, :] for x in (q, out, norm, to_out)]
+        to_q, to_keys, to_values = _backward_rows(of, ends[:, :text], keys, values, to_keys, to_values)
+    own = []
+    if rows:
+        with jax.named_scope("attend_blocks"):
+            of = [x[..., text:, :] for x in (q, out, norm, to_out)]
+            to_blocks, to_keys, to_values = _backward_rows(of, ends[:, text:], keys, values, to_keys, to_values)
+            own_out, own_norm, own_to_out = (_alone(x, real.shape[1]) for x in of[1:])
+            own_shared = _shared(own_out, own_to_out)
+            to_own, *own = _gradients(*_own(q, k, v, real, rows), own_norm, own_shared, own_to_out)
+            to_blocks = to_blocks + _beside(to_own, q.shape[0])
+        to_q = jnp.concatenate([to_q, to_blocks], axis=3)
+    sides = [side[:, :, None, :text] for side in (to_keys, to_values)]
+    for i, side in enumerate(own):
+        sides[i] = jnp.concatenate([sides[i], _beside(side[:, :, None], q.shape[0])], axis=3)
+    return to_q.astype(q.dtype), *sides
+
+
+def _backward_rows(of, ends, keys, values, to_keys, to_values):
+    """Gradient float32 [B, K, G, T, H] of rows over their prefixes, added to the keys' and values' what these get.
+
+    of: the rows, their output, log-sum-exp and the output's gradient.
+    """
+
+    def step(carry, xs):
+        rows, out, norm, to_out, ends = xs
+        shared = _shared(out, to_out)
+
+        def read(first, width, carry):
+            to_rows, to_keys, to_values = carry
+            near_keys, near_values = _near(keys, first, width), _near(values, first, width)
+            more, to_near_keys, to_near_values = _gradients(
+                rows, near_keys, near_values, _seen(ends, first, width), norm, shared, to_out
+            )
+            return to_rows + more, _add(to_keys, to_near_keys, first), _add(to_values, to_near_values, first)
+
+        to_rows, *carry = _over_keys(read, ends, keys.shape[2], (jnp.zeros(rows.shape, jnp.float32), *carry))
+        return tuple(carry), to_rows
+
+    xs = (*map(_pieces, of), _pieces(ends, 1))
+    (to_keys, to_values), to_rows = _scan(step, (to_keys, to_values), xs)
+    return _whole(to_rows, of[0].shape[3]), to_keys, to_values
+
+
+def _shared(out, to_out):
+    """float32 [B, K, G, T, 1]: what normalising takes from the gradient of each of a row's weights."""
+    return jnp.sum(out.astype(jnp.float32) * to_out.astype(jnp.float32), axis=-1, keepdims=True)
+
+
+def _gradients(rows, keys, values, seen, norm, shared, to_out):
+    """float32 gradients of rows [B, K, G, T, H], keys and values [B, K, S, H] by these keys' part of the output."""
+    weights = jnp.exp(jnp.where(seen, scores_of(rows, keys), HIDDEN) - norm)
+    to_weights = by_keys(to_out, jnp.swapaxes(values, 2, 3))
+    to_scores = (weights * (to_weights - shared) * rows.shape[-1] ** -0.5).astype(rows.dtype)
+    return by_keys(to_scores, keys), by_rows(to_scores, rows), by_rows(weights.astype(to_out.dtype), to_out)
