@@ -30,7 +30,7 @@ SCORES = 2**22  # bytes
 class Before(NamedTuple):
     """Every row sees the keys before `end`, those behind itself too."""
 
-    end: jax.Array  # int32 [B]
+    end: jax.Array  # int32 [B]; what lies behind the last key counts as that
 
 
 class BlockMask(NamedTuple):
@@ -62,6 +62,7 @@ def attend_pieces(q, k, v, visible: Before | BlockMask | None) -> jax.Array:
         ends = jnp.broadcast_to(1 + jnp.arange(text, dtype=jnp.int32)[None], (B, text))
     if isinstance(visible, BlockMask):
         ends = jnp.concatenate([ends, jnp.repeat(visible.anchor + 1, rows, axis=1)], axis=1)
+    ends = jnp.minimum(ends, text)  # there are no pieces of keys behind the text
     queries = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)
     keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     out = _attention(queries, keys, values, ends, real, rows)
