@@ -14,6 +14,9 @@ Decoding: one round at full caches. `minimum` is what a round must read: the wei
 mixture of experts those that are expected to be active; an embedding that is no head is only looked up), and the
 caches once as they are placed. On TPU a ratio below 1 is real: small arrays stay in on-chip memory across rounds.
 
+`once` is what a call costs beside its rounds, `copies` the large ones within a round, `not aliased` what of the state
+is not updated in place. A `prefill` is one chunk, the last of a prompt that fills the cache.
+
 Training: one step. `ideal` counts every product of the forward pass once and of the backward pass twice, nothing twice
 for memory's sake. `allowed` is what the placement itself costs: weights gathered, gradients reduced, and under tensor
 parallelism the activations that are summed.
@@ -170,6 +173,11 @@ def drafter_params(mesh, dtype):
     return placed(mesh, params, logical_axes(model) | {"special": SPECIAL_AXES})
 
 
+def held_gb(**trees) -> dict[str, float]:
+    """What a device holds of each."""
+    return {name: bytes_per_device(tree) / 1e9 for name, tree in trees.items()}
+
+
 # Decoding
 
 
@@ -242,6 +250,7 @@ def measure_decoding(case: Decoding, compiled, args) -> dict:
     one = program.whole() if case.prefill else program.per_round()
     minimum = minimum_bytes(case, args)
     state = args[4] if case.prefill else args[3]
+    caches = state if case.prefill else (state.cache, state.drafter)
     result = {
         "round_gb": one.hbm_bytes / 1e9,
         "minimum_gb": minimum / 1e9,
@@ -249,6 +258,7 @@ def measure_decoding(case: Decoding, compiled, args) -> dict:
         "once_gb": 0.0 if case.prefill else program.once().hbm_bytes / 1e9,
         "round_copies_gb": one.large_copies.bytes / 1e9,
         "flops": one.flops,
+        "held_gb": held_gb(parameters=(args[2:4] if case.prefill else args[1:3]), caches=caches),
         "not_aliased_gb": max(0, bytes_per_device(state) - memory.aliased) / 1e9,
     }
     return result | {"program": program, "cost": one, "memory": memory}
@@ -275,8 +285,9 @@ def training_arguments(case: Training):
     fixed, teacher = {}, MODELS.get(case.teacher)
     if teacher:
         fixed = placed(mesh, abstract_params(teacher, jnp.bfloat16), logical_axes(teacher))
+    build = Build.of("tpu")
     run = training.make_step(
-        drafter_loss(method, teacher, Build.of("tpu").remat), optimizer, steps, build=Build.of("tpu"),
+        drafter_loss(method, teacher, build.remat), optimizer, steps, build=build,
         shardings=jax.tree.map(lambda x: x.sharding, state),
     )  # fmt: skip
     return mesh, run, (state, batch, fixed), {}
@@ -339,6 +350,7 @@ def measure_training(case: Training, compiled, args) -> dict:
         "hbm_gb": one.hbm_bytes / 1e9,
         "collectives_gb": one.collectives.bytes / 1e9,
         "allowed_gb": allowed_collectives(case) / 1e9,
+        "held_gb": held_gb(parameters=(args[0].params, args[2]), optimizer=args[0].optimizer),
     }
     return result | {"program": program, "cost": one, "memory": memory}
 
@@ -379,27 +391,36 @@ def measure(name: str, dearest: int, text: str | None) -> dict:
     return result
 
 
+HEADS = {
+    Decoding: ("case", "round GB", "minimum", "ratio", "once GB", "copies GB", "collectives", "parameters / caches GB",
+               "arguments / peak GB", "not aliased GB"),
+    Training: ("case", "peak GB", "flops / ideal", "HBM GB", "collectives GB", "allowed GB", "collectives",
+               "parameters / optimizer GB", "arguments / peak GB"),
+}  # fmt: skip
+
+
+def table_row(cells) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
 def shown(result: dict) -> str:
+    """One row of the table of its kind."""
     if "error" in result:
-        return f"{result['case']:28} does not compile: {result['error']}"
+        return table_row([result["case"], f"does not compile: {result['error']}"])
     memory = {name: value / 1e9 for name, value in result["memory"].items()}
-    kinds = ", ".join(f"{kind} {total['count']:.0f}x {total['bytes'] / 1e6:.1f} MB"
-                      for kind, total in result["collectives"].items())  # fmt: skip
-    count = sum(total["count"] for total in result["collectives"].values())
-    size = sum(total["bytes"] for total in result["collectives"].values()) / 1e6
-    sizes = f"arguments {memory['arguments']:.2f}, peak {memory['peak']:.2f} GB"
+    totals = result["collectives"]
+    count, size = (sum(total[key] for total in totals.values()) for key in ("count", "bytes"))
+    kinds = ", ".join(f"{kind} {total['count']:.0f}, {total['bytes'] / 1e6:.1f} MB" for kind, total in totals.items())
+    held = " / ".join(f"{value:.2f}" for value in result["held_gb"].values())
+    sizes = f"{memory['arguments']:.2f} / {memory['peak']:.2f}"
     if "ratio" in result:
-        return (
-            f"{result['case']:28} round {result['round_gb']:.3f} GB, minimum {result['minimum_gb']:.3f}, "
-            f"ratio {result['ratio']:.2f}; once {result['once_gb']:.2f} GB; copies {result['round_copies_gb']:.2f} GB; "
-            f"collectives {count:.0f}, {size:.1f} MB ({kinds}); {sizes}; "
-            f"not aliased {result['not_aliased_gb']:.2f} GB"
-        )
-    return (
-        f"{result['case']:28} peak {memory['peak']:.2f} GB, flops / ideal {result['flops_ratio']:.2f} "
-        f"(ideal {result['ideal_flops'] / 1e12:.1f} TFLOP), HBM {result['hbm_gb']:.0f} GB, "
-        f"collectives {size / 1e3:.2f} GB, allowed {result['allowed_gb']:.2f} ({kinds}); {sizes}"
-    )
+        cells = [f"{result['round_gb']:.3f}", f"{result['minimum_gb']:.3f}", f"{result['ratio']:.2f}",
+                 f"{result['once_gb']:.2f}", f"{result['round_copies_gb']:.2f}", f"{count:.0f}, {size / 1e6:.1f} MB",
+                 held, sizes, f"{result['not_aliased_gb']:.2f}"]  # fmt: skip
+    else:
+        cells = [f"{memory['peak']:.2f}", f"{result['flops_ratio']:.2f}", f"{result['hbm_gb']:.0f}",
+                 f"{size / 1e9:.2f}", f"{result['allowed_gb']:.2f}", kinds, held, sizes]  # fmt: skip
+    return table_row([result["case"], *cells])
 
 
 def shown_steps(result: dict) -> list[str]:
@@ -447,8 +468,11 @@ def main():
     versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "libtpu": libtpu_version()}
     if len(names) > 1 or not args.json:
         print(", ".join(f"{name} {version}" for name, version in versions.items()))
-    results = []
+    results, kind = [], None
     for name in names:
+        if kind is not type(CASES[name]):
+            kind = type(CASES[name])
+            print("", table_row(HEADS[kind]), table_row(["---"] * len(HEADS[kind])), sep="\n")
         alone = len(names) == 1
         result = measure(name, args.dearest, args.text) if alone else in_its_own_process(name, args.dearest, args.quick)
         results.append(result)

@@ -20,14 +20,17 @@ from deer_jax.sharding import divides, here, on_shards
 # The name of what the backward pass keeps, for a policy of jax.checkpoint: output and log-sum-exp.
 SAVED = "attention"
 
-ROWS, KEYS = 256, 256  # of a piece, at most
-SCORES = 2**24  # bytes of one piece's scores, at most
+# Of a piece, at most. Its scores are to stay in what is fast (a TPU's on-chip memory, a CPU's cache), with the few
+# arrays of the same size that become of them: at these sizes none of them is written out on v5e, and products are still
+# large enough. Where heads are many, a piece has one row of the batch; where they are few, several.
+ROWS, KEYS = 256, 256
+SCORES = 2**22  # bytes
 
 
 class Before(NamedTuple):
     """Every row sees the keys before `end`, those behind itself too."""
 
-    end: jax.Array  # int32 [B]
+    end: jax.Array  # int32 [B]; what lies behind the last key counts as that
 
 
 class BlockMask(NamedTuple):
@@ -59,6 +62,7 @@ def attend_pieces(q, k, v, visible: Before | BlockMask | None) -> jax.Array:
         ends = jnp.broadcast_to(1 + jnp.arange(text, dtype=jnp.int32)[None], (B, text))
     if isinstance(visible, BlockMask):
         ends = jnp.concatenate([ends, jnp.repeat(visible.anchor + 1, rows, axis=1)], axis=1)
+    ends = jnp.minimum(ends, text)  # there are no pieces of keys behind the text
     queries = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)
     keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     out = _attention(queries, keys, values, ends, real, rows)
@@ -74,7 +78,7 @@ def _attention(q, k, v, ends, real, rows: int):
 def _forward(q, k, v, ends, real, rows: int):
     wide, narrow, flat = _partitions(q)
     run = on_shards(
-        functools.partial(_by_groups, functools.partial(_forward_group, rows)),
+        functools.partial(_forward_here, rows),
         (wide, narrow, narrow, flat, flat),
         (wide, wide),
     )
@@ -85,7 +89,7 @@ def _forward(q, k, v, ends, real, rows: int):
 def _backward(rows: int, kept, to_out):
     wide, narrow, flat = _partitions(kept[0])
     run = on_shards(
-        functools.partial(_by_groups, functools.partial(_backward_group, rows)),
+        functools.partial(_backward_here, rows),
         (wide, narrow, narrow, flat, flat, wide, wide, wide),
         (wide, wide, wide),
     )
@@ -106,19 +110,7 @@ def _partitions(q):
     return wide, here((B, K, T, H), batch, "kv_heads", None, None), here((B, T), batch, None)
 
 
-def _by_groups(function, q, *arrays):
-    """`function` over groups of batch rows, so many that the scores of a piece have SCORES bytes at most."""
-    B, K, G, T, _ = q.shape
-    one = 4 * K * G * min(ROWS, T) * min(KEYS, T)
-    size = max(b for b in range(1, B + 1) if B % b == 0 and (b == 1 or b * one <= SCORES))
-    if size == B:
-        return function(q, *arrays)
-    groups = jax.tree.map(lambda x: x.reshape(B // size, size, *x.shape[1:]), (q, *arrays))
-    out = lax.map(lambda group: function(*group), groups)
-    return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), out)
-
-
-def _forward_group(rows: int, q, k, v, ends, real):
+def _forward_here(rows: int, q, k, v, ends, real):
     """The output [B, K, G, T, H], and each row's log-sum-exp float32 [B, K, G, T, 1]; 0 if it sees nothing."""
     text, keys, values = _text(k, v, real, rows)
     with jax.named_scope("attend_text"):
@@ -160,21 +152,38 @@ def _beside(x, B: int):
     return jnp.moveaxis(x.reshape(B, -1, K, G, rows, width), 1, 3).reshape(B, K, G, -1, width)
 
 
-def _pieces(x, axis: int = 3):
-    """Rows along an axis, in pieces of equal length [n, ..], padded with zeros."""
-    count = -(-x.shape[axis] // ROWS)
-    width = -(-x.shape[axis] // count)
+def _together(q, keys) -> int:
+    """How many rows of the batch go into a piece: as many as keep its scores within SCORES bytes."""
+    B, K, G, T, _ = q.shape
+    one = 4 * K * G * min(ROWS, T) * min(KEYS, keys.shape[2])
+    return max(b for b in range(1, B + 1) if B % b == 0 and (b == 1 or b * one <= SCORES))
+
+
+def _pieces(x, batch: int, axis: int = 3):
+    """[B, ..] -> [n, batch, ..]: some of the batch's rows, and of those along an axis, padded with zeros at the end."""
+    length = x.shape[axis]
+    count = -(-length // ROWS)
+    width = -(-length // count)
     width += -width % 8 if count > 1 else 0  # whole tiles of a TPU's memory
     pad = [(0, 0)] * x.ndim
-    pad[axis] = (0, count * width - x.shape[axis])
+    pad[axis] = (0, count * width - length)
     x = jnp.pad(x, pad)
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], count, width, *x.shape[axis + 1 :]), axis, 0)
+    x = x.reshape(-1, batch, *x.shape[1:axis], count, width, *x.shape[axis + 1 :])
+    x = jnp.moveaxis(x, axis + 1, 1)
+    return x.reshape(-1, *x.shape[2:])
 
 
-def _whole(pieces, length: int):
-    """`_pieces` undone: [n, B, K, G, rows, x] -> [B, K, G, length, x]"""
-    x = jnp.moveaxis(pieces, 0, 3)
-    return x.reshape(*x.shape[:3], -1, x.shape[-1])[..., :length, :]
+def _whole(pieces, B: int, length: int):
+    """`_pieces` undone: [n, batch, K, G, rows, x] -> [B, K, G, length, x]"""
+    n, batch, K, G, _, width = pieces.shape
+    x = pieces.reshape(B // batch, n * batch // B, batch, *pieces.shape[2:])
+    return jnp.moveaxis(x, 1, 4).reshape(B, K, G, -1, width)[..., :length, :]
+
+
+def _firsts(pieces, B: int):
+    """int32 [n]: the first row of the batch in each of `_pieces`."""
+    n, batch = pieces.shape[:2]
+    return jnp.repeat(jnp.arange(B // batch, dtype=jnp.int32) * batch, n * batch // B)
 
 
 def _scan(step, carry, xs):
@@ -198,36 +207,42 @@ def _seen(ends, first, width: int):
     return (first + jnp.arange(width)).reshape(1, 1, 1, 1, -1) < ends[:, None, None, :, None]
 
 
-def _near(side, first, width: int):
-    """Keys or values [B, K, S, H] -> [B, K, width, H] from `first` on."""
-    return lax.dynamic_slice_in_dim(side, first, width, axis=2)
+def _near(side, at, batch: int, first, width: int):
+    """Keys or values [B, K, S, H] -> [batch, K, width, H], from the batch's row `at` and the key `first` on."""
+    _, K, _, H = side.shape
+    zero = jnp.zeros((), jnp.int32)
+    return lax.dynamic_slice(side, (at, zero, jnp.asarray(first, jnp.int32), zero), (batch, K, width, H))
 
 
-def _add(side, more, first):
-    """more [B, K, w, H] added to side [B, K, S, H] from `first` on."""
-    return lax.dynamic_update_slice_in_dim(side, _near(side, first, more.shape[2]) + more, first, axis=2)
+def _add(side, more, at, first):
+    """more [batch, K, width, H] added to side [B, K, S, H], where `_near` reads."""
+    zero = jnp.zeros((), jnp.int32)
+    more = _near(side, at, more.shape[0], first, more.shape[2]) + more
+    return lax.dynamic_update_slice(side, more, (at, zero, jnp.asarray(first, jnp.int32), zero))
 
 
 def _forward_rows(q, keys, values, ends, own: Part | None):
     """Output and log-sum-exp of rows over their prefixes, and over what their `own` part is of."""
-    others = None if own is None else Part(*map(_pieces, own))
+    B, batch = q.shape[0], _together(q, keys)
+    others = None if own is None else Part(*(_pieces(x, batch) for x in own))
 
     def step(carry, xs):
-        rows, ends, own = xs
+        at, rows, ends, own = xs
 
         def read(first, width, whole):
-            near_keys, near_values = _near(keys, first, width), _near(values, first, width)
+            near_keys, near_values = (_near(x, at, batch, first, width) for x in (keys, values))
             return merge(whole, part(rows, near_keys, near_values, _seen(ends, first, width)))
 
         whole = _over_keys(read, ends, keys.shape[2], nothing(rows) if own is None else own)
         norm = jnp.where(whole.total == 0, 0, whole.top + jnp.log(whole.total))
         return carry, (normalised(whole).astype(values.dtype), norm)
 
-    _, out = _scan(step, None, (_pieces(q), _pieces(ends, 1), others))
-    return tuple(_whole(x, q.shape[3]) for x in out)
+    pieces = _pieces(q, batch)
+    _, out = _scan(step, None, (_firsts(pieces, B), pieces, _pieces(ends, batch, 1), others))
+    return tuple(_whole(x, B, q.shape[3]) for x in out)
 
 
-def _backward_group(rows: int, q, k, v, ends, real, out, norm, to_out):
+def _backward_here(rows: int, q, k, v, ends, real, out, norm, to_out):
     """Gradients of q [B, K, G, T, H], and of k and v float32 [B, K, 1, T, H] by the query heads that are here."""
     text, keys, values = _text(k, v, real, rows)
     to_keys = to_values = jnp.zeros(keys.shape, jnp.float32)
@@ -256,24 +271,26 @@ def _backward_rows(of, ends, keys, values, to_keys, to_values):
     of: the rows, their output, log-sum-exp and the output's gradient.
     """
 
+    B, batch, T = of[0].shape[0], _together(of[0], keys), of[0].shape[3]
+
     def step(carry, xs):
-        rows, out, norm, to_out, ends = xs
+        at, rows, out, norm, to_out, ends = xs
         shared = _shared(out, to_out)
 
         def read(first, width, carry):
             to_rows, to_keys, to_values = carry
-            near_keys, near_values = _near(keys, first, width), _near(values, first, width)
-            more, to_near_keys, to_near_values = _gradients(
-                rows, near_keys, near_values, _seen(ends, first, width), norm, shared, to_out
-            )
-            return to_rows + more, _add(to_keys, to_near_keys, first), _add(to_values, to_near_values, first)
+            near_keys, near_values = (_near(x, at, batch, first, width) for x in (keys, values))
+            seen = _seen(ends, first, width)
+            more, *sides = _gradients(rows, near_keys, near_values, seen, norm, shared, to_out)
+            return to_rows + more, _add(to_keys, sides[0], at, first), _add(to_values, sides[1], at, first)
 
         to_rows, *carry = _over_keys(read, ends, keys.shape[2], (jnp.zeros(rows.shape, jnp.float32), *carry))
         return tuple(carry), to_rows
 
-    xs = (*map(_pieces, of), _pieces(ends, 1))
+    pieces = [_pieces(x, batch) for x in of]
+    xs = (_firsts(pieces[0], B), *pieces, _pieces(ends, batch, 1))
     (to_keys, to_values), to_rows = _scan(step, (to_keys, to_values), xs)
-    return _whole(to_rows, of[0].shape[3]), to_keys, to_values
+    return _whole(to_rows, B, T), to_keys, to_values
 
 
 def _shared(out, to_out):

@@ -10,7 +10,7 @@
 - arrays in on-chip memory (`S(1)` in the layout of a TPU program) cost nothing; on CPU every array counts;
 - a fusion reads what it uses of an operand: a slice or gather its result, an update in place nothing; and writes what
   is new: an update in place the update alone;
-- the body of a loop counts as often as it runs: as the compiler says (CPU), as its condition `i < N` says (TPU), or as
+- the body of a loop counts as often as it runs: as the compiler says (CPU), as `i < N` and `i + 1` say (TPU), or as
   the caller says (`trips`); other loops count once and are listed in `unresolved`;
 - of the branches of a conditional the dearest counts;
 - flops are those of products (dot and convolution), 2 per multiplication and addition. A convolution counts the pairs
@@ -185,9 +185,17 @@ class Program:
         if root.op == "compare" and "direction=LT" in root.attrs:
             limit, counter = condition.get(root.args[1]), condition.get(root.args[0])
             if limit and counter and limit.op == "constant" and counter.op == "get-tuple-element":
-                return int(limit.args[0])
+                return math.ceil(int(limit.args[0]) / self._stride(loop, counter))
         origin = self.text.origin(loop)
         return next((count for key, count in self._trips_of.items() if key in origin), None)
+
+    def _stride(self, loop: Instruction, counter: Instruction) -> int:
+        """What a pass of a loop adds to its counter; more than 1 where the compiler has unrolled it."""
+        place = re.search(r"index=(\d+)", counter.attrs)
+        lines, root = self.text.computations[loop.called("body")], self.text.root(loop.called("body"))
+        grown = lines[root.args[int(place[1])]] if place and root.op == "tuple" else root
+        added = [lines[name] for name in grown.args if lines[name].op == "constant"] if grown.op == "add" else []
+        return int(added[0].args[0]) if added else 1
 
     def _walk(
         self, computation: str, times: float = 1, loops: tuple[str, ...] = (), without: Instruction | None = None

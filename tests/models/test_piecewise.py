@@ -46,7 +46,7 @@ def masks(text):
     """Every kind over a text, and how many rows there are."""
     return {
         "causal": (text, None),
-        "before": (text, Before(np.array([text, text // 3], np.int32))),
+        "before": (text, Before(np.array([text + 50, text // 3], np.int32))),
         "nothing": (text, Before(np.array([0, 1], np.int32))),
         "blocks": (text + M * R, block_mask(text)),
     }

@@ -224,6 +224,11 @@ def test_of_a_tpu_program_what_is_on_chip_costs_nothing():
         found.per_round()
 
 
+def test_a_loop_that_the_compiler_unrolled_runs_less_often():
+    found = Program(TPU_LOOP.replace("%one = s32[]{:T(128)} constant(1)", "%one = s32[]{:T(128)} constant(2)"))
+    assert found.whole().flops == 6 * 2 * 8 * 512 * 256
+
+
 # A collective that runs beside other work: begun, carried on and ended in three fusions.
 TPU_ASYNC = """HloModule jit_run, is_scheduled=true
 
