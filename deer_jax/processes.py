@@ -4,7 +4,8 @@ Every process runs the same program and calls the functions here in the same ord
 read or was told reaches the others through them. With one process they cost nothing.
 
     lead()  who writes files and says things       led(f)      done by the lead, its text or its error for all
-    agree(flag)  whether any says so               same(...)   InputError if they were started differently
+    agree(flag)  whether any says so               every(f)    done by each, the texts or the first error for all
+    least(n)  the smallest number                  same(...)   InputError if they were started differently
     Share   which rows of a batch to read          fetch(tree) whole arrays on every host
 """
 
@@ -14,7 +15,7 @@ import importlib.metadata
 import json
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -205,22 +206,43 @@ def total(*numbers: int) -> list[int]:
     return np.sum([json.loads(each) for each in gather(json.dumps(numbers))], axis=0).tolist()
 
 
+def least(number: int) -> int:
+    """The smallest of the processes' numbers."""
+    return min(map(int, gather(str(number)))) if count() > 1 else number
+
+
 def led(function: Callable[[], str | None]) -> str:
     """What the lead alone does: its text for all. An InputError or RunError of it is raised by all."""
+    return every(function if lead() else lambda: "")[0]
+
+
+def every(function: Callable[[], str | None]) -> list[str]:
+    """What each does by itself: the texts of all. An InputError or RunError of any, the first one's, is raised by
+    all."""
     if count() == 1:
-        return function() or ""
-    outcome, error = ["", ""], None
-    if lead():
-        try:
-            outcome = ["done", function() or ""]
-        except (InputError, RunError) as found:
-            error, outcome = found, ["input" if isinstance(found, InputError) else "run", str(found)]
-    kind, text = json.loads(share(json.dumps(outcome)))
+        return [function() or ""]
+    error = None
+    try:
+        outcome = ["done", function() or ""]
+    except (InputError, RunError) as found:
+        error, outcome = found, ["input" if isinstance(found, InputError) else "run", str(found)]
+    outcomes = [json.loads(each) for each in gather(json.dumps(outcome))]
     if error is not None:
         raise error
-    if kind != "done":
-        raise (InputError if kind == "input" else RunError)(text)
-    return text
+    for kind, text in outcomes:
+        if kind != "done":
+            raise (InputError if kind == "input" else RunError)(text)
+    return [text for _, text in outcomes]
+
+
+def check_devices(devices: Iterable[jax.Device]) -> None:
+    """InputError unless every process has some of these devices."""
+    found = {device.process_index for device in devices}
+    if len(found) < count():
+        raise InputError(
+            f"{count()} processes run this, and the mesh has devices of {len(found)} of them; several processes need a "
+            f"mesh over their {jax.device_count()} devices together"
+        )
 
 
 def same(values: Mapping[str, Any]) -> None:
@@ -270,12 +292,11 @@ def fetch(tree: Any) -> Any:
     """The arrays of a tree as whole NumPy arrays on every host, also where their parts lie on others; one at a time."""
     if count() == 1:
         return jax.device_get(tree)
-    return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
 
+    def whole(x):
+        return jax.device_get(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
-def alone(tree: Any) -> Any:
-    """The arrays of a tree whole on one device of this process."""
-    return jax.device_put(fetch(tree), jax.local_devices()[0])
+    return jax.tree.map(lambda x: np.asarray(whole(x)), tree)
 
 
 class Share:

@@ -235,6 +235,26 @@ def placements(mesh: Mesh, tree: Any, axes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree, axes)
 
 
+def spans(mesh: Mesh | None) -> bool:
+    """Whether a mesh has devices of several processes."""
+    return mesh is not None and mesh.is_multi_process
+
+
+def put(x: Any, where: NamedSharding | None) -> jax.Array:
+    """An array of the host, which every process that has devices there holds, on these devices; None: the default."""
+    if where is None or where.is_fully_addressable:
+        return jax.device_put(x, where)
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(put(jax.random.key_data(x), where))
+    return jax.make_array_from_callback(np.shape(x), where, np.asarray(x).__getitem__)
+
+
+@functools.lru_cache
+def everywhere(mesh: Mesh) -> Callable:
+    """A jitted function: the arrays of a tree, whole on every device of the mesh."""
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same values on every device of the mesh."""
     return NamedSharding(factored(mesh), P())

@@ -14,8 +14,11 @@ from deer_jax.cli.common import (
     known_digests,
 )
 from deer_jax.cli.options import parse
-from deer_jax.cli.progress import Reporter, say
-from deer_jax.data.answers import state_path
+from deer_jax.cli.processes import ProcessOptions
+from deer_jax.cli.progress import Reporter, say, silent
+from deer_jax.cli.stopping import ending_together, interrupted
+from deer_jax.data.answer_writer import state_path
+from deer_jax.data.answers import shard_numbers, shard_path
 from deer_jax.data.sources import Prompt, placed
 from deer_jax.decoding.answers import AnswersReport, answers
 from deer_jax.errors import InputError
@@ -27,11 +30,12 @@ EXAMPLE = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(ConfigOptions, PromptOptions, TargetOptions):
+class Options(ProcessOptions, ConfigOptions, PromptOptions, TargetOptions):
     """Let a target answer prompts, by plain decoding: the training set of its drafter.
 
     Answers are appended to the output as they are finished. A run that was stopped goes on when the same command is
-    given again."""
+    given again. Of several processes each writes a shard beside the output, answers.shard-1.jsonl and so on; align
+    reads them all when it is given the output."""
 
     output: Annotated[
         Path, "append the answers to this file, one JSON object per line; FILE.state.json is put beside it"
@@ -59,17 +63,23 @@ class Options(ConfigOptions, PromptOptions, TargetOptions):
 
 def run(argv: Sequence[str]) -> None:
     options = parse(Options, "answers", argv, EXAMPLE)
+    options.join()
     prompts = None
     if not options.from_bos:
         prompts = options.read(whole=options.prefix is not None, allow_empty=True)
     elif any(getattr(options, field.name) != field.default for field in dataclasses.fields(PromptOptions)):
         raise InputError("--from-bos continues from BOS alone: without options about prompts")
-    companion = state_path(options.output) if options.output.name else None
-    check_distinct([options.output, companion], [options.prompts, options.config, options.target])
+    check_distinct(files(options.output), [options.prompts, options.config, options.target])
     check_writable(options.output)
-    target = options.load_target(known_digests(options.output, verify=options.verify))
-    try:
-        with placed(prompts or [FROM_BOS]), Reporter("answering") as reporter:
+    kept = f"{options.output} keeps what is done; the same command goes on from there"
+    with ending_together("this part of the answers", kept) as check:
+
+        def show(done: int, total: int, speed: float) -> None:
+            check()
+            reporter.show(done, total, f"{speed:,.0f} tokens/s")
+
+        target = options.load_target(known_digests(options.output, verify=options.verify))
+        with placed(prompts or [FROM_BOS]), Reporter("answering") as reporter, interrupted(kept):
             report = answers(
                 target,
                 None if prompts is None else [prompt.content for prompt in prompts],
@@ -84,11 +94,18 @@ def run(argv: Sequence[str]) -> None:
                 seed=options.seed,
                 batch_size=options.batch_size,
                 template_arguments=options.template_arguments(),
-                progress=lambda done, total, speed: reporter.show(done, total, f"{speed:,.0f} tokens/s"),
+                progress=show,
             )
-    except KeyboardInterrupt as error:
-        raise type(error)(f"{options.output} keeps what is done; the same command goes on from there") from None
-    say(f"{options.output}: {summary(report, options, target.config.context)}")
+    if not silent():
+        say(f"{options.output}: {summary(report, options, target.config.context)}")
+
+
+def files(output: Path) -> list[Path]:
+    """An output with its shards and what is kept beside them."""
+    if not output.name:
+        return [output]
+    shards = [shard_path(output, number) for number in (0, *shard_numbers(output))]
+    return [path for shard in shards for path in (shard, state_path(shard))]
 
 
 def summary(report: AnswersReport, options: Options, context: int) -> str:

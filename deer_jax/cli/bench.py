@@ -21,7 +21,9 @@ from deer_jax.cli.common import (
     write_json,
 )
 from deer_jax.cli.options import Source, parse
-from deer_jax.cli.progress import Reporter
+from deer_jax.cli.processes import ProcessOptions
+from deer_jax.cli.progress import Reporter, silent
+from deer_jax.cli.stopping import ending_together
 from deer_jax.data.sources import placed
 from deer_jax.errors import InputError
 
@@ -32,7 +34,7 @@ EXAMPLE = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(OutputOptions, DecodeOptions, PromptOptions, ModelOptions):
+class Options(ProcessOptions, OutputOptions, DecodeOptions, PromptOptions, ModelOptions):
     """Measure acceptance length and speed of drafters against plain decoding, in one run on the same prompts."""
 
     drafter: Annotated[tuple[Source, ...], f"{DRAFTER_HELP}; repeatable", "[NAME=]SOURCE"]
@@ -55,6 +57,7 @@ class Options(OutputOptions, DecodeOptions, PromptOptions, ModelOptions):
 
 def run(argv: Sequence[str]) -> None:
     options = parse(Options, "bench", argv, EXAMPLE)
+    options.join()
     arguments = options.arguments() | {"template_arguments": options.template_arguments()}
     sources = named(options.drafter)
     prompts = options.read()
@@ -67,13 +70,21 @@ def run(argv: Sequence[str]) -> None:
         curves = read_curves(options.curve)
     elif options.curve:
         raise InputError("--curve is drawn into a folder: add --plot FOLDER")
-    target, drafters = options.load(list(sources.values()))
-    with placed(prompts), Reporter("measuring, runs") as reporter:
-        report = bench(
-            target, [prompt.content for prompt in prompts], drafters=dict(zip(sources, drafters, strict=True)),
-            draft_lengths=options.draft_lengths, batch_size=options.batch_size, repeats=options.repeats,
-            progress=reporter.show, command=shlex.join(["deer-jax", "bench", *argv]), **arguments,
-        )  # fmt: skip
+    with ending_together("this run") as check:
+
+        def progress(done: int, total: int, method: str) -> None:
+            check()
+            reporter.show(done, total, method)
+
+        target, drafters = options.load(list(sources.values()))
+        with placed(prompts), Reporter("measuring, runs") as reporter:
+            report = bench(
+                target, [prompt.content for prompt in prompts], drafters=dict(zip(sources, drafters, strict=True)),
+                draft_lengths=options.draft_lengths, batch_size=options.batch_size, repeats=options.repeats,
+                progress=progress, command=shlex.join(["deer-jax", "bench", *argv]), **arguments,
+            )  # fmt: skip
+    if silent():
+        return
     show(table(report))
     if options.json:
         write_json(options.json, report.as_dict())

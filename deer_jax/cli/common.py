@@ -1,21 +1,24 @@
 """Options that several verbs share, and what they are turned into."""
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
+from deer_jax import processes
 from deer_jax.checkpoints.drafters import FROM_TARGET, load_drafter
 from deer_jax.checkpoints.load import load_target
 from deer_jax.cli.options import Source
 from deer_jax.cli.progress import Reporter
 from deer_jax.config import DrafterConfig, Sampling
-from deer_jax.data.answers import read_state
+from deer_jax.data.answer_writer import read_state
 from deer_jax.data.chats import as_chat, is_chat
 from deer_jax.data.sources import Prompt, read_prompts, template_arguments
 from deer_jax.digests import Digests
@@ -50,6 +53,7 @@ class TargetOptions:
     def load_target(self, digests: Digests | None = None) -> Target:
         """digests: see `load_target`."""
         mesh = None if self.mesh is None else make_mesh(**dataclasses.asdict(self.mesh))
+        processes.check_devices(jax.local_devices()[:1] if mesh is None else mesh.devices.flat)
         with Reporter("loading, bytes") as reporter:
             return load_target(self.target, dtype=self.dtype, mesh=mesh, progress=reporter.show, digests=digests)
 
@@ -179,10 +183,14 @@ def known_digests(output: Path, *, verify: bool = False) -> Digests:
 
     verify: read every file anyway.
     """
-    read_state(output)
-    with Lock(output):  # one that is being written is refused here, before a model is loaded
-        state = read_state(output)
-    return Digests(state.files if state else None, verify=verify)
+
+    def known() -> str:
+        read_state(output)
+        with Lock(output):  # one that is being written is refused here, before a model is loaded
+            state = read_state(output)
+        return json.dumps(state.files if state else None)
+
+    return Digests(json.loads(processes.led(known)), verify=verify)
 
 
 def show(table: Table) -> None:

@@ -19,8 +19,10 @@ from deer_jax.cli.common import (
     write_json,
 )
 from deer_jax.cli.options import Source, parse
-from deer_jax.cli.progress import Reporter, say
-from deer_jax.data.answers import state_path
+from deer_jax.cli.processes import ProcessOptions
+from deer_jax.cli.progress import Reporter, say, silent
+from deer_jax.cli.stopping import ending_together, interrupted
+from deer_jax.data.answer_writer import state_path
 from deer_jax.data.sources import Prompt, placed
 from deer_jax.decoding.decode import decode
 from deer_jax.decoding.state import DecodeResult, DecodeStats
@@ -31,7 +33,7 @@ EXAMPLE = 'deer-jax decode --target models/stories260k --drafter from-target --p
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(OutputOptions, DecodeOptions, PromptOptions, ModelOptions):
+class Options(ProcessOptions, OutputOptions, DecodeOptions, PromptOptions, ModelOptions):
     """Decode prompts with a target. A drafter makes it faster and leaves the answers as they are."""
 
     drafter: Annotated[Source | None, f"{DRAFTER_HELP}; without one, plain decoding", "SOURCE"] = None
@@ -52,6 +54,7 @@ class Options(OutputOptions, DecodeOptions, PromptOptions, ModelOptions):
 
 def run(argv: Sequence[str]) -> None:
     options = parse(Options, "decode", argv, EXAMPLE)
+    options.join()
     arguments = options.arguments() | {"template_arguments": options.template_arguments()}
     prompts = options.read()
     companion = state_path(options.output) if options.output and options.output.name else None
@@ -64,27 +67,32 @@ def run(argv: Sequence[str]) -> None:
         raise InputError("--stream prints the answer to one prompt: without --output, --json and --batch-size")
     if options.verify and not options.output:
         raise InputError("--verify is about going on with an --output: add it")
-    digests = known_digests(options.output, verify=options.verify) if options.output else None
-    target, drafters = options.load([options.drafter] if options.drafter else [], digests)
-    arguments |= {"drafter": drafters[0] if drafters else None, "draft_length": options.draft_length}
-    contents = [prompt.content for prompt in prompts]
+    kept = f"{options.output} keeps what is done; the same command goes on from there" if options.output else ""
+    with ending_together("this part of the answers", kept) as check:
 
-    if options.stream:
-        with placed(prompts):
-            for piece in stream(target, contents, **arguments, finished=lambda stats: report(stats, "\n")):
-                print(piece, end="", flush=True)
-        return
-    try:
-        with placed(prompts), Reporter("decoding") as reporter:
+        def show(done: int, total: int, tokens: int) -> None:
+            check()
+            reporter.show(done, total, f"{tokens:,} tokens")
+
+        digests = known_digests(options.output, verify=options.verify) if options.output else None
+        target, drafters = options.load([options.drafter] if options.drafter else [], digests)
+        arguments |= {"drafter": drafters[0] if drafters else None, "draft_length": options.draft_length}
+        contents = [prompt.content for prompt in prompts]
+        if options.stream:
+            with placed(prompts):
+                for piece in stream(target, contents, **arguments, finished=lambda stats: report(stats, "\n")):
+                    check()
+                    if not silent():
+                        print(piece, end="", flush=True)
+            return
+        with placed(prompts), Reporter("decoding") as reporter, interrupted(kept):
             result = decode(
                 target, contents, **arguments, batch_size=options.batch_size, time_prefill=True,
                 output=options.output, ids=[prompt.id for prompt in prompts] if options.output else None,
-                progress=lambda done, total, tokens: reporter.show(done, total, f"{tokens:,} tokens"),
+                progress=show,
             )  # fmt: skip
-    except KeyboardInterrupt as error:
-        if options.output is None:
-            raise
-        raise type(error)(f"{options.output} keeps what is done; the same command goes on from there") from None
+    if silent():
+        return
     if not options.output:
         for row in rows(prompts, result):
             print(f"== {row['id']} ({row['new_tokens']} tokens, {row['rounds']} rounds)")
@@ -96,6 +104,8 @@ def run(argv: Sequence[str]) -> None:
 
 def report(stats: DecodeStats, before: str = "", output: Path | None = None) -> None:
     """The numbers, on one line of stderr; `before` ends the answer on stdout."""
+    if silent():
+        return
     print(before, end="", flush=True)
     made = sum(stats.new_tokens) - stats.resumed_tokens
     count = f"{len(stats.new_tokens):,} answers"

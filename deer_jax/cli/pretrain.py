@@ -10,7 +10,8 @@ from deer_jax.cli.common import show
 from deer_jax.cli.options import parse
 from deer_jax.cli.processes import ProcessOptions
 from deer_jax.cli.progress import Reporter, silent
-from deer_jax.cli.training import RecipeOptions, asked_to_stop, report_end
+from deer_jax.cli.stopping import asked_to_stop
+from deer_jax.cli.training import RecipeOptions, report_end
 from deer_jax.training.pretrain import PretrainReport, pretrain
 from deer_jax.training.recipe import pretrain_recipe_from
 

@@ -1,17 +1,12 @@
-"""What the verbs that train share: a recipe's options, stopping on request, and the last line."""
+"""What the verbs that train share: a recipe's options, and the last line."""
 
 import dataclasses
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-from deer_jax import processes
 from deer_jax.cli.common import check_distinct, check_writable, write_json
 from deer_jax.cli.progress import say, silent
-from deer_jax.errors import Terminated
+from deer_jax.cli.stopping import Stopping
 from deer_jax.formats import read_yaml
 from deer_jax.training.loop import TrainReport
 from deer_jax.training.recipe import with_settings
@@ -37,25 +32,6 @@ class RecipeOptions:
         return with_settings(read_yaml(self.recipe), self.set)
 
 
-class Stopping:
-    """Whether the program was asked to stop, and by which signal."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def is_set(self) -> bool:
-        return self.signal is not None
-
-    def agree(self) -> None:
-        """All processes end alike, whichever was told: by SIGTERM, if one was."""
-        if processes.agree(self.signal == signal.SIGTERM):
-            self.signal = signal.SIGTERM
-
-    def interruption(self, line: str) -> KeyboardInterrupt:
-        """What to raise: it decides the exit status."""
-        return Terminated(line) if self.signal == signal.SIGTERM else KeyboardInterrupt(line)
-
-
 def report_end(options: RecipeOptions, report: TrainReport, stopping: Stopping) -> None:
     """Write the numbers, and say on one line what was done; an interruption, with its line, if it is not finished."""
     stopping.agree()
@@ -72,28 +48,3 @@ def report_end(options: RecipeOptions, report: TrainReport, stopping: Stopping) 
     best = "" if report.best is None else f"; the best checkpoint is that of step {report.best:,}"
     if not silent():
         say(f"{report.output}: {report.step:,} steps done, {speed}{best}")
-
-
-@contextmanager
-def asked_to_stop() -> Iterator[Stopping]:
-    """What Ctrl-C or SIGTERM sets; a second one interrupts at once."""
-    stopping = Stopping()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {each: signal.getsignal(each) for each in signals}
-
-    def ask(number, frame):
-        again, stopping.signal = stopping.is_set(), number
-        if again:
-            raise stopping.interruption("the same command goes on from the newest checkpoint")
-        say("stopping when this step or evaluation is done; once more stops at once")
-
-    if threading.current_thread() is not threading.main_thread():  # which alone hears of signals
-        yield stopping
-        return
-    for each in signals:
-        signal.signal(each, ask)
-    try:
-        yield stopping
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)

@@ -89,7 +89,8 @@ def cached_logits(target: Target, text: Sequence[int], k: int, offset: int, batc
     draft[:, :offset] = text[split:]
     with on_mesh(target.mesh):
         draft = engine.put(draft, "batch", None)
-        return np.asarray(_block_logits(target.config, target.params, engine.state, draft))[0, offset]
+        logits = _block_logits(target.config, target.params, engine.state, draft)
+    return engine.fetch(logits)[0, offset]
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from deer_jax import processes
 from deer_jax.config import Sampling
-from deer_jax.data.answers import AnswerWriter
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.decoding.checks import check_count, check_models, check_run
 from deer_jax.decoding.decode import ROUNDS_PER_SEGMENT, decoded, names_of, prompts_digest
 from deer_jax.decoding.engine import Engine, serve
+from deer_jax.decoding.output import Output
 from deer_jax.decoding.programs import capacity_for
 from deer_jax.decoding.prompts import encode_prompts, is_whole
 from deer_jax.digests import Digests
@@ -78,6 +79,10 @@ def answers(
     whatever the batch and however often the run was stopped: the same call on the same output goes on where it was,
     with the answers that were under way. What it needs for that is in OUTPUT.state.json.
 
+    Several processes, with a target on the devices of all of them, each write a shard of their own beside the output:
+    item i of n processes is in that of process i % n, answers.shard-2.jsonl of answers.jsonl; process 0 writes the
+    output itself. Another number of processes goes on from all of them.
+
     Args:
       prompts: as for `decode`; None continues from BOS alone, `samples` times. Empty prompts, and those that exceed the
         context with max_new_tokens, are skipped and counted.
@@ -108,7 +113,8 @@ def answers(
             raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
     if prefix is not None:
         _check_prefix(prefix, prompts)
-    with AnswerWriter(output) as writer:
+    processes.same({"batch_size": batch_size, "verify": verify})
+    with Output(output, sharded=True) as writer:
         work = _Work(
             target,
             [_opening(target)] if prompts is None else _texts(target, prompts, template_arguments, writer.begun),
@@ -159,7 +165,7 @@ class _Work:
             "prefix": None if self.prefix is None else list(map(int, self.prefix)), "seed": int(self.seed),
         }  # fmt: skip
 
-    def check_begun(self, writer: AnswerWriter) -> None:
+    def check_begun(self, writer: Output) -> None:
         """InputError if what runs, as the state has it, cannot be the beginning of an answer."""
         for item, tokens in writer.running.items():
             ids = tokens and (max(tokens) >= self.target.config.vocab_size or set(tokens) & set(self.target.stop_ids))
@@ -177,7 +183,7 @@ class _Work:
         }  # fmt: skip
         return found if self.fingerprint is None else found | {"tokenizer": self.fingerprint}
 
-    def run(self, writer: AnswerWriter, progress: Progress) -> AnswersReport:
+    def run(self, writer: Output, progress: Progress) -> AnswersReport:
         """Make the answers that the file lacks."""
         target, starts, samplings = self.target, self.starts, self.samplings
         resumed = len(writer.items)

@@ -1,5 +1,6 @@
 """What is checked before any work: models, numbers, lengths; and the engine that the work needs."""
 
+import hashlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from deer_jax import processes
 from deer_jax.config import Sampling
 from deer_jax.decoding.engine import Engine
 from deer_jax.decoding.programs import capacity_for
@@ -67,6 +69,9 @@ def prepare(
                 + (f" or give max_new_tokens <= {room}" if room > 0 else ""),
             )
         limits.append(len(prompt) + int(count))
+    if processes.count() > 1:  # they would wait for each other for ever
+        texts = hashlib.sha256(repr([prompts, limits, vars(sampling), ignore_stop]).encode()).hexdigest()
+        processes.same({"draft_length": k, "seed": seed, "batch_size": slots, "prompts and settings": texts})
     engine = Engine(
         target, drafter if k else None, k, sampling, seed, () if ignore_stop else target.stop_ids,
         min(slots, len(prompts)), capacity_for(limits, k),
@@ -94,12 +99,14 @@ def check_count(prompts: int, samples: int) -> None:
 
 
 def check_models(target: Any, drafter: Any = None) -> None:
-    """Refuse what is no target or no drafter: the name of one, or one for the other."""
+    """Refuse what is no target or no drafter: the name of one, or one for the other; and, with several processes, a
+    target that some of them have nothing of."""
     if not isinstance(target, Target):
         remedy = (
             "load it first, load_target(...)" if isinstance(target, str | Path) else "give what load_target returns"
         )
         raise InputError(f"target must be a Target, got {_what(target)}: {remedy}")
+    processes.check_devices(target.devices)
     names = ("name", "method", "params", "draft_length")
     if drafter is not None and not all(hasattr(drafter, name) for name in names):
         found = isinstance(drafter, str | Path)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deer_jax import processes
 from deer_jax.config import Sampling
-from deer_jax.data.answers import AnswerWriter
 from deer_jax.decoding.checks import check_models, prepare
 from deer_jax.decoding.engine import Engine, Row, serve
+from deer_jax.decoding.output import Output
 from deer_jax.decoding.prompts import encode_prompts
 from deer_jax.decoding.state import DecodeResult, DecodeStats
 from deer_jax.digests import combined
@@ -81,7 +83,7 @@ def decode(
         raise InputError("ids name the lines of an output: give output too")
     slots = DEFAULT_SLOTS if batch_size is None else batch_size
     with contextlib.ExitStack() as stack:
-        writer = None if output is None else stack.enter_context(AnswerWriter(output))
+        writer = None if output is None else stack.enter_context(Output(output, sharded=False))
         encoded = encode_prompts(target, prompts, template_arguments, now=writer.begun if writer else None)
         engine, limits = prepare(
             target, encoded, drafter, draft_length, max_new_tokens, sampling, seed, slots, ignore_stop
@@ -105,6 +107,8 @@ def decode(
                 settings, range(len(encoded)),
                 lambda row, where: done.__setitem__(row["item"], decoded_in(row, where, k, target.config.vocab_size)),
             )  # fmt: skip
+            if processes.count() > 1:
+                done = {item: Decoded(*row) for item, row in json.loads(processes.share(json.dumps([*done.items()])))}
         left = [i for i in range(len(encoded)) if i not in done]
         resumed_tokens = new_tokens = sum(len(row.tokens) for row in done.values())
 

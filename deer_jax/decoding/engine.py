@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from deer_jax import processes
 from deer_jax.config import Sampling
 from deer_jax.decoding import loop
 from deer_jax.decoding.finite import not_finite
@@ -20,7 +21,7 @@ from deer_jax.decoding.state import NONE, TARGET, DecodeState, StateShape, abstr
 from deer_jax.drafters.protocol import Drafter
 from deer_jax.errors import InputError, NotFiniteError
 from deer_jax.models.target import Target
-from deer_jax.sharding import batch_ways, on_mesh, placement
+from deer_jax.sharding import batch_ways, everywhere, on_mesh, placement, put, spans
 
 PREFILL_TOKENS = 32768  # prompt tokens one pass reads over all rows; bounds its activations
 
@@ -55,7 +56,8 @@ class Engine:
         check_memory(target, like)
         if target.mesh is None:
             return idle_state(shape, params)
-        return jax.jit(lambda: idle_state(shape, params), out_shardings=jax.tree.map(lambda x: x.sharding, like))()
+        where = jax.tree.map(lambda x: x.sharding, like)
+        return jax.jit(lambda params: idle_state(shape, params), out_shardings=where)(params)
 
     def _run(self, function, static: tuple, *args, **options):
         """Call a function of `loop` with static arguments first."""
@@ -109,7 +111,7 @@ class Engine:
 
     def put(self, x, *axes: str | None) -> jax.Array:
         """An array from the host, by its logical axes."""
-        return jax.device_put(x, placement(self.target.mesh, np.shape(x), axes))
+        return put(x, placement(self.target.mesh, np.shape(x), axes))
 
     def segment(self, max_rounds: int | None = None, max_done: int | None = None) -> dict[str, np.ndarray]:
         """Run rounds until all rows (or max_done) are done, or max_rounds have run; then the one fetch."""
@@ -131,16 +133,19 @@ class Engine:
         return not_finite(f"the drafter {self.drafter.name}", self.params[1], new_tokens)
 
     def fetch(self, tree):
-        """Copy to the host and wait: the only place that does."""
+        """Copy to the host, to that of every process, and wait: the only place that does."""
         self.fetches += 1
+        if spans(self.target.mesh):
+            tree = self._run(everywhere(self.target.mesh), (), tree)
         return jax.device_get(tree)
 
 
 def check_memory(target: Target, state: DecodeState) -> None:
-    """Refuse a state that does not fit beside what its devices already hold."""
+    """Refuse a state that does not fit beside what its devices already hold, on whichever process."""
     slots, capacity = state.tokens.shape
     needed = bytes_per_device(state)
-    available = free_bytes(target.devices)
+    ours = [device for device in target.devices if device.process_index == processes.number()]
+    available = processes.least(free_bytes(ours))
     if needed > available:
         fitting = available * slots // needed
         fits = f"{fitting} slots would fit; lower batch_size or max_new_tokens"

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from deer_jax import processes
 from deer_jax.build import Build
 from deer_jax.config import ModelConfig
 from deer_jax.digests import Digests, Stamp, combined
@@ -45,7 +46,7 @@ def params_digests(params: Params) -> dict[str, str]:
     """SHA-256 of every parameter, by its path; one at a time comes to the host."""
     return {
         jax.tree_util.keystr(path): hashlib.sha256(
-            np.ascontiguousarray(jax.device_get(x)).view(np.uint8).data
+            np.ascontiguousarray(processes.fetch(x)).view(np.uint8).data
         ).hexdigest()
         for path, x in jax.tree_util.tree_leaves_with_path(params)
     }

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deer_jax import processes
 from deer_jax.checkpoints.claims import WHOLE, Claim, claimed
 from deer_jax.checkpoints.drafters import (
     FROM_TARGET,
@@ -203,12 +202,8 @@ def work_of(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> Work:
 
     def evaluate(params: Params, show: Callable[[str], Any]) -> _Measured:
         assert evaluation is not None
-        if processes.count() == 1:
-            decoding, learned = target, usable_drafter(drafter, params, target)
-        else:  # `decode` knows no other hosts: each has all on one of its devices for that time, and does the same
-            decoding = dataclasses.replace(target, params=processes.alone(target.params), mesh=None)
-            learned = usable_drafter(drafter, processes.alone(params), decoding)
-        return _Measured(measure(decoding, learned, inputs.held_out, evaluation, recipe.seed, show))
+        learned = usable_drafter(drafter, params, target)
+        return _Measured(measure(target, learned, inputs.held_out, evaluation, recipe.seed, show))
 
     return Work(
         mesh=target.mesh, build=target.build, stages=[plan(*each) for each in enumerate(stages)],

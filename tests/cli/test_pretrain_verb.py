@@ -9,7 +9,7 @@ import pytest
 
 from deer_jax.cli import main as cli
 from deer_jax.cli.progress import Reporter
-from deer_jax.cli.training import asked_to_stop
+from deer_jax.cli.stopping import asked_to_stop
 from tests.training import pretraining, runs
 
 

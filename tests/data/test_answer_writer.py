@@ -10,8 +10,9 @@ import sys
 
 import pytest
 
-from deer_jax.data import answers as module
-from deer_jax.data.answers import AnswerFiles, AnswerWriter, read_state
+from deer_jax.data import answer_writer as module
+from deer_jax.data.answer_writer import AnswerWriter, read_state
+from deer_jax.data.answers import AnswerFiles
 from deer_jax.errors import InputError, RunError
 
 SETTINGS = {"seed": 0, "temperatures": [0.0, 0.7], "prefix": None}
@@ -147,7 +148,7 @@ def test_one_writer_at_a_time(path):
     with AnswerWriter(path) as writer:
         writer.begin(SETTINGS, ITEMS)
         second = (
-            "import sys; from deer_jax.data.answers import AnswerWriter\n"
+            "import sys; from deer_jax.data.answer_writer import AnswerWriter\n"
             "try: AnswerWriter(sys.argv[1]).__enter__()\n"
             "except ValueError as error: print(error)"
         )

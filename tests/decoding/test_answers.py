@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from deer_jax import InputError, Target, answers, decode, load_target
-from deer_jax.data import answers as writer_module
+from deer_jax.data import answer_writer as writer_module
 from deer_jax.decoding import answers as module
 from deer_jax.decoding.answers import beginning
 from tests.stamps import keep_stamp

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from deer_jax import InputError, RunError, Target, decode, drafter_from_target
-from deer_jax.data.answers import AnswerWriter
+from deer_jax.data.answer_writer import AnswerWriter
 from deer_jax.decoding import decode as module
 from tests.doubles import table_drafter, text_table
 from tests.tiny import random_params, tiny

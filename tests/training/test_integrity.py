@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 import deer_jax
 from deer_jax import InputError
 from deer_jax.checkpoints.huggingface import save_folder
-from deer_jax.cli import training
+from deer_jax.cli import stopping as stopping_module
 from deer_jax.data.bpe import train_bpe
 from deer_jax.errors import RunError, Terminated
 from deer_jax.files import Lock
@@ -291,7 +291,7 @@ def test_whatever_stands_in_the_metrics_a_run_goes_on(tmp_path):
 
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
 def test_what_stopped_a_run_is_known_by_its_exit_status(capsys, number, kind):
-    with training.asked_to_stop() as stopping:
+    with stopping_module.asked_to_stop() as stopping:
         os.kill(os.getpid(), number)
         assert type(stopping.interruption("line")) is kind
         with pytest.raises(kind, match="the same command goes on") as raised:
