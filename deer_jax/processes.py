@@ -240,8 +240,8 @@ def check_devices(devices: Iterable[jax.Device]) -> None:
     found = {device.process_index for device in devices}
     if len(found) < count():
         raise InputError(
-            f"{count()} processes run this, and the mesh has devices of {len(found)} of them; several processes need a "
-            f"mesh over their {jax.device_count()} devices together"
+            f"{count()} processes run this, and the target is on devices of {len(found)} of them; give a mesh of all "
+            f"{jax.device_count()} devices, as in data={jax.device_count()}"
         )
 
 

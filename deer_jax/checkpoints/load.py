@@ -4,6 +4,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
+from deer_jax import processes
 from deer_jax.build import Build
 from deer_jax.checkpoints.hub import model_name, resolve_folder
 from deer_jax.checkpoints.huggingface import (
@@ -39,6 +40,8 @@ def load_target(
     Raises InputError, one line, for whatever is wrong with the folder; RunError if it changes meanwhile.
     """
     check_mesh(mesh)
+    if mesh is not None:
+        processes.check_devices(mesh.devices.flat)
     build = Build.here(mesh, dtype)
     folder = resolve_folder(path_or_id)
     files = deciding_files(folder)
