@@ -1,7 +1,10 @@
 """deer-jax pipeline: several verbs one after the other, from one file."""
 
+import contextlib
 import dataclasses
+import functools
 import importlib
+import json
 import math
 import os
 import time
@@ -13,13 +16,15 @@ import yaml
 from rich import box
 from rich.table import Table
 
+from deer_jax import processes
 from deer_jax.cli.common import show, write_json, write_text
 from deer_jax.cli.options import parse, shown
-from deer_jax.cli.progress import say
+from deer_jax.cli.processes import ProcessOptions
+from deer_jax.cli.progress import say, silent
 from deer_jax.config import nearest
 from deer_jax.errors import InputError
 from deer_jax.files import Lock, disk_error
-from deer_jax.formats import parse_json, read_bytes, read_yaml
+from deer_jax.formats import json_bytes, parse_json, read_bytes, read_yaml
 
 EXAMPLE = "deer-jax pipeline --steps configs/quickstart.yaml --output runs/quickstart"
 VERBS = {"pretrain": "--recipe", "answers": "--config", "align": "--recipe", "bench": "--config", "export": "--config"}
@@ -28,7 +33,7 @@ STATE = "pipeline.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(ProcessOptions):
     """Run several verbs one after the other: from text to a target, its answers, a drafter, its numbers, its export.
 
     The file has a list, `steps`, of a verb with its options each: the keys of a recipe for pretrain and align, those of
@@ -43,28 +48,58 @@ class Options:
 
 def run(argv: Sequence[str]) -> None:
     options = parse(Options, "pipeline", argv, EXAMPLE)
+    options.join()
     steps = read_steps(options.steps, options.output)
-    check_folder(options.output)
-    with Lock(options.output, inside=True) as lock:
-        done = begin(options.output, steps)
+    processes.same({"steps": steps})
+    lock = Lock(options.output, inside=True)
+    with contextlib.ExitStack() as held:
+
+        def claim() -> str:
+            check_folder(options.output)
+            held.enter_context(lock)
+            return json.dumps(begin(options.output, steps))
+
+        done = json.loads(processes.led(claim))
         for number, (verb, values) in enumerate(steps):
             where = f"step {number + 1} of {len(steps)}: {verb}"
             if number < len(done):
-                say(f"{where}: done before")
+                tell(f"{where}: done before")
                 continue
-            say(where)
+            tell(where)
             file = options.output / f"{number + 1}-{verb}.yaml"
-            lock.check()
-            write_text(file, yaml.safe_dump(values, sort_keys=False, width=110))
+            text = yaml.safe_dump(values, sort_keys=False, width=110)
+            processes.led(lambda file=file, text=text: write(lock, file, text))
             start = time.perf_counter()
             try:
-                importlib.import_module(f"deer_jax.cli.{verb}").run([f"{VERBS[verb]}={file}"])
+                run_verb(verb, file)
             except KeyboardInterrupt as error:
                 raise type(error)(f"{where}: {str(error) or 'the same command does this step again'}") from None
             done.append({"verb": verb, "options": values, "seconds": round(time.perf_counter() - start, 1)})
-            lock.check()
-            write_json(options.output / STATE, done)
-    show(table(done))
+            text = json_bytes(done, indent=2).decode()
+            processes.led(lambda text=text: write(lock, options.output / STATE, text))
+    if not silent():
+        show(table(done))
+
+
+def tell(text: str) -> None:
+    """A line, by the lead."""
+    if not silent():
+        say(text)
+
+
+def write(lock: Lock, path: Path, text: str) -> None:
+    """A file in the folder that is locked."""
+    lock.check()
+    write_text(path, text)
+
+
+def run_verb(verb: str, file: Path) -> None:
+    """One step, by all processes together; an export by the lead alone."""
+    run = functools.partial(importlib.import_module(f"deer_jax.cli.{verb}").run, [f"{VERBS[verb]}={file}"])
+    if verb == "export":
+        processes.led(run)
+    else:
+        run()
 
 
 def read_steps(path: Path, output: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -26,7 +26,10 @@ class ProcessOptions:
     wait: Annotated[float, "seconds that processes wait for each other at the start", "SECONDS"] = TIMEOUT
 
     def join(self) -> None:
-        """Join the other processes, if there are any, before JAX does anything; only the lead reports progress."""
+        """Join the other processes, if there are any, before JAX does anything; only the lead reports progress. A step
+        of a pipeline has them already."""
+        if processes.started():
+            return
         if not 1 <= self.wait < 10**6:
             raise InputError(f"--wait must be at least 1, got {self.wait:g}")
         if (self.coordinator, self.processes, self.process) == ("environment", None, None):

@@ -15,6 +15,7 @@ from deer_jax.errors import InputError, RunError
 from deer_jax.files import Lock, disk_error, replaceable, write_file
 from deer_jax.formats import json_bytes, parse_json, read_json
 
+STATE = ".state.json"  # behind the name of a file: what is kept beside it of the run that makes it
 # What a run is known by that nobody can read: how a line says that it differs.
 UNREADABLE = {
     "target": "the target's weights, configuration, tokenizer or dtype changed",
@@ -35,7 +36,7 @@ class State(NamedTuple):
 
 
 def state_path(output: Path) -> Path:
-    return output.with_name(f"{output.name}.state.json")
+    return output.with_name(output.name + STATE)
 
 
 def read_state(output: str | Path) -> State | None:

@@ -32,9 +32,10 @@ def shard_path(output: Path, number: int) -> Path:
     return output.with_name(f"{output.stem}.shard-{number}{output.suffix}") if number else output
 
 
-def shard_numbers(output: Path) -> list[int]:
-    """The shards beside an output that are there, the output itself not among them."""
-    name = re.compile(f"{re.escape(output.stem)}\\.shard-([1-9][0-9]{{0,5}}){re.escape(output.suffix)}")
+def shard_numbers(output: Path, ending: str = "") -> list[int]:
+    """The shards beside an output that are there, the output itself not among them; or what is kept of them in files
+    whose names go on with `ending`."""
+    name = re.compile(f"{re.escape(output.stem)}\\.shard-([1-9][0-9]{{0,5}}){re.escape(output.suffix + ending)}")
     try:
         found = [name.fullmatch(each) for each in os.listdir(output.absolute().parent)]
     except (OSError, ValueError):  # who reads or writes the output will say so
@@ -124,9 +125,9 @@ class AnswerFiles:
         record = self._checked(content, where)
         item = record.get("item")
         if type(item) is int and (other := self._seen[self._output[file]].setdefault(item, index)) != index:
-            (one, first, _), (_, _, second) = (self._place(each) for each in sorted((other, index)))
-            there = f"line {first + 1}" if one == file else f"{self.paths[one]}:{first + 1}"
-            raise InputError(f"{second}: item {item} stands in {there} already; remove one of the lines")
+            (one, first, before), (two, _, behind) = (self._place(each) for each in sorted((other, index)))
+            there = f"line {first + 1}" if one == two else before
+            raise InputError(f"{behind}: item {item} stands in {there} already; remove one of the lines")
         return record
 
     def _place(self, index: int) -> tuple[int, int, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deer_jax import processes
-from deer_jax.data.answer_writer import AnswerWriter, state_path
+from deer_jax.data.answer_writer import STATE, AnswerWriter, state_path
 from deer_jax.data.answers import shard_numbers, shard_path
 from deer_jax.errors import InputError
 
@@ -47,7 +47,8 @@ class Output:
                     self._shards[number] = stack.enter_context(AnswerWriter(shard_path(self.path, number)))
 
             def first() -> str:
-                lock([0, *(number for number in shard_numbers(self.path) if number >= self._writers)])
+                there = {*shard_numbers(self.path), *shard_numbers(self.path, STATE)}
+                lock([0, *sorted(number for number in there if number >= self._writers)])
                 return json.dumps([self._shards[0].begun.isoformat(), self._shards[0].files])
 
             begun, self.files = json.loads(processes.led(first))

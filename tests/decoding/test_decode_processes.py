@@ -184,3 +184,26 @@ def test_answers_stopped_and_killed_on_two_processes_are_those_of_one(folder, wh
     rows = [[{**each[i], "where": ""} for i in range(len(each))] for each in files]
     assert rows[0] == rows[1]
     assert [row["item"] for row in rows[0]] == sorted(expected)
+
+
+def test_a_pipeline_of_two_processes(folder, whole, environment, tmp_path):
+    """Its steps are run by both: answers in shards, then a measurement; results are shown once."""
+    common = {"target": str(folder / "target"), "prompts": str(folder / "prompts.jsonl"), "limit": 4,
+              "mesh": MESH, "max_new_tokens": 9}  # fmt: skip
+    measured = {"drafter": str(folder / "drafter"), "repeats": 1, "draft_lengths": 3, "json": "{output}/report.json"}
+    steps = [{"answers": common | {"output": "{output}/a.jsonl"}}, {"bench": common | measured}]
+    (tmp_path / "steps.yaml").write_text(json.dumps({"steps": steps}))
+    argv = ["-m", "deer_jax.cli.main", "pipeline", "--steps", str(tmp_path / "steps.yaml"), "--processes", "2"]
+    output = tmp_path / "out"
+    argv += ["--output", str(output)]
+    with two(environment, lambda where, i: [*argv, "--coordinator", where, "--process", str(i)]) as started:
+        codes, (out, silence), (said, other) = ended(started)
+    assert codes == [0, 0], (said, other)
+    assert [said.count(f"step {i} of 2") for i in (1, 2)] == [1, 1]
+    assert "together" in out
+    assert silence == ""
+    assert "deer-jax" not in other
+    assert sorted(records(output / "a.jsonl")) == [0, 1, 2, 3]
+    assert (output / "a.shard-1.jsonl").read_text().count("\n") == 2
+    found = json.loads((output / "report.json").read_text())["methods"]
+    assert [method["exact_match"] for method in found.values()] == [1.0, 1.0]
