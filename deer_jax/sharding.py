@@ -186,6 +186,8 @@ def spec(mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Sequence[Axis], 
         split = [name for name in split if mesh.shape[name] > 1]
         taken |= set(split)
         parts.append(tuple(split) or None)
+    while parts and parts[-1] is None:  # as programs say where their results are
+        parts.pop()
     return P(*parts)
 
 
