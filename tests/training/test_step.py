@@ -216,4 +216,4 @@ def test_what_is_computed_again_is_the_same_and_saves_memory(scan):
         results[remat], memory[remat] = (after.params, metrics), program.memory_analysis().temp_size_in_bytes
     for other in policies[1:]:
         assert_close(results[other], results["none"], 1e-6)
-    assert sorted(policies, key=memory.get, reverse=True) == list(policies)
+    assert sorted(policies, key=lambda name: -memory[name]) == list(policies)
