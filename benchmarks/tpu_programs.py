@@ -60,6 +60,7 @@ from deer_jax.decoding.sampling import Kind, Knobs
 from deer_jax.decoding.state import StateShape, abstract_state
 from deer_jax.drafters.protocol import Draft
 from deer_jax.drafters.standalone import StandaloneMethod
+from deer_jax.models.piecewise import KEYS, ROWS
 from deer_jax.models.transformer import abstract_params, logical_axes
 from deer_jax.planning.hlo import Memory, Program
 from deer_jax.sharding import batch_placement, make_mesh, on_mesh, placements, replicated
@@ -335,13 +336,20 @@ def allowed_collectives(case: Training) -> float:
     return total
 
 
+def training_trips(case: Training) -> dict[str, float]:
+    """How often the loops run whose end depends on data: texts are full, and blocks stand evenly over them."""
+    keys, rows = -(-LENGTH // KEYS), -(-BLOCKS * (WIDTH + 1) // ROWS)  # pieces
+    predicted = TEXTS * case.mesh[2] * (LENGTH + BLOCKS * WIDTH)
+    return {
+        "cross_entropy": -(-predicted // CHUNK_ROWS),
+        "attend_blocks": keys * (rows + 1) / (2 * rows),  # the mean over the pieces of rows
+        "attend_text": (keys + 1) / 2,
+        "piecewise.py": (keys + 1) / 2,
+    }
+
+
 def measure_training(case: Training, compiled, args) -> dict:
-    # Rows whose logits are made by one device, in chunks: those of its own texts, or in a program that is not written
-    # for shards those of all texts.
-    text = compiled.as_text()
-    alone = all("shard_map" in origin for origin in Program(text).unresolved.values())
-    texts = TEXTS * (case.mesh[2] if alone else case.devices)
-    program = Program(text, {"cross_entropy": -(-texts * (LENGTH + BLOCKS * WIDTH) // CHUNK_ROWS)})
+    program = Program(compiled.as_text(), training_trips(case))
     one, memory = program.whole(), Memory.of(compiled)
     result = {
         "flops": one.flops,

@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:  # the last boundary; panics of Rust libraries are no Exceptions
         status = ended(error, words)
     if processes.started():
-        processes.leave()
+        if status not in (INTERRUPTED, TERMINATED):  # a stop that all agreed on has waited, a second signal does not
+            processes.leave()
         os._exit(status)  # what JAX does at the end would wait for those that are gone
     if argv is None and status in (INTERRUPTED, TERMINATED):
         # XLA may still be at work on what was interrupted, and taking the interpreter down under it can crash.

@@ -38,6 +38,7 @@ def report_end(options: RecipeOptions, report: TrainReport, stopping: Stopping) 
     if options.json and not silent():
         write_json(options.json, dataclasses.asdict(report) | {"output": str(report.output)})
     if not report.finished:
+        processes.leave()
         raise stopping.interruption(
             f"step {report.step:,} of {report.steps:,} is written to {report.output}; the same command goes on from it"
         )

@@ -111,17 +111,18 @@ def read_blocks(method: StandaloneMethod, params: Params, tokens, anchor, size, 
     place = anchor[..., None] + 1 + steps[None, None]  # [B, M, W+1] true positions
     following = jnp.take_along_axis(tokens, place.reshape(B, -1), axis=1, mode="clip").reshape(B, M, W + 1)
     is_mask = jnp.pad(masked, ((0, 0), (0, 0), (0, 1)))
-    block = jnp.where(
-        is_mask[..., None], params["special"][MASK][None, None, None], method.embed(model, params, following)
-    )
+    # Looked up together: on a mesh the gradient of a table is summed over the shards for each look-up.
+    rows = M * (W + 1)
+    looked_up = method.embed(model, params, jnp.concatenate([tokens, following.reshape(B, rows)], axis=1))
+    text_rows, block = looked_up[:, :T], looked_up[:, T:].reshape(B, M, W + 1, -1)
+    block = jnp.where(is_mask[..., None], params["special"][MASK][None, None, None], block)
     real = size
     if method.config.separator:
         at = steps[None, None] == size[..., None]
         block = jnp.where(at[..., None], params["special"][SEPARATOR][None, None, None], block)
         real = real + 1
 
-    rows = M * (W + 1)
-    x = jnp.concatenate([method.embed(model, params, tokens), block.reshape(B, rows, -1)], axis=1)
+    x = jnp.concatenate([text_rows, block.reshape(B, rows, -1)], axis=1)
     x = constrain(x, "batch", None, None)
     text = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     positions = jnp.concatenate([text, place.reshape(B, rows)], axis=1)

@@ -63,7 +63,6 @@ def test_a_call_of_rounds_copies_nothing():
     assert found["once_gb"] <= 0.05
 
 
-@pytest.mark.xfail(reason="experts are partitioned automatically: their stacks are gathered")
 def test_a_round_reads_active_experts_alone():
     found = figures(EXPERTS)
     assert found["ratio"] <= 1.05
