@@ -290,13 +290,12 @@ def barrier(name: str) -> None:
 
 def fetch(tree: Any) -> Any:
     """The arrays of a tree as whole NumPy arrays on every host, also where their parts lie on others; one at a time."""
-    if count() == 1:
-        return jax.device_get(tree)
 
-    def whole(x):
-        return jax.device_get(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+    def whole(x: Any) -> Any:
+        here = not isinstance(x, jax.Array) or x.is_fully_addressable
+        return jax.device_get(x) if here else np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
-    return jax.tree.map(lambda x: np.asarray(whole(x)), tree)
+    return jax.tree.map(whole, tree)
 
 
 class Share:
