@@ -84,6 +84,7 @@ def ending_together(after: str, kept: str = "") -> Iterator[Callable[[], None]]:
         def check() -> None:
             if asked():
                 stopping.agree()
+                processes.leave()
                 raise stopping.interruption(kept)
 
         yield check

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
+from deer_jax import processes
 from deer_jax.cli.common import check_distinct, check_writable, write_json
 from deer_jax.cli.progress import say, silent
 from deer_jax.cli.stopping import Stopping
