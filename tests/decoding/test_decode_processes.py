@@ -3,6 +3,7 @@ number of processes goes on from."""
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -35,13 +36,26 @@ for source, temperature in (("from-target:0", 0.0), (folder + "/drafter", 1.0)):
     drafter = deer_jax.load_drafter(source, target=target)
     found.append(deer_jax.decode(target, prompts, drafter=drafter, temperature=temperature, **options))
 found.append(deer_jax.decode(target, prompts[:1], drafter=drafter, output=folder + "/one.jsonl", **options))
+blocks = list(deer_jax.stream_blocks(target, prompts[0], drafter=drafter, draft_length=3, max_new_tokens=20))
+def one_has_no_room():
+    if number == 1:
+        raise deer_jax.InputError("no room here")
 refused = []
-for mesh in (None, deer_jax.make_mesh(data=2)):
+for attempt in (
+    lambda: deer_jax.decode(deer_jax.load_target(folder + "/target"), prompts),
+    lambda: deer_jax.load_target(folder + "/target", mesh=deer_jax.make_mesh(data=2)),
+    lambda: deer_jax.decode(target, prompts[number:]),
+    lambda: deer_jax.answers(target, prompts, folder + "/locked.jsonl"),
+    lambda: processes.every(one_has_no_room),
+):
     try:
-        deer_jax.decode(deer_jax.load_target(folder + "/target", mesh=mesh), prompts)
-    except ValueError as error:
+        attempt()
+    except deer_jax.InputError as error:
         refused.append(str(error))
-print(json.dumps({"tokens": [each.tokens for each in found], "fetches": found[0].stats.fetches, "refused": refused}))
+print(json.dumps({
+    "tokens": [each.tokens for each in found], "blocks": blocks, "fetches": found[0].stats.fetches, "refused": refused,
+    "least": processes.least(7 - number),
+}))
 processes.leave()
 """
 
@@ -103,8 +117,9 @@ def verb(name, folder, *more):
 def test_two_processes_decode_what_one_does(folder, prompts, environment):
     """Greedy and sampled, drafted, more prompts than slots; the file of a decode is the lead's."""
     given = [json.dumps(each) for each in (str(folder), DECODE, prompts)]
-    with two(environment, lambda where, number: ["-c", DECODING, *given, json.dumps(where), str(number)]) as started:
-        codes, out, err = ended(started)
+    with AnswerWriter(folder / "locked.shard-1.jsonl"):
+        with two(environment, lambda where, i: ["-c", DECODING, *given, json.dumps(where), str(i)]) as started:
+            codes, out, err = ended(started)
     assert codes == [0, 0], err
     lead, other = (json.loads(each.splitlines()[-1]) for each in out)
     assert lead == other
@@ -114,8 +129,15 @@ def test_two_processes_decode_what_one_does(folder, prompts, environment):
     sampled = deer_jax.decode(target, prompts, drafter=saved, temperature=1.0, **DECODE)
     assert lead["tokens"][:2] == [greedy.tokens, sampled.tokens]
     assert lead["tokens"][2] == greedy.tokens[:1]
+    assert sum(lead["blocks"], []) == greedy.tokens[0]
+    assert lead["least"] == 6
     line = "2 processes run this, and the target is on devices of 1 of them; give a mesh of all 4 devices, as in data=4"
-    assert lead["refused"] == [line, line]
+    *mesh, prompts, locked, room = lead["refused"]
+    assert mesh == [line, line]
+    assert prompts.startswith("process 1 was started differently from process 0: prompts and settings was ")
+    assert f"locked.shard-1.jsonl: is being written by process {os.getpid()} on " in locked
+    assert not list(folder.glob("locked*"))
+    assert room == "no room here"
     line = json.loads((folder / "one.jsonl").read_text())
     assert line["tokens"] == greedy.tokens[0]
     assert sorted(path.name for path in folder.glob("*one*")) == ["one.jsonl", "one.jsonl.state.json"]

@@ -257,6 +257,8 @@ def test_what_several_exchange_costs_one_nothing(monkeypatch):
     assert processes.share("text") == "text"
     assert processes.total(3, 4) == [3, 4]
     assert processes.led(lambda: None) == ""
+    assert processes.every(lambda: "text") == ["text"]
+    assert processes.least(5) == 5
     processes.same({"recipe": 1})
     asked = []
     stop = processes.agreed(lambda: bool(asked.append(1)) or len(asked) > 2)
