@@ -106,6 +106,8 @@ def usage_problems(tree: ast.AST, module: str, is_package: bool) -> Iterator[str
             name = dotted(node)
             if name in ("os.environ", "os.getenv") and layer != "cli":
                 yield f"reads {name}; only cli may"
+            if name in ("jax.default_backend", "jax.devices") and layer not in ("build", "sharding"):
+                yield f"asks {name}; what the machine is like is decided once, see build"
             if name in ("nnx.jit", "nnx.Optimizer", "flax.nnx.jit", "flax.nnx.Optimizer"):
                 yield f"uses {name}: its dispatch costs too much, see jax.jit and optax"
         if isinstance(node, ast.Call):
@@ -159,6 +161,11 @@ def test_source_file(file: Path):
         ("bench/a.py", "from os import getenv", "imports os.getenv"),
         ("models/a.py", "P(('data', 'fsdp'), None)", "names mesh axes ['data', 'fsdp']; only sharding may"),
         ("models/a.py", "lax.psum(x, 'tensor')", "psum names a mesh axis; only sharding may"),
+        (
+            "models/a.py",
+            "scan = jax.default_backend() != 'cpu'",
+            "asks jax.default_backend; what the machine is like is decided once, see build",
+        ),
         ("training/a.py", "nnx.jit(f)", "uses nnx.jit: its dispatch costs too much, see jax.jit and optax"),
         ("models/a.py", "x = 1\n" * 401, "has 401 lines, more than 400: probably two nouns"),
     ],

@@ -40,6 +40,7 @@ FREE_CALLS = (
     "GatherScatterIndicesBitpacked", "Sharding",
 )  # fmt: skip
 PASSING = ("bitcast", "convert", "copy", "reshape", "transpose")  # inside a fusion they are not stored
+ALONE = re.compile(r"replica_groups=(\{\{\d+\}(,\{\d+\})*\}|\[\d+,1\]<=)")  # groups of one device each
 COLLECTIVE = re.compile(r"(all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)")
 
 
@@ -333,6 +334,8 @@ class Program:
     # Collectives
 
     def _collectives(self, computation: str, line: Instruction) -> Iterator[Collective]:
+        if ALONE.search(line.attrs):
+            return
         if found := COLLECTIVE.match(line.op):
             lines = self.text.computations[computation]
             operands = sum(bytes_of(lines[name].type) for name in line.args if name in lines)

@@ -313,3 +313,16 @@ ENTRY %main (a: f32[{left}], b: f32[{kernel}]) -> f32[{result}] {{
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no entry computation"):
         Program("ENTRY")
+
+
+def test_a_group_of_one_moves_nothing():
+    """What a sum over an axis of one device is compiled to."""
+    groups = "{{0},{1},{2},{3}}", "[4,1]<=[4]", "{{0,1},{2,3}}", "[2,2]<=[4]"
+    for group, moved in zip(groups, (False, False, True, True), strict=True):
+        text = f"""
+ENTRY %main (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  ROOT %sum = f32[8]{{0}} all-reduce(%x), channel_id=1, replica_groups={group}, to_apply=%add
+}}
+"""
+        assert bool(Program(text).whole().by_kind()) is moved, group
