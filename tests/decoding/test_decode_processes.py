@@ -15,6 +15,7 @@ import pytest
 
 import deer_jax
 from deer_jax.checkpoints.huggingface import save_folder
+from deer_jax.data.answer_writer import AnswerWriter
 from deer_jax.data.answers import AnswerFiles
 from tests.tiny import random_params, tiny
 
@@ -117,9 +118,9 @@ def verb(name, folder, *more):
 def test_two_processes_decode_what_one_does(folder, prompts, environment):
     """Greedy and sampled, drafted, more prompts than slots; the file of a decode is the lead's."""
     given = [json.dumps(each) for each in (str(folder), DECODE, prompts)]
-    with AnswerWriter(folder / "locked.shard-1.jsonl"):
-        with two(environment, lambda where, i: ["-c", DECODING, *given, json.dumps(where), str(i)]) as started:
-            codes, out, err = ended(started)
+    started = two(environment, lambda where, i: ["-c", DECODING, *given, json.dumps(where), str(i)])
+    with AnswerWriter(folder / "locked.shard-1.jsonl"), started as processes:
+        codes, out, err = ended(processes)
     assert codes == [0, 0], err
     lead, other = (json.loads(each.splitlines()[-1]) for each in out)
     assert lead == other
@@ -129,12 +130,12 @@ def test_two_processes_decode_what_one_does(folder, prompts, environment):
     sampled = deer_jax.decode(target, prompts, drafter=saved, temperature=1.0, **DECODE)
     assert lead["tokens"][:2] == [greedy.tokens, sampled.tokens]
     assert lead["tokens"][2] == greedy.tokens[:1]
-    assert sum(lead["blocks"], []) == greedy.tokens[0]
+    assert [token for block in lead["blocks"] for token in block] == greedy.tokens[0]
     assert lead["least"] == 6
     line = "2 processes run this, and the target is on devices of 1 of them; give a mesh of all 4 devices, as in data=4"
-    *mesh, prompts, locked, room = lead["refused"]
+    *mesh, others, locked, room = lead["refused"]
     assert mesh == [line, line]
-    assert prompts.startswith("process 1 was started differently from process 0: prompts and settings was ")
+    assert others.startswith("process 1 was started differently from process 0: prompts and settings was ")
     assert f"locked.shard-1.jsonl: is being written by process {os.getpid()} on " in locked
     assert not list(folder.glob("locked*"))
     assert room == "no room here"
