@@ -38,7 +38,7 @@ for source, temperature in (("from-target:0", 0.0), (folder + "/drafter", 1.0)):
     found.append(deer_jax.decode(target, prompts, drafter=drafter, temperature=temperature, **options))
 for _ in range(2):  # the second finds it done
     found.append(deer_jax.decode(target, prompts[:1], drafter=drafter, output=folder + "/one.jsonl", **options))
-blocks = list(deer_jax.stream_blocks(target, prompts[0], drafter=drafter, draft_length=3, max_new_tokens=20))
+blocks = list(deer_jax.stream_blocks(target, prompts[:1], drafter=drafter, draft_length=3, max_new_tokens=20))
 def one_has_no_room():
     if number == 1:
         raise deer_jax.InputError("no room here")
