@@ -1,6 +1,7 @@
 """Rows and segments: prompts into slots, segments of the loop, finished rows out, slots refilled."""
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental.layout import Layout
+from jax.sharding import SingleDeviceSharding
 
 from deer_jax.config import Sampling
 from deer_jax.decoding import loop
 from deer_jax.decoding.finite import not_finite
-from deer_jax.decoding.programs import compiled, power_of_two, prefill_chunks
+from deer_jax.decoding.programs import STATE, compiled, formats_of, power_of_two, prefill_chunks
 from deer_jax.decoding.sampling import Kind, Knobs
 from deer_jax.decoding.state import NONE, TARGET, DecodeState, StateShape, abstract_state, idle_state
 from deer_jax.drafters.protocol import Drafter
@@ -44,25 +47,44 @@ class Engine:
         self.compile_seconds = 0.0
         self.prefill_seconds: float | None = None
         self.fetches = 0
-        self.state = self._idle()
-
-    def _idle(self) -> DecodeState:
-        target, params = self.target, self.params[1]
         # The parameters decide the dtype, also of a target that was made in memory.
         build = dataclasses.replace(target.build, dtype=target.dtype)
-        shape = StateShape(target.config, self.plan.drafter, self.slots, self.capacity, self.plan.k, build)
-        like = abstract_state(shape, params, target.mesh)
-        check_memory(target, like)
-        if target.mesh is None:
-            return idle_state(shape, params)
-        return jax.jit(lambda: idle_state(shape, params), out_shardings=jax.tree.map(lambda x: x.sharding, like))()
+        self.shape = StateShape(target.config, self.plan.drafter, self.slots, self.capacity, k, build)
+        check_memory(target, abstract_state(self.shape, self.params[1], target.mesh))
 
-    def _run(self, function, static: tuple, *args, **options):
-        """Call a function of `loop` with static arguments first."""
+    @functools.cached_property
+    def state(self) -> DecodeState:
+        """Slots that hold no prompt, to begin with; made when first asked for, as the loop may decide how it lies."""
+        shape, params, mesh = self.shape, self.params[1], self.target.mesh
+        like = abstract_state(shape, params, mesh)
+        if shape.build.auto_layouts:
+            if mesh is None:
+                place = SingleDeviceSharding(self.target.devices[0])
+                like = jax.tree.map(lambda x: x.update(sharding=place), like)
+            places = formats_of(self._program(loop.run_segment, (self.plan,), *self._round(like), formats=Layout.AUTO))
+        elif mesh is not None:
+            places = jax.tree.map(lambda x: x.sharding, like)
+        else:
+            return idle_state(shape, params)
+        return jax.jit(lambda: idle_state(shape, params), out_shardings=places)()
+
+    def _program(self, function, static: tuple, *args, **options):
         with on_mesh(self.target.mesh):
             program, seconds = compiled(function, static, *args, **options)
         self.compile_seconds += seconds
-        return program(*args)
+        return program
+
+    def _run(self, function, static: tuple, *args, **options):
+        """Call a function of `loop` with static arguments first. It returns the state where and as it took it."""
+        if self.shape.build.auto_layouts:
+            chosen = function is loop.run_segment  # by this program; the others follow
+            options["formats"] = Layout.AUTO if chosen else jax.tree.map(lambda x: x.format, args[STATE])
+        return self._program(function, static, *args, **options)(*args)
+
+    def _round(self, state: DecodeState, max_rounds: int | None = None, max_done: int | None = None) -> tuple:
+        """The arguments of `loop.run_segment`."""
+        bounds = (2**31 - 1 if bound is None else bound for bound in (max_rounds, max_done))
+        return *self.params, state, self.knobs, self.stop_ids, *(self.put(np.int32(bound)) for bound in bounds)
 
     def admit(
         self, prompts: Sequence[Sequence[int]], limits: Sequence[int], indices: Sequence[int], rows: Sequence[int],
@@ -113,11 +135,7 @@ class Engine:
 
     def segment(self, max_rounds: int | None = None, max_done: int | None = None) -> dict[str, np.ndarray]:
         """Run rounds until all rows (or max_done) are done, or max_rounds have run; then the one fetch."""
-        bounds = (2**31 - 1 if bound is None else bound for bound in (max_rounds, max_done))
-        numbers = [self.put(np.int32(bound)) for bound in bounds]
-        self.state = self._run(
-            loop.run_segment, (self.plan,), *self.params, self.state, self.knobs, self.stop_ids, *numbers
-        )
+        self.state = self._run(loop.run_segment, (self.plan,), *self._round(self.state, max_rounds, max_done))
         state = self.state
         return self.fetch(
             {"tokens": state.tokens, "length": state.length, "done": state.done, "rounds": state.rounds,
