@@ -66,7 +66,7 @@ class Engine:
             places = jax.tree.map(lambda x: x.sharding, like)
         else:
             return idle_state(shape, params)
-        return jax.jit(lambda: idle_state(shape, params), out_shardings=places)()
+        return jax.jit(lambda params: idle_state(shape, params), out_shardings=places)(params)
 
     def _program(self, function, static: tuple, *args, **options):
         with on_mesh(self.target.mesh):
@@ -75,11 +75,16 @@ class Engine:
         return program
 
     def _run(self, function, static: tuple, *args, **options):
-        """Call a function of `loop` with static arguments first. It returns the state where and as it took it."""
+        """Call a function with static arguments first."""
+        return self._program(function, static, *args, **options)(*args)
+
+    def _change(self, function, static: tuple, *args, **options):
+        """`_run` of a function of `loop` that changes the state, or its caches, and returns them as they lay."""
+        formats = None
         if self.shape.build.auto_layouts:
             chosen = function is loop.run_segment  # by this program; the others follow
-            options["formats"] = Layout.AUTO if chosen else jax.tree.map(lambda x: x.format, args[STATE])
-        return self._program(function, static, *args, **options)(*args)
+            formats = Layout.AUTO if chosen else jax.tree.map(lambda x: x.format, args[STATE])
+        return self._run(function, static, *args, formats=formats, **options)
 
     def _round(self, state: DecodeState, max_rounds: int | None = None, max_done: int | None = None) -> tuple:
         """The arguments of `loop.run_segment`."""
@@ -121,13 +126,13 @@ class Engine:
             # end would be moved back, onto what is there.
             chunk = self.put(tokens[:, start : start + width], "batch", None)
             models, caches = (self.plan.target, self.plan.drafter), (self.state.cache, self.state.drafter)
-            caches = self._run(
+            caches = self._change(
                 loop.prefill, models, *self.params, caches, chunk, self.put(np.int32(start)), placing[-1],
                 first=start == 0,
             )  # fmt: skip
             self.state = dataclasses.replace(self.state, cache=caches[0], drafter=caches[1])
         tokens_there = self.put(tokens, "batch", None)
-        self.state = self._run(loop.admit, (self.plan,), *self.params, self.state, tokens_there, *placing)
+        self.state = self._change(loop.admit, (self.plan,), *self.params, self.state, tokens_there, *placing)
 
     def put(self, x, *axes: str | None) -> jax.Array:
         """An array from the host, by its logical axes."""
@@ -135,7 +140,7 @@ class Engine:
 
     def segment(self, max_rounds: int | None = None, max_done: int | None = None) -> dict[str, np.ndarray]:
         """Run rounds until all rows (or max_done) are done, or max_rounds have run; then the one fetch."""
-        self.state = self._run(loop.run_segment, (self.plan,), *self._round(self.state, max_rounds, max_done))
+        self.state = self._change(loop.run_segment, (self.plan,), *self._round(self.state, max_rounds, max_done))
         state = self.state
         return self.fetch(
             {"tokens": state.tokens, "length": state.length, "done": state.done, "rounds": state.rounds,

@@ -56,7 +56,7 @@ def compiled(function, static: tuple, *args, formats: Any = None, **options) -> 
     """
     leaves, tree = jax.tree.flatten(args)
     places = tuple((x.shape, x.dtype, x.sharding) for x in leaves)
-    key = (function, static, tree, places, *jax.tree.leaves(formats), *options.items())
+    key = (function, static, tree, places, tuple(jax.tree.leaves(formats)), *options.items())
     program, seconds = _compiled.pop(key, None), 0.0
     if program is None:
         begin = time.perf_counter()
@@ -75,10 +75,10 @@ def compiled(function, static: tuple, *args, formats: Any = None, **options) -> 
 def _in_formats(function, args: tuple, formats: Any):
     """A function of arguments that are not static, lowered with its state in these formats."""
     if formats is Layout.AUTO:
-        # Asked of shapes: arrays already lie somehow.
+        # Asked of shapes, as arrays already lie somehow; and of caches alone, what is small may be copied.
         state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), args[STATE])
         args = (*args[:STATE], state, *args[STATE + 1 :])
-        formats = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), state)
+        formats = jax.tree.map(lambda x: Format(Layout.AUTO if x.ndim > 2 else None, x.sharding), state)
     before = tuple(formats if place == STATE else None for place in range(len(args)))
     return jax.jit(function, donate_argnums=STATE, in_shardings=before, out_shardings=formats).lower(*args)
 
