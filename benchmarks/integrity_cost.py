@@ -28,7 +28,8 @@ from orbax.checkpoint import v1 as ocp
 
 from deer_jax.checkpoints.families import tensor_slots, write_config
 from deer_jax.checkpoints.huggingface import deciding_files
-from deer_jax.checkpoints.runs import Checkpoints, read_record, verify
+from deer_jax.checkpoints.records import read_record, verify
+from deer_jax.checkpoints.runs import Checkpoints
 from deer_jax.config import ModelConfig
 from deer_jax.digests import Digests, Stamp
 from deer_jax.files import Lock, sync_tree

@@ -206,3 +206,15 @@ def mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise InputError(f"{where} must be keys and values, got {shown(value)}")
     return value
+
+
+def differences(before: Any, now: Any, where: str = "") -> list[str]:
+    """What differs between two plain values, one entry each: ``stages.0.steps was 10, is 20``."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = [*before, *(key for key in now if key not in before)]
+        return [line for key in keys for line in differences(before.get(key), now.get(key), f"{where}{key}.")]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return [
+            line for i, pair in enumerate(zip(before, now, strict=True)) for line in differences(*pair, f"{where}{i}.")
+        ]
+    return [] if before == now else [f"{where.rstrip('.')} was {before!r:.80}, is {now!r:.80}"]

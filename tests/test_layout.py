@@ -16,8 +16,8 @@ MAX_LINES = 400
 
 # Lowest first; a module imports from its own layer and from earlier ones.
 LAYERS = (
-    "errors", "files", "formats", "digests", "config", "sharding", "build", "models", "diffusion", "data", "drafters",
-    "checkpoints", "decoding", "training", "planning", "bench", "demo", "cli",
+    "errors", "files", "formats", "digests", "config", "sharding", "build", "processes", "models", "diffusion", "data",
+    "drafters", "checkpoints", "decoding", "training", "planning", "bench", "demo", "cli",
 )  # fmt: skip
 PUBLIC = "__init__"  # the top: imports anything, and only the command line imports it
 HOST_ONLY = ("diffusion", "data")  # work without jax, so of the package they see the lowest layers and each other only

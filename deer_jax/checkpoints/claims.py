@@ -1,4 +1,4 @@
-"""Whose a run's folder is: one process writes it, for one recipe and the same inputs from its first call to its last.
+"""Whose a run's folder is: one job writes it, its lead, for one recipe and the same inputs from first call to last.
 
     with claimed(folder, recipe, kind=DRAFTER, essential=essential) as claim:   # locked; another recipe is refused here
         target = load_target(..., digests=claim.digests)                        # knows what earlier calls have read
@@ -17,11 +17,13 @@ from typing import Any
 
 import yaml
 
-from deer_jax.checkpoints.runs import DRAFTER, IDENTITY, RECIPE, TARGET, check_path, is_run
+from deer_jax import processes
+from deer_jax.checkpoints.records import DRAFTER, TARGET
+from deer_jax.checkpoints.runs import IDENTITY, RECIPE, check_path, is_run
 from deer_jax.digests import Digests
 from deer_jax.errors import InputError
 from deer_jax.files import Lock, new_folder, sweep, write_file
-from deer_jax.formats import json_bytes, read_json, read_yaml, unreadable
+from deer_jax.formats import differences, json_bytes, read_json, read_yaml, unreadable
 
 FORMAT = 1  # of a run's folder
 MODELS = ("target", "start drafter")  # inputs that are files of a model
@@ -50,9 +52,13 @@ def claimed(
     listed), or anything that no run wrote.
     """
     check_path(folder)
-    made = [path for path in (folder.absolute(), *folder.absolute().parents) if not os.path.lexists(path)]
+    processes.same({"recipe": recipe})
+    lock, made = Lock(folder, inside=True), []
+    if processes.lead():
+        made = [path for path in (folder.absolute(), *folder.absolute().parents) if not os.path.lexists(path)]
     try:
-        with Lock(folder, inside=True) as lock:
+        with contextlib.ExitStack() as held:
+            processes.led(lambda: str(held.enter_context(lock).path))
             yield Claim(folder, recipe, kind, essential, lock, verify)
     finally:
         for path in made:
@@ -61,10 +67,10 @@ def claimed(
 
 
 class Claim:
-    """A run's folder in the hands of this process.
+    """A run's folder in the hands of this job.
 
     Attributes:
-      lock: of the folder; to be checked before anything is written.
+      lock: of the folder, held by the lead, who checks it before anything is written.
       digests: of inputs; knows those of earlier calls.
       begun: local time at which the run began: what its chat templates take for now.
     """
@@ -81,16 +87,19 @@ class Claim:
         """The arguments of `claimed`."""
         self.lock = lock
         self._folder, self._recipe, self._kind = folder, recipe, kind
-        self._goes_on = is_run(folder, kind)
+        self.begun = datetime.datetime.fromisoformat(processes.led(lambda: self._check(essential)))
         self._before = _read_identity(folder)
-        if self._goes_on:
-            self._check_recipe(essential)
-        else:
-            self._check_free()
-        self.begun = datetime.datetime.now().replace(microsecond=0)
-        if self._goes_on:
-            self.begun = datetime.datetime.fromisoformat(self._before["begun"])
+        self._goes_on = is_run(folder, kind)
         self.digests = Digests(self._before.get("files"), verify=verify)
+
+    def _check(self, essential: Callable[[Mapping[str, Any], str], Mapping[str, Any]]) -> str:
+        """Whether the folder may become that of this run, or is; when the run began."""
+        self._before = _read_identity(self._folder)
+        if is_run(self._folder, self._kind):
+            self._check_recipe(essential)
+            return self._before["begun"]
+        self._check_free()
+        return datetime.datetime.now().replace(microsecond=0).isoformat()
 
     def _check_recipe(self, essential: Callable[[Mapping[str, Any], str], Mapping[str, Any]]) -> None:
         where = self._folder / RECIPE
@@ -133,6 +142,10 @@ class Claim:
 
         Raises InputError, which names what changed, if the run was begun with other inputs.
         """
+        processes.same({"inputs": inputs})
+        processes.led(lambda: self._settle(inputs, describe))
+
+    def _settle(self, inputs: Mapping[str, Any], describe: Callable[[Path], None]) -> None:
         self.lock.check()
         if self._goes_on and (changes := input_changes(self._before["inputs"], inputs)):
             raise InputError(
@@ -202,15 +215,3 @@ def _part(label: str, name: str) -> str:
     if name.endswith((".safetensors", "checkpoint.json")):
         return "'s weights"
     return "'s configuration" if name.endswith("config.json") and "tokenizer" not in name else "'s tokenizer"
-
-
-def differences(before: Any, now: Any, where: str = "") -> list[str]:
-    """What differs between two plain values, one entry each: ``stages.0.steps was 10, is 20``."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        keys = [*before, *(key for key in now if key not in before)]
-        return [line for key in keys for line in differences(before.get(key), now.get(key), f"{where}{key}.")]
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        return [
-            line for i, pair in enumerate(zip(before, now, strict=True)) for line in differences(*pair, f"{where}{i}.")
-        ]
-    return [] if before == now else [f"{where.rstrip('.')} was {before!r:.80}, is {now!r:.80}"]

@@ -25,8 +25,9 @@ from deer_jax.checkpoints.huggingface import (
     save_folder,
     write_description,
 )
-from deer_jax.checkpoints.runs import DRAFTER, is_run, read_best
-from deer_jax.config import DrafterConfig, from_mapping
+from deer_jax.checkpoints.records import DRAFTER
+from deer_jax.checkpoints.runs import is_run, read_best
+from deer_jax.config import DrafterConfig, ModelConfig, from_mapping
 from deer_jax.data.tokenizer import Tokenizer, differing_ids
 from deer_jax.drafters.standalone import MASK, StandaloneDrafter, StandaloneMethod, drafter_from_target, new_entries
 from deer_jax.errors import InputError, named, shown
@@ -86,8 +87,7 @@ def load_drafter(
     method = StandaloneMethod(model, found, target.config.vocab_size)
     drafter = StandaloneDrafter(method=method, params={}, name=model_name(source), tokenizer=tokenizer)
     if run is not None:
-        shapes = abstract_params(model) | {"special": jax.ShapeDtypeStruct((2, model.width), jnp.float32)}
-        return usable_drafter(drafter, read_best(run, shapes), target, dtype)
+        return usable_drafter(drafter, read_best(run, drafter_shapes(model, target.mesh)), target, dtype)
     options: dict[str, Any] = {"scan": target.build.scan, "mesh": target.mesh, "progress": progress}
     if read_values(folder).get(SECTION) is not None:
         params, extra = load_params(folder, model, dtype, extra={SPECIAL: (2, model.width)}, **options)
@@ -149,12 +149,20 @@ def describe_drafter(folder: Path, drafter: StandaloneDrafter, stop_ids: Sequenc
     )  # fmt: skip
 
 
+def drafter_shapes(model: ModelConfig, mesh: Mesh | None) -> Params:
+    """A drafter's parameters as training holds them, float32 and stacked: shapes with their places on the mesh."""
+    shapes = abstract_params(model) | {"special": jax.ShapeDtypeStruct((2, model.width), jnp.float32)}
+    if mesh is None:
+        return shapes
+    where = placements(mesh, shapes, logical_axes(model) | {"special": (None, "width")})
+    return jax.tree.map(lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), shapes, where)
+
+
 def place_drafter(drafter: StandaloneDrafter, mesh: Mesh, dtype=jnp.float32) -> Params:
     """The parameters stacked and sharded over the mesh; training holds them in float32."""
     params = drafter.params if is_stacked(drafter.params) else stack_layers(drafter.params)
-    axes = logical_axes(drafter.method.model) | {"special": (None, "width")}
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
-    return jax.device_put(params, placements(mesh, params, axes))
+    shapes = drafter_shapes(drafter.method.model, mesh)
+    return jax.tree.map(lambda x, like: jax.device_put(x.astype(dtype), like.sharding), params, shapes)
 
 
 def usable_drafter(drafter: StandaloneDrafter, params: Params, target: Target, dtype=None) -> StandaloneDrafter:

@@ -16,7 +16,8 @@ from deer_jax.build import parse_dtype
 from deer_jax.checkpoints.drafters import SECTION, SPECIAL
 from deer_jax.checkpoints.hub import existing_folder, expanded
 from deer_jax.checkpoints.huggingface import read_bos_id, read_config, read_stop_ids, read_values, save_folder
-from deer_jax.checkpoints.runs import DRAFTER, TARGET, best_checkpoint, is_run, read_best
+from deer_jax.checkpoints.records import DRAFTER, TARGET
+from deer_jax.checkpoints.runs import best_checkpoint, is_run, read_best
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.digests import sha256_of
 from deer_jax.errors import InputError, RunError, named

@@ -3,9 +3,8 @@
     recipe.yaml        what the run does, as it was begun
     identity.json      what else decides its result, such as the digests of its target and answers; see `claims`
     drafter/, target/  config.json and tokenizer of what is trained, without weights: the one or the other
-    checkpoints/STEP/  parameters, their average, optimiser state and position in the data, as Orbax writes them, and
-                       checkpoint.json: step, score, size and SHA-256 of every file of the checkpoint and of the
-                       description above, and the SHA-256 of all this
+    checkpoints/STEP/  parameters, their average and optimiser state, as Orbax writes them, and checkpoint.json, their
+                       record; see `records`
     metrics.jsonl, tensorboard/
 
 A checkpoint appears under its final name only when it is complete and on the disk, so a run that is killed has the ones
@@ -14,40 +13,41 @@ before. One whose files are not those that were written is never read.
 
 import contextlib
 import dataclasses
-import hashlib
+import json
 import logging
 import os
 import re
 import secrets
-import stat
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from deer_jax.digests import sha256_of
+from deer_jax import processes
+from deer_jax.checkpoints.records import (
+    DamagedError,
+    damage,
+    read_record,
+    verify,
+    verify_description,
+    write_record,
+)
 from deer_jax.errors import InputError, RunError, one_line
-from deer_jax.files import Lock, disk_error, remove, sync_folder, sync_tree, write_file
-from deer_jax.formats import json_bytes, parse_json, unreadable
+from deer_jax.files import Lock, disk_error, remove, sync_folder, sync_tree
+from deer_jax.formats import unreadable
 from deer_jax.models.transformer import Params
 
-RECIPE, IDENTITY, CHECKPOINTS, RECORD = "recipe.yaml", "identity.json", "checkpoints", "checkpoint.json"
-DRAFTER, TARGET = "drafter", "target"  # what a run trains, and the folder that describes it
-FORMAT = 1  # of checkpoint.json; its own digest is made in the same way in every format
+RECIPE, IDENTITY, CHECKPOINTS = "recipe.yaml", "identity.json", "checkpoints"
 STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 PARTIAL = re.compile(r"\.[0-9]+\.partial-[0-9a-f]{8}(\.orbax-checkpoint-tmp.*)?")  # Orbax writes beside, as we do
 PATTERN = re.compile(r"[*?\[\]\\]")  # tensorstore takes such names for patterns, and finds nothing
 OS_ERROR = re.compile(r"os_error_code='(\d+)'|\[Errno (\d+)\]")
-THREADS = 4  # that read files for their digests
 GOES_ON = "earlier checkpoints are whole, and the same command goes on from the newest"
-
-
-class DamagedError(RunError):
-    """The files of a checkpoint are not those that were written. One line that names the first of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +65,22 @@ def best_of(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
 
 
 class Checkpoints:
-    """The checkpoints of a run that this process has locked. The newest `keep` stay, and the best."""
+    """The checkpoints of a run that this process, or the lead of several, has locked; a context manager.
+
+    The newest `keep` stay, and the best. All processes call the methods together: each writes and reads its parts of
+    the arrays, the lead everything else.
+    """
 
     def __init__(self, folder: Path, *, keep: int, lock: Lock):
         """What processes that are gone have left of their writing is removed."""
         check_path(folder)
         self.folder, self._keep, self._lock = (folder / CHECKPOINTS).absolute(), keep, lock
-        lock.check()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._pending: Future[None] | None = None
+        processes.led(self._open)
+
+    def _open(self) -> None:
+        self._lock.check()
         try:
             self.folder.mkdir(exist_ok=True)
             for entry in os.scandir(self.folder):
@@ -80,54 +89,101 @@ class Checkpoints:
         except OSError as error:
             raise disk_error(self.folder, error) from None
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error, trace) -> None:
+        """What was begun is there at the end of the block, also if that fails, but for an interruption."""
+        if kind is None:
+            self.wait()
+        elif not issubclass(kind, KeyboardInterrupt) and processes.count() == 1:  # another may be gone
+            with contextlib.suppress(InputError, RunError):
+                self.wait()
+        self._writer.shutdown(wait=False)
+
     def newest_first(self) -> list[Checkpoint]:
         """Those whose checkpoint.json is sound."""
-        return [Checkpoint(step, record["score"]) for step, record in self._records() if record is not None]
+        found = processes.led(lambda: json.dumps([dataclasses.astuple(each) for each in self._sound()]))
+        return [Checkpoint(step, score) for step, score in json.loads(found)]
 
     def steps(self) -> list[int]:
         """Of all, newest first, the damaged ones too."""
-        return _steps(self.folder)
+        return json.loads(processes.led(lambda: json.dumps(_steps(self.folder))))
 
-    def _records(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
-        for step in self.steps():
-            try:
-                yield step, read_record(self.folder / str(step))
-            except DamagedError:
-                yield step, None
+    def _sound(self) -> list[Checkpoint]:
+        found = []
+        for step in _steps(self.folder):
+            with contextlib.suppress(DamagedError):
+                found.append(Checkpoint(step, read_record(self.folder / str(step))["score"]))
+        return found
 
     def save(self, step: int, parts: Mapping[str, Any], score: float | None) -> None:
-        """Write a checkpoint and wait for it, then remove those that are to stay no longer.
+        """`begin`, and `wait` for it."""
+        self.begin(step, parts, score)
+        self.wait()
+
+    def begin(self, step: int, parts: Mapping[str, Any], score: float | None) -> None:
+        """Begin to write a checkpoint. When this returns the arrays have been read and may change.
+
+        Raises RunError, one line, where the disk does not take it, or the run's folder is no longer there: for this
+        checkpoint, or for the one that was begun before, which is waited for.
+        """
+        self.wait()
+        partial = self.folder / processes.led(lambda: self._new_name(step))
+        _quiet()
+        try:
+            written = ocp.save_checkpointables_async(str(partial), dict(parts))
+        except BaseException as error:
+            raise self._failed(step, partial, error) from None
+        self._pending = self._writer.submit(self._finish, written, step, partial, score)
+
+    def wait(self) -> None:
+        """Until the checkpoint that was begun is there, and those that are to stay no longer are gone.
 
         Raises RunError, one line, where the disk does not take it, or the run's folder is no longer there.
         """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            processes.led(pending.result)
+            pending.result()
+
+    def _new_name(self, step: int) -> str:
+        """Of the folder to write in; the lead looks whether it may."""
         self._lock.check()
-        final = self.folder / str(step)
-        partial = self._partial(step)
+        if os.path.lexists(self.folder / str(step)):
+            raise RunError(f"{self.folder / str(step)}: is already there; move it away, then the same command goes on")
+        return self._partial(step).name
+
+    def _finish(self, written: Any, step: int, partial: Path, score: float | None) -> None:
+        """Give a checkpoint its record and its name when all processes have written their parts of it."""
         try:
-            if os.path.lexists(final):
-                raise RunError(f"{final}: is already there; move it away, then the same command goes on")
-            with _quiet():
-                ocp.save_checkpointables(str(partial), dict(parts))
-            record = {
-                "format": FORMAT, "step": step, "score": score, "files": _describe(partial),
-                "description": _description(self.folder.parent),
-            }  # fmt: skip
-            write_file(partial / RECORD, _record_bytes(record))
+            written.result()
+            if not processes.lead():
+                return
+            write_record(partial, self.folder.parent, step=step, score=score)
             sync_tree(partial)
             self._lock.check()
-            partial.rename(final)
+            partial.rename(self.folder / str(step))
             sync_folder(self.folder)
         except BaseException as error:
-            self._give_up(partial)
-            if isinstance(error, OSError | ValueError) and not isinstance(error, InputError):
-                failure = _system_error(error)
-                if failure is not None:
-                    raise disk_error(final, failure, GOES_ON) from None
-            raise
+            raise self._failed(step, partial, error) from None
         self._remove_old()
 
     def _partial(self, step: int) -> Path:
         return self.folder / f".{step}.partial-{secrets.token_hex(4)}"
+
+    def _failed(self, step: int, partial: Path, error: BaseException) -> BaseException:
+        """Remove what was begun; the error to raise."""
+        if processes.lead():
+            try:
+                self._give_up(partial)
+            except RunError as gone:
+                return gone
+        if isinstance(error, OSError | ValueError) and not isinstance(error, InputError):
+            failure = _system_error(error)
+            if failure is not None:
+                return disk_error(self.folder / str(step), failure, GOES_ON)
+        return error
 
     def _give_up(self, partial: Path) -> None:
         """Remove what was begun; RunError if the run's folder was taken away meanwhile, which Orbax makes again."""
@@ -143,7 +199,7 @@ class Checkpoints:
             raise
 
     def _remove_old(self) -> None:
-        found = self.newest_first()
+        found = self._sound()
         best = best_of(found)
         for each in found[self._keep :]:
             if each != best:
@@ -155,17 +211,21 @@ class Checkpoints:
                 remove(partial)
 
     def restore(self, step: int, parts: Mapping[str, Any]) -> dict[str, Any]:
-        """The parts of a checkpoint: arrays like the abstract ones given, iterators moved to where they were.
+        """The parts of a checkpoint: arrays like the abstract ones given, on whatever mesh they were written.
 
         Raises DamagedError where its files are not those that were written, and RunError where they are, but cannot be
         read as these parts.
         """
         folder = self.folder / str(step)
-        verify(folder, read_record(folder))
+        if found := processes.led(lambda: damage(folder)):
+            raise DamagedError(found)
         return {name: _load(folder, name, like) for name, like in parts.items()}
 
     def set_aside(self, step: int) -> Path:
         """Rename a damaged checkpoint, so that its step can be written again; where it is now."""
+        return Path(processes.led(lambda: self._set_aside(step)))
+
+    def _set_aside(self, step: int) -> str:
         source, number = self.folder / str(step), 1
         while os.path.lexists(aside := self.folder.parent / f"damaged-{step}-{number}"):
             number += 1
@@ -173,7 +233,7 @@ class Checkpoints:
             source.rename(aside)
         except OSError as error:
             raise disk_error(aside, error) from None
-        return aside
+        return str(aside)
 
 
 def is_run(folder: Path, kind: str) -> bool:
@@ -225,8 +285,9 @@ def read_best(folder: Path, shapes: Params) -> Params:
         where, record = best_checkpoint(folder)
         part = "average" if any(name.startswith("average/") for name in record["files"]) else "params"
         verify(where, record, only=part)
-        _verify_description(folder, record)
-        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), shapes)
+        verify_description(folder, record)
+        here = SingleDeviceSharding(jax.local_devices()[0])  # and not where the run had them
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding or here), shapes)
         return _load(where.absolute(), part, wanted)
     except RunError as error:
         if where is not None and not where.exists():
@@ -249,118 +310,14 @@ def _steps(folder: Path) -> list[int]:
 def _load(folder: Path, name: str, like: Any) -> Any:
     """One part of a checkpoint whose files are those that were written."""
     # One at a time: of several, Orbax leaves those behind a failing one waiting, which Python complains about.
+    _quiet()
     try:
-        with _quiet():
-            return ocp.load_checkpointables(str(folder), {name: like})[name]
+        return ocp.load_checkpointables(str(folder), {name: like})[name]
     except Exception as error:  # of any kind: Orbax, tensorstore and grain have no common one
         while error.__cause__ is not None:
             error = error.__cause__
         line = one_line(error)
         raise RunError(f"{folder}: its files are as they were written, but its {name} cannot be read: {line}") from None
-
-
-def _describe(folder: Path) -> dict[str, list[Any]]:
-    """Size and SHA-256 of every file, by its path in the folder."""
-    names = _names(folder)
-    with ThreadPoolExecutor(THREADS) as pool:
-        digests = pool.map(lambda name: sha256_of(folder / name), names)
-        return {name: [(folder / name).stat().st_size, digest] for name, digest in zip(names, digests, strict=True)}
-
-
-def _description(run: Path) -> dict[str, list[Any]]:
-    """Size and SHA-256 of the files that describe what a run trains, by their path in its folder."""
-    kinds = [kind for kind in (DRAFTER, TARGET) if (run / kind).is_dir()]
-    return {f"{kind}/{name}": found for kind in kinds for name, found in _describe(run / kind).items()}
-
-
-def _verify_description(run: Path, record: Mapping[str, Any]) -> None:
-    """RunError if the configuration or tokenizer is not the one that its checkpoint was written with."""
-    before, now = record["description"], _description(run)
-    for name in dict.fromkeys((*before, *now)):
-        if before.get(name) != now.get(name):
-            raise RunError(
-                f"{run / name}: is not what the run wrote; bring it back, or change what an export makes instead"
-            )
-
-
-def _names(folder: Path) -> list[str]:
-    """Every file but the record, and whatever else is no folder."""
-    found = []
-    for where, folders, names in os.walk(folder):
-        links = [name for name in folders if os.path.islink(os.path.join(where, name))]
-        found += [os.path.relpath(os.path.join(where, name), folder) for name in (*names, *links)]
-    return sorted(name for name in found if name != RECORD)
-
-
-def _record_bytes(record: Mapping[str, Any]) -> bytes:
-    """The content of checkpoint.json, whose last entry is the digest of the others."""
-    digest = hashlib.sha256(json_bytes(record, indent=1)).hexdigest()
-    return json_bytes({**record, "sha256": digest}, indent=1)
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The checkpoint.json of a checkpoint, `sha256` included.
-
-    Raises DamagedError if it is not as it was written, and RunError if another version of this library wrote it.
-    """
-    path = folder / RECORD
-    try:
-        if not path.is_file():
-            raise DamagedError(f"{folder}: damaged: has no {RECORD}")
-        content = path.read_bytes()
-    except OSError as error:
-        raise _not_now(path, error) from None
-    try:
-        record: Any = parse_json(content, str(path))
-        sound = content == _record_bytes({name: value for name, value in record.items() if name != "sha256"})
-    except (ValueError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
-        raise DamagedError(f"{path}: damaged: is not as it was written")
-    if record.get("format") != FORMAT:
-        raise RunError(f"{path}: has format {record.get('format')!r:.20}, this version reads {FORMAT}; update deer_jax")
-    if str(record["step"]) != folder.name:
-        raise DamagedError(f"{folder}: damaged: is the checkpoint of step {record['step']}")
-    return record
-
-
-def verify(folder: Path, record: Mapping[str, Any], *, only: str | None = None) -> None:
-    """DamagedError if a file is not the one that was written; InputError if there is one that was not.
-
-    only: of the parts, look at this one; the files that lie beside the parts always count.
-    """
-    expected: Mapping[str, Sequence[Any]] = record["files"]
-    if foreign := sorted(set(_names(folder)) - expected.keys()):
-        raise InputError(f"{folder / foreign[0]}: was not written by the run; move it out of the checkpoint")
-    names = [name for name in expected if only is None or "/" not in name or name.startswith(f"{only}/")]
-    for name in names:
-        try:
-            found = (folder / name).stat()
-        except OSError as error:
-            raise _not_now(folder / name, error) from None
-        if not stat.S_ISREG(found.st_mode) or found.st_size != expected[name][0]:
-            raise DamagedError(f"{folder / name}: damaged: has {found.st_size:,} bytes, not {expected[name][0]:,}")
-    with ThreadPoolExecutor(THREADS) as pool:
-        for name, digest in zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True):
-            if digest != expected[name][1]:
-                raise DamagedError(f"{folder / name}: damaged: its content is not what was written")
-
-
-def _digest(path: Path) -> str:
-    try:
-        return sha256_of(path)
-    except OSError as error:
-        raise _not_now(path, error) from None
-
-
-def _not_now(path: Path, error: OSError) -> RunError:
-    """What a checkpoint's file that cannot be read means: damage if it is not there, else perhaps a passing failure."""
-    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
-        return DamagedError(f"{path}: damaged: is missing")
-    return RunError(
-        f"{path}: cannot be read: {error.strerror}; the same command goes on when it can, or, if the file is lost, "
-        "when its checkpoint has been moved away"
-    )
 
 
 def _system_error(error: Exception) -> OSError | None:
@@ -372,22 +329,9 @@ def _system_error(error: Exception) -> OSError | None:
     return None if number is None else OSError(number, os.strerror(number))
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax logs what it raises, with tracebacks; what it raises is enough.
-
-    Where it raises its threads may log after it has, so its records are left out from then on.
-    """
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    except BaseException:
-        logger.addFilter(_not_of_orbax)
-        raise
-    finally:
-        logger.setLevel(level)
+def _quiet() -> None:
+    """Orbax logs what it raises, with tracebacks and from threads of its own; what it raises is enough."""
+    logging.getLogger("absl").addFilter(_not_of_orbax)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:

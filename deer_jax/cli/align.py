@@ -8,7 +8,8 @@ from rich.table import Table
 
 from deer_jax.cli.common import show
 from deer_jax.cli.options import parse
-from deer_jax.cli.progress import Reporter
+from deer_jax.cli.processes import ProcessOptions
+from deer_jax.cli.progress import Reporter, silent
 from deer_jax.cli.training import RecipeOptions, asked_to_stop, report_end
 from deer_jax.training.align import AlignReport, align
 from deer_jax.training.recipe import recipe_from
@@ -17,7 +18,7 @@ EXAMPLE = "deer-jax align --recipe configs/align_stories260k.yaml --set output=r
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(RecipeOptions):
+class Options(RecipeOptions, ProcessOptions):
     """Train a drafter for a target from the target's answers: continuation, then refinement (DEER).
 
     Everything is in the recipe, a YAML file; see configs/ for complete ones. The run's folder gets checkpoints,
@@ -28,10 +29,11 @@ class Options(RecipeOptions):
 
 def run(argv: Sequence[str]) -> None:
     options = parse(Options, "align", argv, EXAMPLE)
+    options.join()
     recipe = recipe_from(options.read(), str(options.recipe))
     with asked_to_stop() as stopping, Reporter("aligning, steps") as reporter:
         report = align(recipe, progress=reporter.show, should_stop=stopping.is_set, verify=options.verify)
-    if report.evaluations:
+    if report.evaluations and not silent():
         show(table(report))
     report_end(options, report, stopping)
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 
+from deer_jax import processes
 from deer_jax.cli.progress import discard, say
 from deer_jax.errors import InputError, RunError, Terminated, one_line
 
@@ -69,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     except BaseException as error:  # the last boundary; panics of Rust libraries are no Exceptions
         status = ended(error, words)
+    if processes.started():
+        if status not in (INTERRUPTED, TERMINATED):  # a stop that all agreed on has waited, a second signal does not
+            processes.leave()
+        os._exit(status)  # what JAX does at the end would wait for those that are gone
     if argv is None and status in (INTERRUPTED, TERMINATED):
         # XLA may still be at work on what was interrupted, and taking the interpreter down under it can crash.
         os._exit(status)
@@ -205,6 +210,9 @@ def ended(error: BaseException, argv: Sequence[str]) -> int:
             f"error: the device has too little memory: {one_line(error)}; a smaller batch (batch_size, in a recipe "
             "batch with accumulate), a smaller length or max_new_tokens, or dtype bfloat16 needs less"
         )
+        return 1
+    if processes.started() and isinstance(error, jax.errors.JaxRuntimeError | ValueError) and processes.lost(error):
+        say(f"error: another process has ended, so this one cannot go on; start all again ({one_line(error)})")
         return 1
     if isinstance(error, RuntimeError) and "nable to initialize backend" in str(error):
         say(f"error: {one_line(error)}; JAX_PLATFORMS names the platforms to use, as in JAX_PLATFORMS=cpu")

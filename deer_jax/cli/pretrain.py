@@ -8,7 +8,8 @@ from rich.table import Table
 
 from deer_jax.cli.common import show
 from deer_jax.cli.options import parse
-from deer_jax.cli.progress import Reporter
+from deer_jax.cli.processes import ProcessOptions
+from deer_jax.cli.progress import Reporter, silent
 from deer_jax.cli.training import RecipeOptions, asked_to_stop, report_end
 from deer_jax.training.pretrain import PretrainReport, pretrain
 from deer_jax.training.recipe import pretrain_recipe_from
@@ -17,7 +18,7 @@ EXAMPLE = "deer-jax pretrain --recipe my-target.yaml --set steps=200 --set outpu
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(RecipeOptions):
+class Options(RecipeOptions, ProcessOptions):
     """Train a small autoregressive target from folders of text, with a tokenizer of its own.
 
     For demonstrations, tests and research; a real target comes from Hugging Face. The run's folder gets checkpoints,
@@ -29,10 +30,11 @@ class Options(RecipeOptions):
 
 def run(argv: Sequence[str]) -> None:
     options = parse(Options, "pretrain", argv, EXAMPLE)
+    options.join()
     recipe = pretrain_recipe_from(options.read(), str(options.recipe))
     with asked_to_stop() as stopping, Reporter("pretraining, steps") as reporter:
         report = pretrain(recipe, progress=reporter.show, should_stop=stopping.is_set, verify=options.verify)
-    if report.evaluations:
+    if report.evaluations and not silent():
         show(table(report))
     report_end(options, report, stopping)
 

@@ -21,12 +21,26 @@ SECONDS_PER_LINE = 5.0
 LONGEST = 900  # letters of a line; a name of thousands is not shown in full
 
 
+_who = ""  # of several processes all but the lead say their number before what they say
+
+
+def speak_as(who: str) -> None:
+    """Put a name before every line, and report no progress."""
+    global _who
+    _who = f"{who}: "
+
+
+def silent() -> bool:
+    """Whether another process reports progress and results."""
+    return bool(_who)
+
+
 def say(text: str) -> None:
     """One line on stderr. A run does not end because nobody can read it any more.
 
     "error: a\nb \x1b[1m" -> deer-jax: error: a b \\x1b[1m
     """
-    text = " ".join(text.split())
+    text = _who + " ".join(text.split())
     if len(text) > LONGEST:  # what is wrong stands at the beginning, what to do at the end
         text = f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 3 :]}"
     text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
@@ -51,7 +65,7 @@ class Reporter:
         self.bar: Progress | None = None
         self.last = time.monotonic()
         self.first: tuple[float, int, int] | None = None  # when the work began to be shown, pieces done then, and all
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not silent():
             self.bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                 TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True), transient=True,
@@ -69,6 +83,8 @@ class Reporter:
 
     def show(self, done: int, total: int, note: str = "") -> None:
         """done of total pieces; note: what else is known."""
+        if silent():
+            return
         if self.bar:
             self.bar.update(self.task, completed=done, total=total, note=note)
             return

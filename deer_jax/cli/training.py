@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+from deer_jax import processes
 from deer_jax.cli.common import check_distinct, check_writable, write_json
-from deer_jax.cli.progress import say
+from deer_jax.cli.progress import say, silent
 from deer_jax.errors import Terminated
 from deer_jax.formats import read_yaml
 from deer_jax.training.loop import TrainReport
@@ -45,6 +46,11 @@ class Stopping:
     def is_set(self) -> bool:
         return self.signal is not None
 
+    def agree(self) -> None:
+        """All processes end alike, whichever was told: by SIGTERM, if one was."""
+        if processes.agree(self.signal == signal.SIGTERM):
+            self.signal = signal.SIGTERM
+
     def interruption(self, line: str) -> KeyboardInterrupt:
         """What to raise: it decides the exit status."""
         return Terminated(line) if self.signal == signal.SIGTERM else KeyboardInterrupt(line)
@@ -52,9 +58,11 @@ class Stopping:
 
 def report_end(options: RecipeOptions, report: TrainReport, stopping: Stopping) -> None:
     """Write the numbers, and say on one line what was done; an interruption, with its line, if it is not finished."""
-    if options.json:
+    stopping.agree()
+    if options.json and not silent():
         write_json(options.json, dataclasses.asdict(report) | {"output": str(report.output)})
     if not report.finished:
+        processes.leave()
         raise stopping.interruption(
             f"step {report.step:,} of {report.steps:,} is written to {report.output}; the same command goes on from it"
         )
@@ -63,7 +71,8 @@ def report_end(options: RecipeOptions, report: TrainReport, stopping: Stopping) 
         waiting = 100 * report.data_seconds / report.seconds
         speed = f"{report.tokens / report.seconds:,.0f} tokens/s, {waiting:.1f} % of the time waiting for examples"
     best = "" if report.best is None else f"; the best checkpoint is that of step {report.best:,}"
-    say(f"{report.output}: {report.step:,} steps done, {speed}{best}")
+    if not silent():
+        say(f"{report.output}: {report.step:,} steps done, {speed}{best}")
 
 
 @contextmanager

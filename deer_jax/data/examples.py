@@ -12,6 +12,7 @@ import grain
 import numpy as np
 
 from deer_jax.data.answers import AnswerFiles
+from deer_jax.data.batches import batches
 from deer_jax.diffusion.corruption import Corruption, corrupt_blocks, corrupt_cut
 from deer_jax.errors import InputError
 
@@ -60,17 +61,26 @@ class _Prepare(grain.transforms.RandomMap):
 
 
 def example_batches(
-    records: AnswerFiles, corruption: Corruption, *, bidirectional: bool, length: int, batch: int, seed: int
+    records: AnswerFiles,
+    corruption: Corruption,
+    *,
+    bidirectional: bool,
+    length: int,
+    batch: int,
+    seed: int,
+    first: int = 0,
+    rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches of corrupted examples; a grain iterator, so its position can be saved and restored.
+    """Endless batches of corrupted examples.
 
     Args:
       length: T, tokens per text; longer ones are cut, and those whose prompt alone fills it are an error.
       batch: examples per batch.
+      first: the number of the batch to begin with; a resumed run names the one that it had not read yet.
+      rows: of every batch only these, in this order; None is all of them.
     """
     if len(records) < batch:
         raise InputError(f"{records}: {len(records)} records are fewer than a batch of {batch}; lower batch")
     data = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
     data = data.map_with_index(lambda number, record: (number, record))
-    data = data.random_map(_Prepare(corruption, bidirectional, length, seed)).batch(batch)
-    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    return batches(data.random_map(_Prepare(corruption, bidirectional, length, seed)), batch, first, rows)

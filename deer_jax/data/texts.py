@@ -7,13 +7,14 @@ held_out: ["b.py"]                                      -> trained on: a.py; kep
 import dataclasses
 import fnmatch
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 
+from deer_jax.data.batches import batches
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.errors import InputError
 from deer_jax.files import write_file
@@ -145,16 +146,14 @@ class Windows:
         row[1 : 1 + len(piece)] = piece
         return {"tokens": row, "length": np.int32(1 + len(piece)), "total": np.float32(len(piece))}
 
-    def __repr__(self) -> str:  # part of what grain checks when it resumes
-        return f"Windows({len(self)} of {self._step + 1})"
 
-
-def window_batches(windows: Windows, *, batch: int, seed: int):
-    """Endless shuffled batches of windows; a grain iterator, so its position can be saved and restored."""
+def window_batches(
+    windows: Windows, *, batch: int, seed: int, first: int = 0, rows: np.ndarray | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless shuffled batches of windows; first, rows: see `example_batches`."""
     if len(windows) < batch:
         raise InputError(f"the text fills {len(windows)} windows, fewer than a batch of {batch}; lower batch or length")
-    data = grain.MapDataset.source(windows).seed(seed).shuffle().repeat().batch(batch)
-    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    return batches(grain.MapDataset.source(windows).seed(seed).shuffle().repeat(), batch, first, rows)
 
 
 def passages(

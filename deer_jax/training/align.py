@@ -4,18 +4,27 @@ import dataclasses
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from deer_jax import processes
 from deer_jax.checkpoints.claims import WHOLE, Claim, claimed
-from deer_jax.checkpoints.drafters import FROM_TARGET, describe_drafter, load_drafter, place_drafter, usable_drafter
+from deer_jax.checkpoints.drafters import (
+    FROM_TARGET,
+    describe_drafter,
+    drafter_shapes,
+    load_drafter,
+    place_drafter,
+    usable_drafter,
+)
 from deer_jax.checkpoints.hub import resolve_folder
 from deer_jax.checkpoints.huggingface import deciding_files
 from deer_jax.checkpoints.load import load_target
-from deer_jax.checkpoints.runs import DRAFTER, RECORD, best_checkpoint, is_run
+from deer_jax.checkpoints.records import DRAFTER, RECORD
+from deer_jax.checkpoints.runs import best_checkpoint, is_run
 from deer_jax.data.answers import AnswerFiles
 from deer_jax.data.examples import example_batches
 from deer_jax.data.tokenizer import Tokenizer
@@ -25,11 +34,11 @@ from deer_jax.drafters.standalone import StandaloneDrafter
 from deer_jax.errors import InputError, RunError
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params
-from deer_jax.sharding import MeshShape, make_mesh
+from deer_jax.sharding import MeshShape
 from deer_jax.training.acceptance import Acceptance, measure, read_held_out, survey
-from deer_jax.training.loop import Progress, StagePlan, Trainer, TrainReport, stage_seed
+from deer_jax.training.loop import Batches, Progress, StagePlan, Trainer, TrainReport, Work, run_mesh, stage_seed
 from deer_jax.training.objectives import drafter_loss
-from deer_jax.training.recipe import INESSENTIAL, Recipe, Stage, read_recipe, recipe_from, to_mapping
+from deer_jax.training.recipe import INESSENTIAL, Recipe, Stage, as_recipe, recipe_from, to_mapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,19 +73,20 @@ def align(
         that was begun with another recipe or with files that have changed; before any work is done.
       RunError: a full disk, a loss that is not finite, no checkpoint that can be read, the output removed meanwhile.
     """
-    if isinstance(recipe, str | Path):
-        recipe = read_recipe(recipe)
-    elif not isinstance(recipe, Recipe):
-        recipe = recipe_from(recipe, "recipe")
-    show = progress or (lambda *_: None)
-    values = to_mapping(recipe)
-    with claimed(Path(recipe.output), values, kind=DRAFTER, essential=essential, verify=verify) as claim:
-        work = _Alignment(recipe, claim, show)
-        claim.settle(work.inputs(), lambda folder: describe_drafter(folder, work.drafter, work.target.stop_ids))
-        stop = should_stop or (lambda: False)
-        run = Trainer(
-            work, recipe, lock=claim.lock, mesh=work.mesh, build=work.target.build, show=show, should_stop=stop
+    recipe = as_recipe(recipe)
+    steps, show = sum(stage.steps for stage in recipe.stages), progress or (lambda *_: None)
+    with claimed(Path(recipe.output), to_mapping(recipe), kind=DRAFTER, essential=essential, verify=verify) as claim:
+        inputs = read_inputs(recipe, claim, lambda note: show(0, steps, note))
+        stages = [with_width(stage, inputs.drafter) for stage in recipe.stages]
+        check(recipe, stages, inputs)
+        claim.settle(
+            identity(inputs, claim.digests),
+            lambda folder: describe_drafter(folder, inputs.drafter, inputs.target.stop_ids),
         )
+        run = Trainer(
+            work_of(recipe, stages, inputs), recipe, lock=claim.lock, show=show,
+            should_stop=should_stop or (lambda: False),
+        )  # fmt: skip
         report = run.train()
     evaluations = {step: found.results for step, found in run.evaluations.items()}
     return AlignReport(**vars(report), evaluations=evaluations)
@@ -100,98 +110,111 @@ class _Measured:
         }
 
 
-class _Alignment:
-    """What `align` trains: a drafter, on its target's answers."""
+class Inputs(NamedTuple):
+    """What a run reads.
 
-    def __init__(self, recipe: Recipe, claim: Claim, show: Progress):
-        self.recipe, self.begun, self.digests = recipe, claim.begun, claim.digests
-        steps = sum(stage.steps for stage in recipe.stages)
-        self.say = lambda note: show(0, steps, note)
-        self.mesh = make_mesh(**dataclasses.asdict(recipe.mesh))
-        show_bytes = lambda done, total: self.say(f"loading, {done:,} of {total:,} bytes")  # noqa: E731
-        self.target = load_target(
-            recipe.target, recipe.dtype, self.mesh if self.mesh.size > 1 else None, progress=show_bytes,
-            digests=self.digests,
-        )  # fmt: skip
-        tokenizer = self.target.tokenizer
-        self.records = AnswerFiles(
-            recipe.answers,
-            vocab_size=self.target.config.vocab_size,
-            tokenizer=tokenizer.fingerprint if isinstance(tokenizer, Tokenizer) else None,
-        )
-        self.start = start_digests(recipe.drafter, self.digests)
-        self.drafter = load_drafter(
-            recipe.drafter, target=self.target, dtype="float32", config=recipe.reading, progress=show_bytes
-        )
-        if start_digests(recipe.drafter, self.digests) != self.start:
-            raise RunError(f"{recipe.drafter}: was changed while it was loaded; start again")
-        if broken := broken_weights(self.drafter.params):
-            raise RunError(f"{recipe.drafter}: of its weights these are not finite: {', '.join(broken[:NAMED])}")
-        self.evaluate_every = None if recipe.evaluation is None else recipe.evaluation.every
-        resolved = [with_width(stage, self.drafter) for stage in recipe.stages]
-        self.corruptions = [stage.corruption for stage in resolved]
-        self.stages: Sequence[StagePlan] = [self.plan(stage) for stage in resolved]
-        self.held_out = self.read_data()
-        check(recipe, resolved, self.target, self.drafter, self.records)
+    Attributes:
+      target: on the run's mesh. drafter: what training starts from; start: the digests of its files, by name.
+      records: the training rows. held_out: prompts to evaluate on, as token ids.
+    """
 
-    def plan(self, stage: Stage) -> StagePlan:
-        """The stage for the loop."""
+    target: Target
+    drafter: StandaloneDrafter
+    start: dict[str, str]
+    records: AnswerFiles
+    held_out: list[list[int]]
+
+
+def read_inputs(recipe: Recipe, claim: Claim, say: Callable[[str], Any]) -> Inputs:
+    """All that a recipe names, every training row once: what is wrong with one is said before any work."""
+
+    def say_bytes(done: int, total: int) -> None:
+        say(f"loading, {done:,} of {total:,} bytes")
+
+    mesh = run_mesh(recipe)
+    target = load_target(recipe.target, recipe.dtype, mesh, progress=say_bytes, digests=claim.digests)
+    tokenizer = target.tokenizer
+    records = AnswerFiles(
+        recipe.answers,
+        vocab_size=target.config.vocab_size,
+        tokenizer=tokenizer.fingerprint if isinstance(tokenizer, Tokenizer) else None,
+    )
+    start = start_digests(recipe.drafter, claim.digests)
+    drafter = load_drafter(recipe.drafter, target=target, dtype="float32", config=recipe.reading, progress=say_bytes)
+    if start_digests(recipe.drafter, claim.digests) != start:
+        raise RunError(f"{recipe.drafter}: was changed while it was loaded; start again")
+    if broken := broken_weights(drafter.params):
+        raise RunError(f"{recipe.drafter}: of its weights these are not finite: {', '.join(broken[:NAMED])}")
+    say("reading the training rows")
+    prompts = read_held_out(target, recipe.evaluation, claim.begun) if recipe.evaluation else []
+    room = recipe.length if drafter.method.cached else recipe.length - 1  # for the separator
+    held_out = survey_rows(recipe, records, prompts, room)
+    return Inputs(target, drafter, start, records, held_out)
+
+
+def survey_rows(recipe: Recipe, records: AnswerFiles, prompts: list[list[int]], room: int) -> list[list[int]]:
+    """Read every row, and leave out those that have no room for an answer; the held-out prompts to use."""
+    evaluation, found = recipe.evaluation, survey(records, prompts, room)
+    if found.overlong:
+        records.leave_out(found.overlong)
+        left_out = f"{len(found.overlong)} prompts leave no room for an answer in length {recipe.length}"
+        warnings.warn(f"{records}: {left_out}; their rows are left out", stacklevel=5)
+    kept = [prompt for prompt, met in zip(prompts, found.met, strict=True) if not met]
+    if evaluation and not kept:
+        raise InputError(f"{evaluation.prompts}: all {len(prompts)} prompts occur in training rows; give unseen ones")
+    if any(found.met):
+        seen = f"{sum(found.met)} prompts occur in training rows and are left out"
+        warnings.warn(f"{evaluation.prompts if evaluation else ''}: {seen}", stacklevel=5)
+    return kept[: evaluation.limit] if evaluation else []
+
+
+def identity(inputs: Inputs, digests: Digests) -> dict[str, Any]:
+    """What must not change between the calls of one run, beside the recipe."""
+    target, records = inputs.target, inputs.records
+    return {
+        "target": {WHOLE: target.digest(), **{stamp.path.name: digests.of(stamp) for stamp in target.files}},
+        "start drafter": inputs.start,
+        "answers": {
+            os.fspath(path): digests.of(stamp) for path, stamp in zip(records.paths, records.stamps, strict=True)
+        },
+        "held-out prompts": hashlib.sha256(repr(inputs.held_out).encode()).hexdigest(),
+        "dtype": target.dtype.name,
+    }
+
+
+def work_of(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> Work:
+    """What the loop trains."""
+    target, drafter, evaluation = inputs.target, inputs.drafter, recipe.evaluation
+    assert target.mesh is not None
+
+    def plan(number: int, stage: Stage) -> StagePlan:
+        def examples(first: int, rows: np.ndarray) -> Batches:
+            return example_batches(
+                inputs.records, stage.corruption, bidirectional=not drafter.method.cached, length=recipe.length,
+                batch=recipe.batch, seed=stage_seed(recipe.seed, number), first=first, rows=rows,
+            )  # fmt: skip
+
         taught = stage.labels == "target"
         return StagePlan(
             name=stage.corruption.stage, steps=stage.steps, optimizer=stage.optimizer,
-            loss=drafter_loss(self.drafter.method, self.target.config if taught else None),
-            fixed=self.target.params if taught else {},
+            loss=drafter_loss(drafter.method, target.config if taught else None), examples=examples,
+            fixed=target.params if taught else {},
         )  # fmt: skip
 
-    def read_data(self) -> list[list[int]]:
-        """Every training row once: what is wrong with one is said before any work. The held-out prompts to use."""
-        recipe, evaluation = self.recipe, self.recipe.evaluation
-        self.say("reading the training rows")
-        prompts = read_held_out(self.target, evaluation, self.begun) if evaluation else []
-        room = recipe.length if self.drafter.method.cached else recipe.length - 1  # for the separator
-        found = survey(self.records, prompts, room)
-        if found.overlong:
-            self.records.leave_out(found.overlong)
-            left_out = f"{len(found.overlong)} prompts leave no room for an answer in length {recipe.length}"
-            warnings.warn(f"{self.records}: {left_out}; their rows are left out", stacklevel=5)
-        kept = [prompt for prompt, met in zip(prompts, found.met, strict=True) if not met]
-        if evaluation and not kept:
-            raise InputError(
-                f"{evaluation.prompts}: all {len(prompts)} prompts occur in training rows; give unseen ones"
-            )
-        if any(found.met):
-            seen = f"{sum(found.met)} prompts occur in training rows and are left out"
-            warnings.warn(f"{evaluation.prompts if evaluation else ''}: {seen}", stacklevel=5)
-        return kept[: evaluation.limit] if evaluation else []
+    def evaluate(params: Params, show: Callable[[str], Any]) -> _Measured:
+        assert evaluation is not None
+        if processes.count() == 1:
+            decoding, learned = target, usable_drafter(drafter, params, target)
+        else:  # `decode` knows no other hosts: each has all on one of its devices for that time, and does the same
+            decoding = dataclasses.replace(target, params=processes.alone(target.params), mesh=None)
+            learned = usable_drafter(drafter, processes.alone(params), decoding)
+        return _Measured(measure(decoding, learned, inputs.held_out, evaluation, recipe.seed, show))
 
-    def inputs(self) -> dict[str, Any]:
-        """What must not change between the calls of one run, beside the recipe."""
-        target = {stamp.path.name: self.digests.of(stamp) for stamp in self.target.files}
-        return {
-            "target": {WHOLE: self.target.digest(), **target},
-            "start drafter": self.start,
-            "answers": {
-                os.fspath(path): self.digests.of(stamp)
-                for path, stamp in zip(self.records.paths, self.records.stamps, strict=True)
-            },
-            "held-out prompts": hashlib.sha256(repr(self.held_out).encode()).hexdigest(),
-            "dtype": self.target.dtype.name,
-        }
-
-    def first_params(self) -> Params:
-        return place_drafter(self.drafter, self.mesh)
-
-    def examples(self, number: int) -> Iterator[dict[str, np.ndarray]]:
-        return example_batches(
-            self.records, self.corruptions[number], bidirectional=not self.drafter.method.cached,
-            length=self.recipe.length, batch=self.recipe.batch, seed=stage_seed(self.recipe.seed, number),
-        )  # fmt: skip
-
-    def evaluate(self, params: Params, show: Callable[[str], Any]) -> _Measured:
-        """Acceptance on the held-out prompts."""
-        assert self.recipe.evaluation is not None
-        drafter = usable_drafter(self.drafter, params, self.target)
-        return _Measured(measure(self.target, drafter, self.held_out, self.recipe.evaluation, self.recipe.seed, show))
+    return Work(
+        mesh=target.mesh, build=target.build, stages=[plan(*each) for each in enumerate(stages)],
+        params=drafter_shapes(drafter.method.model, target.mesh), start=lambda: place_drafter(drafter, target.mesh),
+        evaluate=evaluate, evaluate_every=None if evaluation is None else evaluation.every,
+    )  # fmt: skip
 
 
 def start_digests(source: str, digests: Digests) -> dict[str, str]:
@@ -223,10 +246,9 @@ def essential(recipe: Mapping[str, Any], where: str) -> dict[str, Any]:
     return values
 
 
-def check(
-    recipe: Recipe, stages: list[Stage], target: Target, drafter: StandaloneDrafter, records: AnswerFiles
-) -> None:
+def check(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> None:
     """InputError for settings of the recipe that this drafter or these answers cannot have."""
+    target, drafter, records = inputs.target, inputs.drafter, inputs.records
     context, method = drafter.method.model.context, drafter.method
     if recipe.length > context:
         raise InputError(f"length {recipe.length} exceeds the drafter's context of {context}; lower length")

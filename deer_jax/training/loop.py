@@ -1,5 +1,6 @@
 """A training run: stages of steps, evaluations in between, checkpoints from which it goes on bit for bit."""
 
+import contextlib
 import dataclasses
 import time
 import warnings
@@ -11,28 +12,38 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from deer_jax import processes
 from deer_jax.build import Build
-from deer_jax.checkpoints.runs import Checkpoints, DamagedError, best_of
+from deer_jax.checkpoints.records import DamagedError
+from deer_jax.checkpoints.runs import Checkpoints, best_of
 from deer_jax.errors import InputError, RunError
 from deer_jax.files import Lock
 from deer_jax.models.transformer import Params
-from deer_jax.sharding import batch_placement
+from deer_jax.sharding import batch_placement, make_mesh, on_mesh
 from deer_jax.training.metrics import MetricsLog
 from deer_jax.training.objectives import Loss
 from deer_jax.training.recipe import RunSettings
 from deer_jax.training.step import OptimizerConfig, TrainState, abstract_state, init_state, make_step, schedule
 
 Progress = Callable[[int, int, str], Any]  # finished steps, all steps, what else is known
+Batches = Iterator[dict[str, np.ndarray]]  # endless, with `length` [B] and `total`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """One stage as the loop sees it: its name in the metrics, its length, its optimiser and its loss."""
+    """One stage as the loop sees it.
+
+    Attributes:
+      name: in the metrics.
+      examples: the stage's batches from this number on, of each only these rows.
+      fixed: parameters that the loss is handed and that stay.
+    """
 
     name: str
     steps: int
     optimizer: OptimizerConfig
     loss: Loss
+    examples: Callable[[int, np.ndarray], Batches]
     fixed: Params = dataclasses.field(default_factory=dict)
 
 
@@ -49,23 +60,25 @@ class Evaluated(Protocol):
         ...
 
 
-class Work(Protocol):
-    """What a run trains."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a run trains.
 
+    Attributes:
+      mesh: the devices of all processes. build: how programs are made for them.
+      params: what is trained, as shapes with their places on the mesh.
+      start: the values that training starts from, so placed.
+      evaluate: how good parameters are; its second argument is told what is being done.
+      evaluate_every: steps; None never evaluates.
+    """
+
+    mesh: Mesh
+    build: Build
     stages: Sequence[StagePlan]
-    evaluate_every: int | None  # steps; None never evaluates
-
-    def first_params(self) -> Params:
-        """What training starts from, placed on the mesh."""
-        ...
-
-    def examples(self, number: int) -> Iterator[dict[str, np.ndarray]]:
-        """Batches of a stage, endless: a grain iterator, with `length` [B] and `total`."""
-        ...
-
-    def evaluate(self, params: Params, show: Callable[[str], Any]) -> Evaluated:
-        """show: called with what is being done."""
-        ...
+    params: Params
+    start: Callable[[], Params]
+    evaluate: Callable[[Params, Callable[[str], Any]], Evaluated]
+    evaluate_every: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +105,27 @@ class TrainReport:
     data_seconds: float
 
 
+class _Clock:
+    """What the steps since it was started took.
+
+    Attributes:
+      waited: seconds for examples. tokens: of texts, those that this process counts.
+    """
+
+    def __init__(self):
+        self.begin, self.waited, self.tokens = time.perf_counter(), 0.0, 0
+
+    def next(self, examples: Batches) -> dict[str, np.ndarray]:
+        start = time.perf_counter()
+        batch = next(examples)
+        self.waited += time.perf_counter() - start
+        return batch
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begin
+
+
 class Trainer:
     """One call's part of a run, in a folder that is the run's and locked; see `checkpoints.claims`.
 
@@ -100,65 +134,67 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        work: Work,
-        settings: RunSettings,
-        *,
-        lock: Lock,
-        mesh: Mesh,
-        build: Build,
-        show: Progress,
-        should_stop: Callable[[], bool],
+        self, work: Work, settings: RunSettings, *, lock: Lock, show: Progress, should_stop: Callable[[], bool]
     ):
         """lock: of the run's folder."""
-        self.work, self.settings, self.lock, self.mesh, self.build = work, settings, lock, mesh, build
-        self.show, self.should_stop = show, should_stop
+        self.work, self.settings, self.lock, self.show = work, settings, lock, show
+        self.should_stop = processes.agreed(should_stop)
+        self.share = processes.Share(batch_placement(work.mesh), settings.accumulate, settings.batch)
         self.output, self.steps = Path(settings.output), sum(stage.steps for stage in work.stages)
         self.checkpoints = Checkpoints(self.output, keep=settings.keep, lock=lock)
+        self.log: MetricsLog | None = None  # the lead's
         self.evaluations: dict[int, Any] = {}
         self.tokens, self.seconds, self.data_seconds = 0, 0.0, 0.0
         self.read = 0  # text tokens since the run began
 
     def train(self) -> TrainReport:
         """All stages, from the newest checkpoint on."""
-        step, restored = self.resume()
-        params, stopped = self.work.first_params() if restored is None else {}, False
-        with MetricsLog(self.output, resumed_at=-1 if restored is None else step, lock=self.lock) as log:
-            self.read, first = log.tokens, 0
-            for number, stage in enumerate(self.work.stages):
-                last = first + stage.steps
-                if step > last:
-                    first = last
-                    continue
-                state, examples = self.begin(number, params) if restored is None else restored
-                restored = None
-                if step == 0 and self.work.evaluate_every and not self.checkpoints.newest_first():
-                    self.save(step, state, examples, self.evaluate(step, state, log))
-                step, state, stopped = self.run_stage(number, first, step, state, examples, log)
-                if stopped:
-                    break
-                params, first = state.average or state.params, last
-        best = best_of(self.checkpoints.newest_first())
+        with contextlib.ExitStack() as open_files:
+            open_files.enter_context(self.checkpoints)
+            step, state = self.resume()
+
+            def open_log() -> str:
+                at = -1 if state is None else step
+                self.log = open_files.enter_context(MetricsLog(self.output, resumed_at=at, lock=self.lock))
+                return str(self.log.tokens)
+
+            self.read = int(processes.led(open_log))
+            step = self.run_stages(step, state)
+            self.checkpoints.wait()
+            best = best_of(self.checkpoints.newest_first())
         return TrainReport(
             output=self.output, step=step, steps=self.steps, finished=step == self.steps,
             best=None if best is None else best.step, tokens=self.tokens, seconds=self.seconds,
             data_seconds=self.data_seconds,
         )  # fmt: skip
 
-    def begin(self, number: int, params: Params) -> tuple[TrainState, Iterator]:
-        """The first state of a stage, and its examples."""
-        stage = self.work.stages[number]
-        return init_state(params, stage.optimizer, stage.steps), self.work.examples(number)
+    def run_stages(self, step: int, state: TrainState | None) -> int:
+        """From a step on, with its state, or from the start; the last step done."""
+        params, first = self.work.start() if state is None else {}, 0
+        for number, stage in enumerate(self.work.stages):
+            last = first + stage.steps
+            if step > last:
+                first = last
+                continue
+            if state is None:
+                with on_mesh(self.work.mesh):
+                    state = init_state(params, stage.optimizer, stage.steps)
+            if step == 0 and self.work.evaluate_every and not self.checkpoints.newest_first():
+                self.checkpoints.begin(step, _parts(state), self.evaluate(step, state).score)
+            step, state, stopped = self.run_stage(number, first, step, state)
+            if stopped:
+                break
+            params, state, first = state.average or state.params, None, last
+        return step
 
-    def resume(self) -> tuple[int, tuple[TrainState, Iterator] | None]:
-        """The newest checkpoint that is whole: its step, state and examples. Damaged ones are set aside."""
+    def resume(self) -> tuple[int, TrainState | None]:
+        """The newest checkpoint that is whole: its step and state. Damaged ones are set aside."""
         sound, damaged = {found.step for found in self.checkpoints.newest_first()}, {}
         for step in self.checkpoints.steps():
-            number = self.stage_at(step) if step in sound else 0
-            stage, examples = self.work.stages[number], self.work.examples(number)
-            state = abstract_state(self.work.first_params(), stage.optimizer, stage.steps)
+            stage = self.work.stages[self.stage_at(step) if step in sound else 0]
+            state = abstract_state(self.work.params, stage.optimizer, stage.steps)
             try:
-                parts = self.checkpoints.restore(step, _parts(state, examples))
+                parts = self.checkpoints.restore(step, _parts(state))
             except DamagedError as error:
                 damaged[step] = str(error).removeprefix(f"{self.checkpoints.folder}/")
                 continue
@@ -169,10 +205,9 @@ class Trainer:
                 what = f"the checkpoint of step {each} is damaged ({why:.200}) and now at {aside}"
                 warnings.warn(f"{what}; that of step {step} is taken", stacklevel=5)
             self.show(step, self.steps, f"going on from step {step:,}")
-            state = TrainState(
+            return step, TrainState(
                 params=parts["params"], average=parts.get("average", {}), optimizer=parts["optimizer"]
-            )  # fmt: skip
-            return step, (state, parts["data"])
+            )
         if damaged:
             step, why = next(iter(damaged.items()))
             raise RunError(
@@ -190,29 +225,26 @@ class Trainer:
                 return number
         raise InputError(f"{self.output}: has a checkpoint of step {step}, beyond the {last} steps of its recipe")
 
-    def run_stage(
-        self, number: int, first: int, step: int, state: TrainState, examples: Iterator, log: MetricsLog
-    ) -> tuple[int, TrainState, bool]:
+    def run_stage(self, number: int, first: int, step: int, state: TrainState) -> tuple[int, TrainState, bool]:
         """Steps of one stage: the last step, its state, and whether the run is to stop there."""
         stage, settings, every = self.work.stages[number], self.settings, self.work.evaluate_every
         last = first + stage.steps
         rate = schedule(stage.optimizer, stage.steps)
+        examples = stage.examples(step - first, self.share.rows)
         run_step = make_step(
-            stage.loss, stage.optimizer, stage.steps, build=self.build,
+            stage.loss, stage.optimizer, stage.steps, build=self.work.build,
             shardings=jax.tree.map(lambda x: x.sharding, state),
         )  # fmt: skip
-        note, compiled = stage.name, False
-        begin, waited, tokens, before = time.perf_counter(), 0.0, 0, None
+        note, compiled, before = stage.name, False, None
+        clock, untimed = _Clock(), 0
         while step < last:
-            start = time.perf_counter()
-            batch = next(examples)
-            waited += time.perf_counter() - start
-            tokens += int(batch["length"].sum())
-            self.read += int(batch["length"].sum())
-            state, metrics = run_step(state, self.place(batch), stage.fixed)
+            batch = clock.next(examples)
+            clock.tokens += int(batch["length"][self.share.own].sum())
+            with on_mesh(self.work.mesh):
+                state, metrics = run_step(state, self.share.place(batch), stage.fixed)
             if not compiled:  # the first step of a call compiles; the clock starts behind it
                 jax.block_until_ready(metrics)
-                begin, waited, tokens, compiled = time.perf_counter(), 0.0, 0, True
+                untimed, clock, compiled = clock.tokens, _Clock(), True
             if before is not None:
                 jax.block_until_ready(before)  # one step may be on its way, not more
             before, step = metrics, step + 1
@@ -221,9 +253,11 @@ class Trainer:
             saved = stop or measured or step == last or step % settings.checkpoint_every == 0
             if saved or step % settings.log_every == 0 or step == first + 1:
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                seconds = time.perf_counter() - begin
+                seconds = clock.seconds
+                tokens, more = processes.total(clock.tokens, untimed)
+                self.read += tokens + more
                 self.tokens, self.seconds, self.data_seconds = (
-                    self.tokens + tokens, self.seconds + seconds, self.data_seconds + waited,
+                    self.tokens + tokens, self.seconds + seconds, self.data_seconds + clock.waited,
                 )  # fmt: skip
                 if not np.isfinite([values["loss"], values["gradient_norm"]]).all():
                     raise RunError(
@@ -231,39 +265,44 @@ class Trainer:
                         f"{values['gradient_norm']}; lower the learning rate, or alpha, in another output"
                     )
                 values["learning_rate"] = float(np.asarray(rate(step - first - 1)))
-                speed = {"tokens_per_second": tokens / seconds, "data_share": waited / seconds} if tokens else {}
-                log.write(step, {"stage": stage.name, "tokens": self.read, **values, **speed})
+                speed = {"tokens_per_second": tokens / seconds, "data_share": clock.waited / seconds} if tokens else {}
+                self.write(step, {"stage": stage.name, "tokens": self.read, **values, **speed})
                 note = f"{stage.name}, loss {values['loss']:.3f}"
                 note += f", {tokens / seconds:,.0f} tokens/s" if tokens else ""
                 if saved:
-                    self.save(step, state, examples, self.evaluate(step, state, log) if measured else None)
-                begin, waited, tokens, before = time.perf_counter(), 0.0, 0, None
+                    score = self.evaluate(step, state).score if measured else None
+                    self.show(step, self.steps, "writing a checkpoint")
+                    self.checkpoints.begin(step, _parts(state), score)
+                clock, untimed, before = _Clock(), 0, None
             self.show(step, self.steps, note)
             if stop:
                 return step, state, True
         return step, state, False
 
-    def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """A batch as micro-batches on the devices."""
-        parts = self.settings.accumulate
-        placed = {}
-        for name, value in batch.items():
-            value = value.reshape(parts, -1, *value.shape[1:])
-            placed[name] = jax.make_array_from_process_local_data(batch_placement(self.mesh), value)
-        return placed
-
-    def evaluate(self, step: int, state: TrainState, log: MetricsLog) -> Evaluated:
+    def evaluate(self, step: int, state: TrainState) -> Evaluated:
         """How good the parameters are, also written to the metrics."""
         found = self.work.evaluate(state.average or state.params, lambda note: self.show(step, self.steps, note))
         if not np.isfinite(found.score):
             raise RunError(f"{self.output}: the evaluation at step {step} gives {found.score}; lower the learning rate")
         self.evaluations[step] = found
-        log.write(step, {"tokens": self.read, **found.metrics()})
+        self.write(step, {"tokens": self.read, **found.metrics()})
         return found
 
-    def save(self, step: int, state: TrainState, examples: Iterator, found: Evaluated | None) -> None:
-        self.show(step, self.steps, "writing a checkpoint")
-        self.checkpoints.save(step, _parts(state, examples), None if found is None else found.score)
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """A line of the metrics, by the lead."""
+        if self.log is not None:
+            self.log.write(step, values)
+
+
+def run_mesh(settings: RunSettings) -> Mesh:
+    """The devices that a run trains on; of several processes each has some of them."""
+    mesh = make_mesh(**dataclasses.asdict(settings.mesh))
+    if processes.count() > 1 and mesh.size != jax.device_count():
+        raise InputError(
+            f"mesh has {mesh.size} devices, the {processes.count()} processes have {jax.device_count()} together; "
+            "several processes use them all"
+        )
+    return mesh
 
 
 def stage_seed(seed: int, number: int) -> int:
@@ -271,6 +310,7 @@ def stage_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
-def _parts(state: TrainState, examples: Iterator) -> dict[str, Any]:
-    parts: dict[str, Any] = {"params": state.params, "optimizer": state.optimizer, "data": examples}
+def _parts(state: TrainState) -> dict[str, Any]:
+    """Of a checkpoint. The position in the data is the step: batch n of a stage depends on nothing else."""
+    parts: dict[str, Any] = {"params": state.params, "optimizer": state.optimizer}
     return parts | {"average": state.average} if state.average else parts

@@ -6,12 +6,11 @@ run has (see `checkpoints.runs`), beginnings of paragraphs as prompt files: `pro
 """
 
 import dataclasses
-import functools
 import hashlib
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from deer_jax import processes
 from deer_jax.build import Build
 from deer_jax.checkpoints.claims import claimed
 from deer_jax.checkpoints.huggingface import write_description
-from deer_jax.checkpoints.runs import TARGET
+from deer_jax.checkpoints.records import TARGET
 from deer_jax.data.bpe import train_bpe
 from deer_jax.data.texts import (
     Corpus,
@@ -37,11 +37,11 @@ from deer_jax.data.texts import (
 )
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.errors import InputError
-from deer_jax.models.transformer import Params, init_params, logical_axes
-from deer_jax.sharding import make_mesh, placement
-from deer_jax.training.loop import Progress, StagePlan, Trainer, TrainReport, stage_seed
+from deer_jax.models.transformer import Params, abstract_params, init_params, logical_axes
+from deer_jax.sharding import on_mesh, placements
+from deer_jax.training.loop import Batches, Progress, StagePlan, Trainer, TrainReport, Work, run_mesh, stage_seed
 from deer_jax.training.objectives import next_token_loss
-from deer_jax.training.recipe import INESSENTIAL, PretrainRecipe, pretrain_recipe_from, read_pretrain_recipe, to_mapping
+from deer_jax.training.recipe import INESSENTIAL, PretrainRecipe, as_pretrain_recipe, pretrain_recipe_from, to_mapping
 from deer_jax.training.step import computing
 
 PROMPTS, HELD_OUT = "prompts.jsonl", "held_out.jsonl"
@@ -102,29 +102,27 @@ def pretrain(
         that was begun with another recipe or other texts; before any work is done.
       RunError: a full disk, a loss that is not finite, no checkpoint that can be read, the output removed meanwhile.
     """
-    if isinstance(recipe, str | Path):
-        recipe = read_pretrain_recipe(recipe)
-    elif not isinstance(recipe, PretrainRecipe):
-        recipe = pretrain_recipe_from(recipe, "recipe")
-    show = progress or (lambda *_: None)
-    values = to_mapping(recipe)
-    with claimed(Path(recipe.output), values, kind=TARGET, essential=essential, verify=verify) as claim:
-        mesh = make_mesh(**dataclasses.asdict(recipe.mesh))
+    recipe = as_pretrain_recipe(recipe)
+    output, show = Path(recipe.output), progress or (lambda *_: None)
+    with claimed(output, to_mapping(recipe), kind=TARGET, essential=essential, verify=verify) as claim:
+        mesh = run_mesh(recipe)
+        build = Build.here(mesh, recipe.dtype)
         show(0, recipe.steps, "reading the texts")
         corpus = read_corpus(recipe.texts, files=recipe.files, exclude=recipe.exclude, held_out=recipe.held_out)
         if corpus.duplicates:
             names = ", ".join(corpus.duplicates[:3]) + (", ..." if len(corpus.duplicates) > 3 else "")
             left_out = f"{len(corpus.duplicates)} texts mostly repeat others and are left out: {names}"
             warnings.warn(left_out, stacklevel=2)
-        claim.settle(inputs(recipe, corpus), lambda folder: describe(folder, recipe, corpus, show))
-        output = Path(recipe.output)
+        claim.settle(identity(corpus, build), lambda folder: describe(folder, recipe, corpus, show))
         tokenizer = Tokenizer.load(output / TARGET)
         if tokenizer is None:
             raise InputError(f"{output / TARGET}: has no tokenizer any more; name another output")
-        write_openings(output, recipe, corpus, tokenizer)
-        work = _Pretraining(recipe, corpus, tokenizer, mesh, show)
-        stop = should_stop or (lambda: False)
-        run = Trainer(work, recipe, lock=claim.lock, mesh=mesh, build=work.build, show=show, should_stop=stop)
+        processes.led(lambda: write_openings(output, recipe, corpus, tokenizer))
+        show(0, recipe.steps, "reading the texts as tokens")
+        run = Trainer(
+            work_of(recipe, corpus, tokenizer, mesh, build), recipe, lock=claim.lock, show=show,
+            should_stop=should_stop or (lambda: False),
+        )  # fmt: skip
         report = run.train()
     return PretrainReport(**vars(report), evaluations=run.evaluations)
 
@@ -144,7 +142,7 @@ def write_openings(output: Path, recipe: PretrainRecipe, corpus: Corpus, tokeniz
             write_prompts(output / name, found)
 
 
-def inputs(recipe: PretrainRecipe, corpus: Corpus) -> dict[str, Any]:
+def identity(corpus: Corpus, build: Build) -> dict[str, Any]:
     """What must not change between the calls of one run, beside the recipe."""
 
     def digests(documents: Sequence[Document]) -> dict[str, str]:
@@ -156,7 +154,7 @@ def inputs(recipe: PretrainRecipe, corpus: Corpus) -> dict[str, Any]:
     return {
         "training texts": digests(corpus.training),
         "held-out texts": digests(corpus.held_out),
-        "dtype": Build.here(dtype=recipe.dtype).dtype.name,
+        "dtype": build.dtype.name,
     }
 
 
@@ -186,57 +184,60 @@ def describe(folder: Path, recipe: PretrainRecipe, corpus: Corpus, show: Progres
     )
 
 
-class _Pretraining:
-    """What `pretrain` trains: a model, on windows of text."""
+def work_of(recipe: PretrainRecipe, corpus: Corpus, tokenizer: Tokenizer, mesh: Mesh, build: Build) -> Work:
+    """What the loop trains: a model, on windows of text."""
+    model, edge, loss = recipe.model, tokenizer.encode("")[0], next_token_loss(recipe.model)
+    windows = Windows(tokens_of(corpus.training, tokenizer, edge), recipe.length, edge)
+    kept_apart = HeldOut.of(corpus, tokenizer, recipe.length, edge) if corpus.held_out else None
+    shapes = abstract_params(model)
+    where = placements(mesh, shapes, logical_axes(model))
 
-    def __init__(self, recipe: PretrainRecipe, corpus: Corpus, tokenizer: Tokenizer, mesh: Mesh, show: Progress):
-        self.recipe = recipe
-        self.mesh = mesh
-        self.build = Build.here(mesh, recipe.dtype)
-        show(0, recipe.steps, "reading the texts as tokens")
-        edge = tokenizer.encode("")[0]
-        self.windows = Windows(tokens_of(corpus.training, tokenizer, edge), recipe.length, edge)
-        self.stages: Sequence[StagePlan] = [
-            StagePlan(
-                name="pretraining", steps=recipe.steps, optimizer=recipe.optimizer, loss=next_token_loss(recipe.model)
-            )
-        ]
-        self.evaluate_every = recipe.evaluate_every if corpus.held_out else None
-        if corpus.held_out:
-            kept_apart = Windows(tokens_of(corpus.held_out, tokenizer, edge), recipe.length, edge)
-            count = min(len(kept_apart), EVALUATED_WINDOWS)
-            # Evenly over all of it, so that no single text decides.
-            rows = [kept_apart[i * len(kept_apart) // count] for i in range(count)]
-            self.held_out = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-            self.held_out_bytes = sum(
-                len(tokenizer.decode(row["tokens"][: row["length"]].tolist()).encode()) for row in rows
-            )
+    def examples(first: int, rows: np.ndarray) -> Batches:
+        return window_batches(windows, batch=recipe.batch, seed=stage_seed(recipe.seed, 0), first=first, rows=rows)
 
-    def first_params(self) -> Params:
-        model, axes = self.recipe.model, logical_axes(self.recipe.model)
-        params = init_params(model, stage_seed(self.recipe.seed, len(self.stages)))
-        return jax.tree.map(lambda x, names: jax.device_put(x, placement(self.mesh, x.shape, names)), params, axes)
+    def start() -> Params:
+        return jax.tree.map(jax.device_put, init_params(model, stage_seed(recipe.seed, 1)), where)
 
-    def examples(self, number: int) -> Iterator[dict[str, np.ndarray]]:
-        return window_batches(self.windows, batch=self.recipe.batch, seed=stage_seed(self.recipe.seed, number))
+    @jax.jit
+    def loss_of(params: Params, batch):
+        return loss(computing(params, build), batch, {})
 
-    @functools.cached_property
-    def _loss(self):
-        loss = next_token_loss(self.recipe.model)
-
-        def of(params: Params, batch):
-            return loss(computing(params, self.build), batch, {})
-
-        return jax.jit(of)
-
-    def evaluate(self, params: Params, show: Callable[[str], Any]) -> HeldOutLoss:
-        """The loss on the texts kept apart."""
+    def evaluate(params: Params, show: Callable[[str], Any]) -> HeldOutLoss:
         show("evaluating")
+        assert kept_apart is not None
+        with on_mesh(mesh):
+            return kept_apart.measure(lambda batch: loss_of(params, batch), recipe.batch)
+
+    stage = StagePlan(name="pretraining", steps=recipe.steps, optimizer=recipe.optimizer, loss=loss, examples=examples)
+    return Work(
+        mesh=mesh, build=build, stages=[stage],
+        params=jax.tree.map(lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), shapes, where),
+        start=start, evaluate=evaluate, evaluate_every=recipe.evaluate_every if corpus.held_out else None,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Windows of the texts kept apart, stacked, and the bytes of text in them."""
+
+    rows: dict[str, np.ndarray]
+    bytes: int
+
+    @classmethod
+    def of(cls, corpus: Corpus, tokenizer: Tokenizer, length: int, edge: int) -> "HeldOut":
+        """Evenly over all of them, so that no single text decides."""
+        windows = Windows(tokens_of(corpus.held_out, tokenizer, edge), length, edge)
+        count = min(len(windows), EVALUATED_WINDOWS)
+        rows = [windows[i * len(windows) // count] for i in range(count)]
+        size = sum(len(tokenizer.decode(row["tokens"][: row["length"]].tolist()).encode()) for row in rows)
+        return cls({name: np.stack([row[name] for row in rows]) for name in rows[0]}, size)
+
+    def measure(self, loss_of: Callable[[dict[str, np.ndarray]], Any], batch: int) -> HeldOutLoss:
+        """loss_of: the summed loss of a batch, and how many tokens it predicts."""
         total, tokens = 0.0, 0
-        rows, batch = len(self.held_out["length"]), self.recipe.batch
-        for first in range(0, rows, batch):
-            part = {name: value[first : first + batch] for name, value in self.held_out.items()}
+        for first in range(0, len(self.rows["length"]), batch):
+            part = {name: value[first : first + batch] for name, value in self.rows.items()}
             part = {name: np.pad(x, [(0, batch - len(x))] + [(0, 0)] * (x.ndim - 1)) for name, x in part.items()}
-            loss, count = jax.device_get(self._loss(params, part))
+            loss, count = jax.device_get(loss_of(part))
             total, tokens = total + float(loss), tokens + int(count)
-        return HeldOutLoss(loss=total / tokens, bits_per_byte=total / math.log(2) / self.held_out_bytes, tokens=tokens)
+        return HeldOutLoss(loss=total / tokens, bits_per_byte=total / math.log(2) / self.bytes, tokens=tokens)

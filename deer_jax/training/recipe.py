@@ -268,6 +268,20 @@ def pretrain_recipe_from(values: Mapping[str, Any], where: str) -> PretrainRecip
         raise placed(error, where) from None
 
 
+def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    """A recipe, its plain values or the path of its file, as a recipe."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    return read_recipe(recipe) if isinstance(recipe, str | Path) else recipe_from(recipe, "recipe")
+
+
+def as_pretrain_recipe(recipe: PretrainRecipe | Mapping[str, Any] | str | Path) -> PretrainRecipe:
+    """The same for pretraining."""
+    if isinstance(recipe, PretrainRecipe):
+        return recipe
+    return read_pretrain_recipe(recipe) if isinstance(recipe, str | Path) else pretrain_recipe_from(recipe, "recipe")
+
+
 def _stage(values: Any, where: str) -> Stage:
     """Keys of corruption and optimiser stand side by side."""
     values = mapping(values, where)

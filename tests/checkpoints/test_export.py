@@ -18,7 +18,8 @@ import pytest
 import deer_jax
 from deer_jax import InputError
 from deer_jax.checkpoints.huggingface import load_params, read_config, read_stop_ids
-from deer_jax.checkpoints.runs import DRAFTER, TARGET, Checkpoint, Checkpoints, best_of, is_run
+from deer_jax.checkpoints.records import DRAFTER, TARGET
+from deer_jax.checkpoints.runs import Checkpoint, Checkpoints, best_of, is_run
 from deer_jax.cli import export as cli
 from deer_jax.errors import RunError
 from deer_jax.files import Lock

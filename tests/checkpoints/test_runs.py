@@ -1,5 +1,6 @@
 """Run folders: whose they are, and checkpoints that are read only as they were written."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -13,21 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deer_jax.checkpoints.claims import claimed, input_changes
-from deer_jax.checkpoints.runs import (
-    DRAFTER,
-    RECORD,
-    TARGET,
-    Checkpoint,
-    Checkpoints,
-    DamagedError,
-    is_run,
-    read_best,
-    read_record,
-)
+from deer_jax.checkpoints.records import DRAFTER, RECORD, TARGET, DamagedError, read_record
+from deer_jax.checkpoints.runs import Checkpoint, Checkpoints, is_run, read_best
 from deer_jax.errors import InputError, RunError
 from deer_jax.files import Lock
+from deer_jax.sharding import make_mesh
 from tests.training.refusals import taken_or_refused
 
 PARAMS = {"a": jnp.arange(24.0).reshape(4, 6), "b": {"c": jnp.ones((3,))}}
@@ -81,6 +75,33 @@ def test_a_checkpoint_is_read_as_it_was_written(one):
     assert (record["step"], record["score"]) == (5, None)
     names = {str(path.relative_to(one / "checkpoints" / "5")) for path in files(one / "checkpoints" / "5")}
     assert names == {RECORD, *record["files"]}
+
+
+def test_what_is_being_written_is_what_was_there_when_it_began(tmp_path):
+    """Training steps take the memory of their state, also while that is still being written."""
+    size = 2**20
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2 + 1, tree), donate_argnums=0)
+    with Lock(tmp_path, inside=True) as lock, Checkpoints(tmp_path, keep=9, lock=lock) as checkpoints:
+        for sharding in (jax.devices()[0], NamedSharding(make_mesh(fsdp=4), PartitionSpec("fsdp"))):
+            state = {"w": jax.device_put(jnp.arange(size, dtype=jnp.float32), sharding)}
+            number = len(checkpoints.steps())
+            checkpoints.begin(number, {"params": state}, None)
+            for _ in range(3):
+                state = step(state)
+            checkpoints.wait()
+            before, state = state, step(state)
+            assert before["w"].is_deleted()
+            like = {"params": {"w": jax.ShapeDtypeStruct((size,), jnp.float32, sharding=state["w"].sharding)}}
+            found = checkpoints.restore(number, like)["params"]["w"]
+            np.testing.assert_array_equal(found, np.arange(size, dtype=np.float32))
+
+
+def test_a_checkpoint_is_there_at_the_end_of_the_block_also_if_that_fails(tmp_path):
+    with Lock(tmp_path, inside=True) as lock:
+        with contextlib.suppress(ZeroDivisionError), Checkpoints(tmp_path, keep=9, lock=lock) as checkpoints:
+            checkpoints.begin(1, PARTS, 0.5)
+            raise ZeroDivisionError
+        assert [each.name for each in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
 
 def test_every_flipped_bit_is_noticed(one, tmp_path):

@@ -34,8 +34,10 @@ def answers(tmp_path) -> AnswerFiles:
     return AnswerFiles([write(tmp_path / "answers.jsonl", records)], vocab_size=100)
 
 
-def stream(records, corruption=CONTINUATION, *, bidirectional=False, length=LENGTH, batch=4, seed=0):
-    return example_batches(records, corruption, bidirectional=bidirectional, length=length, batch=batch, seed=seed)
+def stream(records, corruption=CONTINUATION, *, bidirectional=False, length=LENGTH, batch=4, seed=0, **part):
+    return example_batches(
+        records, corruption, bidirectional=bidirectional, length=length, batch=batch, seed=seed, **part
+    )
 
 
 def take(batches, count):
@@ -203,12 +205,20 @@ def test_every_epoch_corrupts_anew(answers, bidirectional):
 @pytest.mark.parametrize("done", [0, 1, 5])
 def test_a_resumed_stream_goes_on(answers, bidirectional, done):
     whole = take(stream(answers, bidirectional=bidirectional), 9)
-    first = stream(answers, bidirectional=bidirectional)
-    take(first, done)
-    state = first.get_state()
-    resumed = stream(AnswerFiles(answers.paths, vocab_size=100), bidirectional=bidirectional)
-    resumed.set_state(state)
-    assert_same(take(resumed, 9 - done), whole[done:])
+    again = AnswerFiles(answers.paths, vocab_size=100)
+    assert_same(take(stream(again, bidirectional=bidirectional, first=done), 9 - done), whole[done:])
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("shares", [[[0, 1], [2, 3]], [[3, 1], [0, 2]], [[0], [1], [2], [3]], [[0, 1, 2, 3]] * 2])
+def test_processes_read_their_rows_of_the_same_batches(answers, bidirectional, shares):
+    for batch, *parts in zip(
+        take(stream(answers, bidirectional=bidirectional), 7)[2:],
+        *(take(stream(answers, bidirectional=bidirectional, first=2, rows=np.array(rows)), 5) for rows in shares),
+        strict=True,
+    ):
+        for rows, part in zip(shares, parts, strict=True):
+            assert_same([part], [{name: value[rows] for name, value in batch.items()}])
 
 
 def test_the_rates_of_a_batch_are_spread_evenly(tmp_path):

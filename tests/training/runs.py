@@ -80,7 +80,9 @@ def everything(values: dict, last: int = 12) -> dict:
     newest = str((folder / CHECKPOINTS / str(last)).absolute())
     shapes = ocp.checkpointables_metadata(newest).metadata
     names = [name for name in ("params", "optimizer", "average") if name in shapes]
-    parts = ocp.load_checkpointables(newest, {name: shapes[name] for name in names})
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # not where the run had them, perhaps another host
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), {n: shapes[n] for n in names})
+    parts = ocp.load_checkpointables(newest, like)
     arrays = [np.asarray(x) for x in jax.tree.leaves(parts)]
     return {"arrays": arrays, "lines": lines}
 

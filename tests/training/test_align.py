@@ -12,9 +12,9 @@ import pytest
 
 import deer_jax
 from deer_jax import InputError
-from deer_jax.checkpoints.claims import differences
 from deer_jax.data.answers import AnswerFiles
 from deer_jax.errors import RunError
+from deer_jax.formats import differences
 from deer_jax.sharding import make_mesh
 from deer_jax.training.acceptance import survey
 from deer_jax.training.metrics import read_metrics
@@ -177,13 +177,14 @@ def damage_values(step):
     file.write_bytes(file.read_bytes()[:100])
 
 
-def damage_data(step):
-    """The position in the data is not one."""
-    for file in (step / "data").rglob("*.json"):
-        file.write_text("{")
+def damage_moments(step):
+    """Of the optimiser's moments nothing is left."""
+    for file in (step / "optimizer").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [damage_tree, damage_values, damage_data])
+@pytest.mark.parametrize("damage", [damage_tree, damage_values, damage_moments])
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(folder, whole, stopped, tmp_path, damage):
     values = runs.recipe(folder) | {"output": str(shutil.copytree(stopped, tmp_path / "run"))}
     damage(tmp_path / "run" / "checkpoints" / "9")

@@ -189,6 +189,8 @@ def test_a_folder_removed_or_replaced_while_it_trains_ends_the_run(folder, tmp_p
     def remove(done, total, note):
         if done == 3 and not (tmp_path / "once").exists():
             (tmp_path / "once").touch()
+            while not (run / "checkpoints" / "2").exists():  # written meanwhile, by a thread
+                time.sleep(0.01)
             shutil.rmtree(run)
             if again:
                 run.mkdir()

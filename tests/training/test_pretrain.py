@@ -12,7 +12,8 @@ import pytest
 import deer_jax
 from deer_jax import InputError
 from deer_jax.checkpoints.huggingface import load_params, read_config
-from deer_jax.checkpoints.runs import TARGET, is_run, read_best
+from deer_jax.checkpoints.records import TARGET
+from deer_jax.checkpoints.runs import is_run, read_best
 from deer_jax.config import ModelConfig
 from deer_jax.data.texts import Document, Windows, passages, tokens_of
 from deer_jax.data.tokenizer import Tokenizer
