@@ -268,9 +268,12 @@ def barrier(name: str) -> None:
 
 def fetch(tree: Any) -> Any:
     """The arrays of a tree as whole NumPy arrays on every host, also where their parts lie on others; one at a time."""
-    if count() == 1:
-        return jax.device_get(tree)
-    return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
+
+    def whole(x: Any) -> Any:
+        here = not isinstance(x, jax.Array) or x.is_fully_addressable
+        return jax.device_get(x) if here else np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+    return jax.tree.map(whole, tree)
 
 
 def alone(tree: Any) -> Any:

@@ -60,21 +60,39 @@ def batches(stage: str, attention: str, count: int):
         yield {name: np.stack([row[name] for row in rows])[None] for name in rows[0]}
 
 
-def trained(family: str, mesh: Mesh, attention: str, stage: str, labels: str, steps: int):
-    """Losses of the steps, and the parameters after them on the host: {"losses", "params"}; and the state itself."""
+def begun(family: str, mesh: Mesh, attention: str, labels: str, steps: int):
+    """A drafter, its first state on the mesh, the step, and what the step's loss is given of the target."""
     target = made(family, mesh, scan=True)
     drafter = drafter_from_target(target, DrafterConfig(attention=attention, draft_length=W))
     taught = labels == "target"
     loss = drafter_loss(drafter.method, target.config if taught else None, remat=SCANNED.remat)
-    state, losses = init_state(place_drafter(drafter, mesh), OPTIMIZER, steps), []
+    state = init_state(place_drafter(drafter, mesh), OPTIMIZER, steps)
     where = jax.tree.map(lambda x: x.sharding, state)
     step = make_step(loss, OPTIMIZER, steps, build=SCANNED, shardings=where)
+    return drafter, state, step, target.params if taught else {}
+
+
+def placed(batch, mesh: Mesh):
+    return {name: jax.device_put(x, batch_placement(mesh)) for name, x in batch.items()}
+
+
+def trained(family: str, mesh: Mesh, attention: str, stage: str, labels: str, steps: int):
+    """Losses of the steps, and the parameters after them on the host: {"losses", "params"}; and the state itself."""
+    _, state, step, fixed = begun(family, mesh, attention, labels, steps)
+    losses = []
     with on_mesh(mesh):
         for batch in batches(stage, attention, steps):
-            placed = {name: jax.device_put(x, batch_placement(mesh)) for name, x in batch.items()}
-            state, metrics = step(state, placed, target.params if taught else {})
+            state, metrics = step(state, placed(batch, mesh), fixed)
             losses.append(float(metrics["loss"]))
     return {"losses": np.array(losses), "params": jax.device_get(state.params)}, state
+
+
+def compiled_step(family: str, mesh: Mesh, attention: str):
+    """The program of a step, and the drafter that it trains."""
+    drafter, state, step, fixed = begun(family, mesh, attention, "tokens", 20)
+    with on_mesh(mesh):
+        batch = placed(next(batches("refinement", attention, 1)), mesh)
+        return step.lower(state, batch, fixed).compile(), drafter
 
 
 def decoded(family: str, mesh: Mesh | None, temperature: float, *, scan: bool = True):

@@ -34,7 +34,6 @@ from deer_jax.drafters.standalone import StandaloneDrafter
 from deer_jax.errors import InputError, RunError
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params
-from deer_jax.sharding import MeshShape
 from deer_jax.training.acceptance import Acceptance, measure, read_held_out, survey
 from deer_jax.training.loop import Batches, Progress, StagePlan, Trainer, TrainReport, Work, run_mesh, stage_seed
 from deer_jax.training.objectives import drafter_loss
@@ -197,8 +196,10 @@ def work_of(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> Work:
         taught = stage.labels == "target"
         return StagePlan(
             name=stage.corruption.stage, steps=stage.steps, optimizer=stage.optimizer,
-            loss=drafter_loss(drafter.method, target.config if taught else None), examples=examples,
-            fixed=target.params if taught else {},
+            loss=drafter_loss(
+                drafter.method, target.config if taught else None, remat=recipe.remat or target.build.remat
+            ),
+            examples=examples, fixed=target.params if taught else {},
         )  # fmt: skip
 
     def evaluate(params: Params, show: Callable[[str], Any]) -> _Measured:
@@ -255,14 +256,12 @@ def check(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> None:
     if len(records) < recipe.batch:  # before the output becomes a run, whose batch could not be changed
         raise InputError(f"{records}: {len(records)} records are fewer than a batch of {recipe.batch}; lower batch")
     for number, stage in enumerate(stages):
-        where, width, alone = f"stages[{number}]", stage.corruption.width, recipe.mesh == MeshShape()
+        where, width = f"stages[{number}]", stage.corruption.width
         if stage.labels == "target" and recipe.length > target.config.context:
             raise InputError(
                 f"{where}: labels: target needs length {recipe.length} within the target's context of "
                 f"{target.config.context}; lower length"
             )
-        if stage.labels == "target" and target.config.experts and not alone:
-            raise InputError(f"{where}: labels: target of a mixture of experts runs on one device only; use tokens")
         if not method.cached:
             continue
         assert width is not None

@@ -186,7 +186,8 @@ def describe(folder: Path, recipe: PretrainRecipe, corpus: Corpus, show: Progres
 
 def work_of(recipe: PretrainRecipe, corpus: Corpus, tokenizer: Tokenizer, mesh: Mesh, build: Build) -> Work:
     """What the loop trains: a model, on windows of text."""
-    model, edge, loss = recipe.model, tokenizer.encode("")[0], next_token_loss(recipe.model)
+    model, edge = recipe.model, tokenizer.encode("")[0]
+    loss = next_token_loss(model, remat=recipe.remat or build.remat)
     windows = Windows(tokens_of(corpus.training, tokenizer, edge), recipe.length, edge)
     kept_apart = HeldOut.of(corpus, tokenizer, recipe.length, edge) if corpus.held_out else None
     shapes = abstract_params(model)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from deer_jax.build import Remat
 from deer_jax.checkpoints.families import check_family
 from deer_jax.config import DrafterConfig, ModelConfig, Sampling
 from deer_jax.diffusion.corruption import Corruption
@@ -84,6 +85,8 @@ class RunSettings:
       output: the run's folder.
       dtype: of the computation; None is bfloat16 on TPU and GPU, float32 on CPU. Trained are float32 values.
       mesh: devices to train on.
+      remat: what gradients compute again instead of keeping it, to save memory: "none"; "cheap", what of each layer is
+        no product with weights; "layers", all of each layer but its attention. None is none on CPU, layers elsewhere.
       batch: texts per step, in `accumulate` micro-batches.
       log_every: steps between lines of metrics.jsonl.
       checkpoint_every: steps between checkpoints; `keep` of them stay, beside the best.
@@ -92,6 +95,7 @@ class RunSettings:
     output: str
     dtype: Literal["bfloat16", "float32"] | None = None
     mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
+    remat: Remat | None = None
     batch: int = 8
     accumulate: int = 1
     seed: int = 0
@@ -117,7 +121,7 @@ class RunSettings:
 
 
 # What may change while a run goes on.
-INESSENTIAL = ("output", "log_every", "checkpoint_every", "keep", "mesh")
+INESSENTIAL = ("output", "log_every", "checkpoint_every", "keep", "mesh", "remat")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,9 @@ from deer_jax import DrafterConfig, InputError, drafter_from_target
 from deer_jax.checkpoints.huggingface import save_folder
 from deer_jax.config import Sampling
 from deer_jax.decoding import engine as engine_module
+from deer_jax.decoding import programs
 from deer_jax.decoding.engine import Engine, bytes_per_device
+from deer_jax.planning.hlo import Program
 from deer_jax.sharding import make_mesh
 from tests.fast import representing
 from tests.meshes import decoded, made, mesh_of
@@ -71,3 +73,28 @@ def test_checks_and_single_rows_on_a_mesh():
         for each in (target, alone)
     ]
     np.testing.assert_allclose(*drafts, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_a_round_moves_activations_and_nothing_else(family):
+    """Summed over `tensor`: each layer's two outputs and each look-up, once. Never a weight, a cache or logits."""
+    mesh, k, L = mesh_of("2x1x4"), 3, 2
+    target = made(family, mesh, scan=True)
+    drafter = drafter_from_target(target, DrafterConfig(draft_length=k), layers=(0,))
+    engine = Engine(target, drafter, k, Sampling(), 0, (1,), slots=4, capacity=64)
+    before = set(programs._compiled)
+    engine.admit([[1, 2, 3], [4, 5]], [20, 20], [0, 1], engine.order[:2])
+    engine.segment(max_rounds=1)
+    moved = {key[0].__name__: Program(program.as_text()) for key, program in programs._compiled.items()
+             if key not in before}  # fmt: skip
+    row = 2 * target.config.width * 4  # bytes of one position of the two slots on a shard, float32
+    target_rows, drafter_rows = k + 1, 2 * k + 2
+    expected = row * ((2 * L + 1) * target_rows + 2 * drafter_rows + (k + 1))
+    found = moved["run_segment"].per_round().by_kind()
+    assert set(found) == {"all-reduce", "all-gather"}
+    assert expected <= found["all-reduce"].bytes < 1.01 * expected  # and the largest logits, a number per position
+    assert found["all-gather"].bytes < 16 * (2 * k + 1) * 2 * mesh.shape["tensor"]  # of argmax: value and place
+    found = moved["prefill"].whole().by_kind()
+    assert set(found) == {"all-reduce"}
+    assert found["all-reduce"].bytes <= (1 / 2) * row * 16 * ((2 * L + 1) + 3)  # a chunk of 16 of one row a shard
+    assert all(total.bytes < 1000 for total in moved["admit"].whole().by_kind().values())

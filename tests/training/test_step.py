@@ -198,3 +198,22 @@ def test_schedule(warmup, steps):
 def test_bad_settings(name, value, message):
     with pytest.raises(InputError, match=f"^{message}$"):
         OptimizerConfig(**{name: value})
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_what_is_computed_again_is_the_same_and_saves_memory(scan):
+    """Four layers, so that what each keeps shows."""
+    model = dataclasses.replace(MODEL, layers=4)
+    drafter = make_drafter(Target(config=model, params=random_params(model, 3)))
+    build, batch = dataclasses.replace(Build.of("cpu"), scan=scan), make_batch(1)
+    results, memory = {}, {}
+    policies = ("none", "cheap", "layers") if scan else ("none", "layers")
+    for remat in policies:
+        step = make_step(drafter_loss(drafter.method, remat=remat), FIXED, STEPS, build=build)
+        state = init_state(drafter.params, FIXED, STEPS)
+        program = step.lower(state, batch, {}).compile()
+        after, metrics = program(state, batch, {})
+        results[remat], memory[remat] = (after.params, metrics), program.memory_analysis().temp_size_in_bytes
+    for other in policies[1:]:
+        assert_close(results[other], results["none"], 1e-6)
+    assert sorted(policies, key=lambda name: -memory[name]) == list(policies)
