@@ -193,7 +193,7 @@ def trace_step(recipe: Recipe):
     mesh, stage, build = abstract_mesh(recipe.mesh), recipe.stages[-1], Build.of("tpu")
     method = StandaloneMethod(DRAFTER, recipe.reading, DRAFTER.vocab_size)
     state = step.abstract_state(placed_drafter(mesh, jnp.float32), stage.optimizer, stage.steps)
-    run = make_step(drafter_loss(method, None, build.remat), stage.optimizer, stage.steps, build=build)
+    run = make_step(drafter_loss(method, None, recipe.remat or build.remat), stage.optimizer, stage.steps, build=build)
     with jax.sharding.use_abstract_mesh(mesh):
         after, metrics = jax.eval_shape(run, state, batch_of(recipe, stage.corruption, method.cached), {})
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
