@@ -34,6 +34,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 # Before jax is imported. Several processes may compile at the same time, as none of them uses a TPU, and the last three
 # keep libtpu from asking the network what machine this is.
@@ -81,6 +82,7 @@ MODELS = {
                        experts_per_token=8, expert_width=768),
 }  # fmt: skip
 SLICES = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v5p": "v5p:2x2x2", "v5e16": "v5e:4x4", "v5e4": "v5e:2x2"}
+Attention = Literal["bidirectional", "block_causal"]
 K = 16
 SPECIAL_AXES = (None, "width")
 
@@ -109,7 +111,7 @@ class FixedMethod:
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """One program of decoding on 8 devices, tensor = 8."""
+    """One program of decoding; attention is that of the drafter."""
 
     target: str
     drafting: str  # "plain", "fixed" or "drafter"
@@ -117,15 +119,20 @@ class Decoding:
     capacity: int
     slice: str
     prefill: bool = False
+    mesh: tuple[int, int, int] = (1, 1, 8)
+    attention: Attention = "block_causal"
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """One step of the 0.5 B drafter, block-causal: 2 texts of 2048 tokens and 24 blocks of 32 per device."""
+    """One step of the 0.5 B drafter on texts of 2048 tokens, with 24 blocks of 32 each where it is block-causal."""
 
     mesh: tuple[int, int, int]
     slice: str = "v5e16"
     teacher: str = ""  # whose distributions are the labels; "" takes tokens
+    attention: Attention = "block_causal"
+    texts: int = 2  # per device, and micro-batch
+    accumulate: int = 1
 
     @property
     def devices(self) -> int:
@@ -185,7 +192,7 @@ def held_gb(**trees) -> dict[str, float]:
 
 def compile_decoding(case: Decoding):
     """The program as the engine compiles it, and the abstract arguments of its call."""
-    mesh = make_mesh(tensor=8, devices=devices(case.slice))
+    mesh = make_mesh(*case.mesh, devices=devices(case.slice))
     config, k = MODELS[case.target], draft_length(case)
     build = Build.of("tpu")
     params = placed(mesh, abstract_params(config, build.dtype), logical_axes(config))
@@ -193,7 +200,8 @@ def compile_decoding(case: Decoding):
     if case.drafting == "fixed":
         method = FixedMethod(config.vocab_size)
     elif case.drafting == "drafter":
-        method = StandaloneMethod(MODELS["0.5b"], DrafterConfig(draft_length=K), config.vocab_size)
+        reading = DrafterConfig(draft_length=K, attention=case.attention)
+        method = StandaloneMethod(MODELS["0.5b"], reading, config.vocab_size)
         drafter = drafter_params(mesh, build.dtype)
     state = abstract_state(StateShape(config, method, case.rows, case.capacity, k, build), drafter, mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32)
@@ -276,21 +284,25 @@ def measure_decoding(case: Decoding, executable, args) -> dict:
 
 # Training
 
-TEXTS, LENGTH, BLOCKS, WIDTH = 2, 2048, 24, 32  # per device: texts; of each text: tokens, blocks, tokens of a block
+LENGTH, BLOCKS, WIDTH = 2048, 24, 32  # of each text: tokens, blocks, tokens of a block
 
 
 def compile_training(case: Training):
     """The program and the abstract arguments of its call."""
     mesh = make_mesh(*case.mesh, devices=devices(case.slice))
-    method = StandaloneMethod(MODELS["0.5b"], DrafterConfig(draft_length=WIDTH), MODELS["0.5b"].vocab_size)
+    reading = DrafterConfig(draft_length=WIDTH, attention=case.attention)
+    method = StandaloneMethod(MODELS["0.5b"], reading, MODELS["0.5b"].vocab_size)
     optimizer, steps = training.OptimizerConfig(), 1000
     state = training.abstract_state(drafter_params(mesh, jnp.float32), optimizer, steps)
-    texts = TEXTS * case.devices
-    shapes = {"tokens": ("int32", (LENGTH,)), "length": ("int32", ()), "total": ("float32", ()),
-              "anchor": ("int32", (BLOCKS,)), "size": ("int32", (BLOCKS,)), "masked": ("bool", (BLOCKS, WIDTH)),
-              "weight": ("float32", (BLOCKS, WIDTH)), "text_weight": ("float32", (LENGTH,))}  # fmt: skip
+    shapes = {"tokens": ("int32", (LENGTH,)), "length": ("int32", ()), "total": ("float32", ())}
+    if method.cached:
+        shapes |= {"anchor": ("int32", (BLOCKS,)), "size": ("int32", (BLOCKS,)), "masked": ("bool", (BLOCKS, WIDTH)),
+                   "weight": ("float32", (BLOCKS, WIDTH)), "text_weight": ("float32", (LENGTH,))}  # fmt: skip
+    else:
+        shapes |= {"masked": ("bool", (LENGTH,)), "weight": ("float32", (LENGTH,))}
+    texts = (case.accumulate, case.texts * case.devices)
     batch = {
-        name: jax.ShapeDtypeStruct((1, texts, *shape), dtype, sharding=batch_placement(mesh))
+        name: jax.ShapeDtypeStruct((*texts, *shape), dtype, sharding=batch_placement(mesh))
         for name, (dtype, shape) in shapes.items()
     }
     fixed, teacher = {}, MODELS.get(case.teacher)
@@ -326,7 +338,7 @@ def ideal_flops(case: Training) -> float:
         total += 2 * matrices(teacher) * LENGTH
         total += 2 * 2 * teacher.layers * teacher.heads * teacher.head_width * LENGTH**2
         total += 2 * teacher.vocab_size * teacher.width * (LENGTH + BLOCKS * WIDTH)
-    return TEXTS * total
+    return case.texts * total
 
 
 def allowed_collectives(case: Training) -> float:
@@ -343,7 +355,7 @@ def allowed_collectives(case: Training) -> float:
         total += (layers + table + 2 * table) * ((fsdp > 1) + (data > 1) / fsdp)
     if tensor > 1:
         # Each layer sums x twice in the forward pass, twice when that is made again, and twice in the backward pass.
-        rows = TEXTS * tensor * (LENGTH + BLOCKS * (WIDTH + 1))
+        rows = case.texts * tensor * (LENGTH + BLOCKS * (WIDTH + 1))
         total += 6 * model.layers * size * rows * model.width
     return total
 
@@ -351,7 +363,7 @@ def allowed_collectives(case: Training) -> float:
 def training_trips(case: Training) -> dict[str, float]:
     """How often the loops run whose end depends on data: texts are full, and blocks stand evenly over them."""
     keys, rows = -(-LENGTH // KEYS), -(-BLOCKS * (WIDTH + 1) // ROWS)  # pieces
-    predicted = TEXTS * case.mesh[2] * (LENGTH + BLOCKS * WIDTH)
+    predicted = case.texts * case.mesh[2] * (LENGTH + BLOCKS * WIDTH)
     return {
         "cross_entropy": -(-predicted // CHUNK_ROWS),
         "attend_blocks": keys * (rows + 1) / (2 * rows),  # the mean over the pieces of rows
@@ -483,7 +495,7 @@ def main():
         parser.error(f"no {LIBTPU}: install libtpu there (see --help), or set DEER_JAX_LIBTPU")
     if args.quick:
         jax.config.update("jax_exec_time_optimization_effort", -1.0)
-    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "libtpu": libtpu_version()}
+    versions = versions_used()
     if len(names) > 1 or not args.json:
         print(", ".join(f"{name} {version}" for name, version in versions.items()))
     results, kind = [], None
@@ -497,6 +509,10 @@ def main():
         print(shown(result), *shown_steps(result), sep="\n", flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps({"versions": versions, "results": results}, indent=1), encoding="utf-8")
+
+
+def versions_used() -> dict[str, str]:
+    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "libtpu": libtpu_version()}
 
 
 def libtpu_version() -> str:
