@@ -34,6 +34,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 # Before jax is imported. Several processes may compile at the same time, as none of them uses a TPU, and the last three
 # keep libtpu from asking the network what machine this is.
@@ -50,12 +51,13 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 from jax.experimental import topologies
+from jax.experimental.layout import Layout
 
 from deer_jax.build import Build
 from deer_jax.config import DrafterConfig, ModelConfig, Rope, Sampling
 from deer_jax.decoding import loop
 from deer_jax.decoding.engine import bytes_per_device
-from deer_jax.decoding.programs import PREFILL_CHUNK
+from deer_jax.decoding.programs import PREFILL_CHUNK, compiled, formats_of
 from deer_jax.decoding.sampling import Kind, Knobs
 from deer_jax.decoding.state import StateShape, abstract_state
 from deer_jax.drafters.protocol import Draft
@@ -80,6 +82,7 @@ MODELS = {
                        experts_per_token=8, expert_width=768),
 }  # fmt: skip
 SLICES = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v5p": "v5p:2x2x2", "v5e16": "v5e:4x4", "v5e4": "v5e:2x2"}
+Attention = Literal["bidirectional", "block_causal"]
 K = 16
 SPECIAL_AXES = (None, "width")
 
@@ -108,7 +111,7 @@ class FixedMethod:
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """One program of decoding on 8 devices, tensor = 8."""
+    """One program of decoding; attention is that of the drafter."""
 
     target: str
     drafting: str  # "plain", "fixed" or "drafter"
@@ -116,15 +119,20 @@ class Decoding:
     capacity: int
     slice: str
     prefill: bool = False
+    mesh: tuple[int, int, int] = (1, 1, 8)
+    attention: Attention = "block_causal"
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """One step of the 0.5 B drafter, block-causal: 2 texts of 2048 tokens and 24 blocks of 32 per device."""
+    """One step of the 0.5 B drafter on texts of 2048 tokens, with 24 blocks of 32 each where it is block-causal."""
 
     mesh: tuple[int, int, int]
     slice: str = "v5e16"
     teacher: str = ""  # whose distributions are the labels; "" takes tokens
+    attention: Attention = "block_causal"
+    texts: int = 2  # per device, and micro-batch
+    accumulate: int = 1
 
     @property
     def devices(self) -> int:
@@ -182,28 +190,38 @@ def held_gb(**trees) -> dict[str, float]:
 # Decoding
 
 
-def decoding_arguments(case: Decoding):
-    """The mesh, the function, and the abstract arguments of its call."""
-    mesh = make_mesh(tensor=8, devices=devices(case.slice))
-    config, k = MODELS[case.target], 0 if case.drafting == "plain" else K
+def compile_decoding(case: Decoding):
+    """The program as the engine compiles it, and the abstract arguments of its call."""
+    mesh = make_mesh(*case.mesh, devices=devices(case.slice))
+    config, k = MODELS[case.target], draft_length(case)
     build = Build.of("tpu")
     params = placed(mesh, abstract_params(config, build.dtype), logical_axes(config))
     method, drafter = None, {}
     if case.drafting == "fixed":
         method = FixedMethod(config.vocab_size)
     elif case.drafting == "drafter":
-        method = StandaloneMethod(MODELS["0.5b"], DrafterConfig(draft_length=K), config.vocab_size)
+        reading = DrafterConfig(draft_length=K, attention=case.attention)
+        method = StandaloneMethod(MODELS["0.5b"], reading, config.vocab_size)
         drafter = drafter_params(mesh, build.dtype)
     state = abstract_state(StateShape(config, method, case.rows, case.capacity, k, build), drafter, mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    if case.prefill:  # the last chunk of prompts that fill the caches; more than one chunk goes row by row
-        tokens, rows = jax.ShapeDtypeStruct((1, PREFILL_CHUNK), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-        rest = ((state.cache, state.drafter), *everywhere(mesh, (tokens, number, rows)))
-        return mesh, loop.prefill, (config, method, params, drafter, *rest), {"first": False}
     knobs = jax.eval_shape(lambda: Knobs.of(Sampling(), 0))
     rest = everywhere(mesh, (knobs, jax.ShapeDtypeStruct((2,), jnp.int32), number, number))
-    plan = loop.Plan(config, method, k, Kind.of(Sampling()))
-    return mesh, loop.run_segment, (plan, params, drafter, state, *rest), {}
+    plan, args = loop.Plan(config, method, k, Kind.of(Sampling())), (params, drafter, state, *rest)
+    with on_mesh(mesh):
+        executable, _ = compiled(loop.run_segment, (plan,), *args, formats=Layout.AUTO)
+        if not case.prefill:
+            return executable, args
+        # The last chunk of prompts that fill the caches; more than one chunk goes row by row.
+        tokens, rows = jax.ShapeDtypeStruct((1, PREFILL_CHUNK), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+        args = (params, drafter, (state.cache, state.drafter), *everywhere(mesh, (tokens, number, rows)))
+        formats = formats_of(executable)
+        formats = (formats.cache, formats.drafter)
+        return compiled(loop.prefill, (config, method), *args, formats=formats, first=False)[0], args
+
+
+def draft_length(case: Decoding) -> int:
+    return 0 if case.drafting == "plain" else K
 
 
 def active_share(config: ModelConfig, rows: int) -> float:
@@ -224,13 +242,12 @@ def read_once(config: ModelConfig, params, rows: int) -> float:
 def minimum_bytes(case: Decoding, args) -> float:
     """Bytes per device of a round, or of a chunk of a prefill with its caches full."""
     config = MODELS[case.target]
+    params, drafter, state, *_ = args
     if case.prefill:
-        _, _, params, drafter, caches, *_ = args
         weights = read_once(config, params, PREFILL_CHUNK) - bytes_per_device(params["head"])  # no logits are made
         weights += bytes_per_device(drafter) - bytes_per_device(drafter["embed"]) if drafter else 0
-        return weights + bytes_per_device(caches) / case.rows  # of one row
-    plan, params, drafter, state, *_ = args
-    weights = read_once(config, params, case.rows * (plan.k + 1))
+        return weights + bytes_per_device(state) / case.rows  # of one row
+    weights = read_once(config, params, case.rows * (draft_length(case) + 1))
     weights += read_once(MODELS["0.5b"], drafter, 1) if drafter else 0
     return weights + bytes_per_device((state.cache, state.drafter))
 
@@ -238,7 +255,7 @@ def minimum_bytes(case: Decoding, args) -> float:
 def decoding_trips(case: Decoding) -> dict[str, float]:
     """How often the loops run whose end depends on data."""
     config = MODELS[case.target]
-    rows = PREFILL_CHUNK if case.prefill else case.rows * (1 if case.drafting == "plain" else K + 1)
+    rows = PREFILL_CHUNK if case.prefill else case.rows * (draft_length(case) + 1)
     block = Build.of("tpu").block_of(case.capacity)
     return {
         "attend_cache": case.capacity / block if block else 1,
@@ -246,11 +263,11 @@ def decoding_trips(case: Decoding) -> dict[str, float]:
     }
 
 
-def measure_decoding(case: Decoding, compiled, args) -> dict:
-    program, memory = Program(compiled.as_text(), decoding_trips(case)), Memory.of(compiled)
+def measure_decoding(case: Decoding, executable, args) -> dict:
+    program, memory = Program(executable.as_text(), decoding_trips(case)), Memory.of(executable)
     one = program.whole() if case.prefill else program.per_round()
     minimum = minimum_bytes(case, args)
-    state = args[4] if case.prefill else args[3]
+    params, drafter, state, *_ = args
     caches = state if case.prefill else (state.cache, state.drafter)
     result = {
         "round_gb": one.hbm_bytes / 1e9,
@@ -259,7 +276,7 @@ def measure_decoding(case: Decoding, compiled, args) -> dict:
         "once_gb": 0.0 if case.prefill else program.once().hbm_bytes / 1e9,
         "round_copies_gb": one.large_copies.bytes / 1e9,
         "flops": one.flops,
-        "held_gb": held_gb(parameters=(args[2:4] if case.prefill else args[1:3]), caches=caches),
+        "held_gb": held_gb(parameters=(params, drafter), caches=caches),
         "not_aliased_gb": max(0, bytes_per_device(state) - memory.aliased) / 1e9,
     }
     return result | {"program": program, "cost": one, "memory": memory}
@@ -267,20 +284,25 @@ def measure_decoding(case: Decoding, compiled, args) -> dict:
 
 # Training
 
-TEXTS, LENGTH, BLOCKS, WIDTH = 2, 2048, 24, 32  # per device: texts; of each text: tokens, blocks, tokens of a block
+LENGTH, BLOCKS, WIDTH = 2048, 24, 32  # of each text: tokens, blocks, tokens of a block
 
 
-def training_arguments(case: Training):
+def compile_training(case: Training):
+    """The program and the abstract arguments of its call."""
     mesh = make_mesh(*case.mesh, devices=devices(case.slice))
-    method = StandaloneMethod(MODELS["0.5b"], DrafterConfig(draft_length=WIDTH), MODELS["0.5b"].vocab_size)
+    reading = DrafterConfig(draft_length=WIDTH, attention=case.attention)
+    method = StandaloneMethod(MODELS["0.5b"], reading, MODELS["0.5b"].vocab_size)
     optimizer, steps = training.OptimizerConfig(), 1000
     state = training.abstract_state(drafter_params(mesh, jnp.float32), optimizer, steps)
-    texts = TEXTS * case.devices
-    shapes = {"tokens": ("int32", (LENGTH,)), "length": ("int32", ()), "total": ("float32", ()),
-              "anchor": ("int32", (BLOCKS,)), "size": ("int32", (BLOCKS,)), "masked": ("bool", (BLOCKS, WIDTH)),
-              "weight": ("float32", (BLOCKS, WIDTH)), "text_weight": ("float32", (LENGTH,))}  # fmt: skip
+    shapes = {"tokens": ("int32", (LENGTH,)), "length": ("int32", ()), "total": ("float32", ())}
+    if method.cached:
+        shapes |= {"anchor": ("int32", (BLOCKS,)), "size": ("int32", (BLOCKS,)), "masked": ("bool", (BLOCKS, WIDTH)),
+                   "weight": ("float32", (BLOCKS, WIDTH)), "text_weight": ("float32", (LENGTH,))}  # fmt: skip
+    else:
+        shapes |= {"masked": ("bool", (LENGTH,)), "weight": ("float32", (LENGTH,))}
+    texts = (case.accumulate, case.texts * case.devices)
     batch = {
-        name: jax.ShapeDtypeStruct((1, texts, *shape), dtype, sharding=batch_placement(mesh))
+        name: jax.ShapeDtypeStruct((*texts, *shape), dtype, sharding=batch_placement(mesh))
         for name, (dtype, shape) in shapes.items()
     }
     fixed, teacher = {}, MODELS.get(case.teacher)
@@ -291,7 +313,9 @@ def training_arguments(case: Training):
         drafter_loss(method, teacher, build.remat), optimizer, steps, build=build,
         shardings=jax.tree.map(lambda x: x.sharding, state),
     )  # fmt: skip
-    return mesh, run, (state, batch, fixed), {}
+    args = (state, batch, fixed)
+    with on_mesh(mesh):
+        return run.lower(*args).compile(), args
 
 
 def matrices(config: ModelConfig) -> int:
@@ -314,7 +338,7 @@ def ideal_flops(case: Training) -> float:
         total += 2 * matrices(teacher) * LENGTH
         total += 2 * 2 * teacher.layers * teacher.heads * teacher.head_width * LENGTH**2
         total += 2 * teacher.vocab_size * teacher.width * (LENGTH + BLOCKS * WIDTH)
-    return TEXTS * total
+    return case.texts * total
 
 
 def allowed_collectives(case: Training) -> float:
@@ -331,7 +355,7 @@ def allowed_collectives(case: Training) -> float:
         total += (layers + table + 2 * table) * ((fsdp > 1) + (data > 1) / fsdp)
     if tensor > 1:
         # Each layer sums x twice in the forward pass, twice when that is made again, and twice in the backward pass.
-        rows = TEXTS * tensor * (LENGTH + BLOCKS * (WIDTH + 1))
+        rows = case.texts * tensor * (LENGTH + BLOCKS * (WIDTH + 1))
         total += 6 * model.layers * size * rows * model.width
     return total
 
@@ -339,7 +363,7 @@ def allowed_collectives(case: Training) -> float:
 def training_trips(case: Training) -> dict[str, float]:
     """How often the loops run whose end depends on data: texts are full, and blocks stand evenly over them."""
     keys, rows = -(-LENGTH // KEYS), -(-BLOCKS * (WIDTH + 1) // ROWS)  # pieces
-    predicted = TEXTS * case.mesh[2] * (LENGTH + BLOCKS * WIDTH)
+    predicted = case.texts * case.mesh[2] * (LENGTH + BLOCKS * WIDTH)
     return {
         "cross_entropy": -(-predicted // CHUNK_ROWS),
         "attend_blocks": keys * (rows + 1) / (2 * rows),  # the mean over the pieces of rows
@@ -348,9 +372,9 @@ def training_trips(case: Training) -> dict[str, float]:
     }
 
 
-def measure_training(case: Training, compiled, args) -> dict:
-    program = Program(compiled.as_text(), training_trips(case))
-    one, memory = program.whole(), Memory.of(compiled)
+def measure_training(case: Training, executable, args) -> dict:
+    program = Program(executable.as_text(), training_trips(case))
+    one, memory = program.whole(), Memory.of(executable)
     result = {
         "flops": one.flops,
         "ideal_flops": ideal_flops(case),
@@ -368,19 +392,17 @@ def measure_training(case: Training, compiled, args) -> dict:
 
 def measure(name: str, dearest: int, text: str | None) -> dict:
     case = CASES[name]
-    arguments, report = (
-        (decoding_arguments, measure_decoding) if isinstance(case, Decoding) else (training_arguments, measure_training)
-    )
-    mesh, function, args, options = arguments(case)
     begin = time.perf_counter()
     try:
-        with on_mesh(mesh):
-            compiled = function.lower(*args, **options).compile()
+        if isinstance(case, Decoding):
+            report, (executable, args) = measure_decoding, compile_decoding(case)
+        else:
+            report, (executable, args) = measure_training, compile_training(case)
     except jax.errors.JaxRuntimeError as error:
         return {"case": name, "error": str(error).replace("\n", " ")[:600]}
-    result = {"case": name, "compile_seconds": time.perf_counter() - begin} | report(case, compiled, args)
+    result = {"case": name, "compile_seconds": time.perf_counter() - begin} | report(case, executable, args)
     if text:
-        Path(text).write_text(compiled.as_text(), encoding="utf-8")
+        Path(text).write_text(executable.as_text(), encoding="utf-8")
     program, cost, memory = (result.pop(part) for part in ("program", "cost", "memory"))
     result |= {
         "collectives": {kind: total._asdict() for kind, total in cost.by_kind().items()},
@@ -473,7 +495,7 @@ def main():
         parser.error(f"no {LIBTPU}: install libtpu there (see --help), or set DEER_JAX_LIBTPU")
     if args.quick:
         jax.config.update("jax_exec_time_optimization_effort", -1.0)
-    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "libtpu": libtpu_version()}
+    versions = versions_used()
     if len(names) > 1 or not args.json:
         print(", ".join(f"{name} {version}" for name, version in versions.items()))
     results, kind = [], None
@@ -487,6 +509,10 @@ def main():
         print(shown(result), *shown_steps(result), sep="\n", flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps({"versions": versions, "results": results}, indent=1), encoding="utf-8")
+
+
+def versions_used() -> dict[str, str]:
+    return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "libtpu": libtpu_version()}
 
 
 def libtpu_version() -> str:

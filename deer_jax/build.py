@@ -32,6 +32,8 @@ class Build:
       remat: what the gradients of training compute again unless a recipe says otherwise, see `Remat`.
       cache_block: attention reads the cache in pieces of so many slots, up to the longest row.
       whole_cache: a cache of up to so many slots is read at once instead.
+      auto_layouts: the compiled decode loop chooses the order in which the arrays of its state lie in memory, and all
+        programs follow; otherwise they lie as arrays do by default.
     """
 
     kind: str
@@ -40,6 +42,7 @@ class Build:
     remat: Remat
     cache_block: int
     whole_cache: int
+    auto_layouts: bool
 
     @classmethod
     def of(cls, kind: str, dtype=None) -> "Build":
@@ -47,9 +50,15 @@ class Build:
         dtype = parse_dtype(("float32" if kind == "cpu" else "bfloat16") if dtype is None else dtype)
         if kind == "cpu":
             # Unrolled layers are faster here, and reading only what is there pays from the first hundred slots on.
-            return cls(kind=kind, dtype=dtype, scan=False, remat="none", cache_block=128, whole_cache=0)
+            return cls(
+                kind=kind, dtype=dtype, scan=False, remat="none", cache_block=128, whole_cache=0, auto_layouts=False
+            )
         # On accelerators the loop over pieces costs more than the bytes it saves until the cache is long.
-        return cls(kind=kind, dtype=dtype, scan=True, remat="layers", cache_block=1024, whole_cache=4096)
+        # The default order is not always the loop's: it then copies whole caches in and out (seen on TPU, not on GPU).
+        return cls(
+            kind=kind, dtype=dtype, scan=True, remat="layers", cache_block=1024, whole_cache=4096,
+            auto_layouts=kind == "tpu",
+        )  # fmt: skip
 
     @classmethod
     def here(cls, mesh: Mesh | None = None, dtype=None) -> "Build":

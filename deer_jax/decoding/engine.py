@@ -1,6 +1,7 @@
 """Rows and segments: prompts into slots, segments of the loop, finished rows out, slots refilled."""
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental.layout import Layout
+from jax.sharding import SingleDeviceSharding
 
 from deer_jax import processes
 from deer_jax.config import Sampling
 from deer_jax.decoding import loop
 from deer_jax.decoding.finite import not_finite
-from deer_jax.decoding.programs import compiled, power_of_two, prefill_chunks
+from deer_jax.decoding.programs import STATE, compiled, formats_of, power_of_two, prefill_chunks
 from deer_jax.decoding.sampling import Kind, Knobs
 from deer_jax.decoding.state import NONE, TARGET, DecodeState, StateShape, abstract_state, idle_state
 from deer_jax.drafters.protocol import Drafter
@@ -45,26 +48,49 @@ class Engine:
         self.compile_seconds = 0.0
         self.prefill_seconds: float | None = None
         self.fetches = 0
-        self.state = self._idle()
-
-    def _idle(self) -> DecodeState:
-        target, params = self.target, self.params[1]
         # The parameters decide the dtype, also of a target that was made in memory.
         build = dataclasses.replace(target.build, dtype=target.dtype)
-        shape = StateShape(target.config, self.plan.drafter, self.slots, self.capacity, self.plan.k, build)
-        like = abstract_state(shape, params, target.mesh)
-        check_memory(target, like)
-        if target.mesh is None:
-            return idle_state(shape, params)
-        where = jax.tree.map(lambda x: x.sharding, like)
-        return jax.jit(lambda params: idle_state(shape, params), out_shardings=where)(params)
+        self.shape = StateShape(target.config, self.plan.drafter, self.slots, self.capacity, k, build)
+        check_memory(target, abstract_state(self.shape, self.params[1], target.mesh))
 
-    def _run(self, function, static: tuple, *args, **options):
-        """Call a function of `loop` with static arguments first."""
+    @functools.cached_property
+    def state(self) -> DecodeState:
+        """Slots that hold no prompt, to begin with; made when first asked for, as the loop may decide how it lies."""
+        shape, params, mesh = self.shape, self.params[1], self.target.mesh
+        like = abstract_state(shape, params, mesh)
+        if shape.build.auto_layouts:
+            if mesh is None:
+                place = SingleDeviceSharding(self.target.devices[0])
+                like = jax.tree.map(lambda x: x.update(sharding=place), like)
+            places = formats_of(self._program(loop.run_segment, (self.plan,), *self._round(like), formats=Layout.AUTO))
+        elif mesh is not None:
+            places = jax.tree.map(lambda x: x.sharding, like)
+        else:
+            return idle_state(shape, params)
+        return jax.jit(lambda params: idle_state(shape, params), out_shardings=places)(params)
+
+    def _program(self, function, static: tuple, *args, **options):
         with on_mesh(self.target.mesh):
             program, seconds = compiled(function, static, *args, **options)
         self.compile_seconds += seconds
-        return program(*args)
+        return program
+
+    def _run(self, function, static: tuple, *args, **options):
+        """Call a function with static arguments first."""
+        return self._program(function, static, *args, **options)(*args)
+
+    def _change(self, function, static: tuple, *args, **options):
+        """`_run` of a function of `loop` that changes the state, or its caches, and returns them as they lay."""
+        formats = None
+        if self.shape.build.auto_layouts:
+            chosen = function is loop.run_segment  # by this program; the others follow
+            formats = Layout.AUTO if chosen else jax.tree.map(lambda x: x.format, args[STATE])
+        return self._run(function, static, *args, formats=formats, **options)
+
+    def _round(self, state: DecodeState, max_rounds: int | None = None, max_done: int | None = None) -> tuple:
+        """The arguments of `loop.run_segment`."""
+        bounds = (2**31 - 1 if bound is None else bound for bound in (max_rounds, max_done))
+        return *self.params, state, self.knobs, self.stop_ids, *(self.put(np.int32(bound)) for bound in bounds)
 
     def admit(
         self, prompts: Sequence[Sequence[int]], limits: Sequence[int], indices: Sequence[int], rows: Sequence[int],
@@ -101,13 +127,13 @@ class Engine:
             # end would be moved back, onto what is there.
             chunk = self.put(tokens[:, start : start + width], "batch", None)
             models, caches = (self.plan.target, self.plan.drafter), (self.state.cache, self.state.drafter)
-            caches = self._run(
+            caches = self._change(
                 loop.prefill, models, *self.params, caches, chunk, self.put(np.int32(start)), placing[-1],
                 first=start == 0,
             )  # fmt: skip
             self.state = dataclasses.replace(self.state, cache=caches[0], drafter=caches[1])
         tokens_there = self.put(tokens, "batch", None)
-        self.state = self._run(loop.admit, (self.plan,), *self.params, self.state, tokens_there, *placing)
+        self.state = self._change(loop.admit, (self.plan,), *self.params, self.state, tokens_there, *placing)
 
     def put(self, x, *axes: str | None) -> jax.Array:
         """An array from the host, by its logical axes."""
@@ -115,11 +141,7 @@ class Engine:
 
     def segment(self, max_rounds: int | None = None, max_done: int | None = None) -> dict[str, np.ndarray]:
         """Run rounds until all rows (or max_done) are done, or max_rounds have run; then the one fetch."""
-        bounds = (2**31 - 1 if bound is None else bound for bound in (max_rounds, max_done))
-        numbers = [self.put(np.int32(bound)) for bound in bounds]
-        self.state = self._run(
-            loop.run_segment, (self.plan,), *self.params, self.state, self.knobs, self.stop_ids, *numbers
-        )
+        self.state = self._change(loop.run_segment, (self.plan,), *self._round(self.state, max_rounds, max_done))
         state = self.state
         return self.fetch(
             {"tokens": state.tokens, "length": state.length, "done": state.done, "rounds": state.rounds,

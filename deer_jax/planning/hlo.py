@@ -61,6 +61,7 @@ class Step:
     flops: float
     collectives: tuple[Collective, ...]
     copied: float  # bytes that a copy writes to HBM
+    largest: float  # bytes of the largest array that it makes in HBM
     times: float
     loops: tuple[str, ...]
     origin: str  # the operation's name in JAX and the source lines that made it
@@ -217,8 +218,10 @@ class Program:
             elif line.op not in FREE and not line.op.endswith("-done"):
                 bytes_, flops = self._bytes(computation, line), self._flops(computation, line)
                 collectives = tuple(self._collectives(computation, line))
-                copied = self._stored(computation, line) if line.op in ("copy", "copy-start") else 0.0
-                yield Step(line, bytes_, flops, collectives, copied, times, loops, self.text.origin(line))
+                made = self._made(computation, line)
+                copied = sum(made) if line.op in ("copy", "copy-start") else 0.0
+                origin = self.text.origin(line)
+                yield Step(line, bytes_, flops, collectives, copied, max(made, default=0.0), times, loops, origin)
 
     # Bytes
 
@@ -236,12 +239,12 @@ class Program:
                 total += bytes_of(self._result(computation, line))
             elif place > 0 or line.op not in ("dynamic-update-slice", "scatter"):
                 total += sum(array.bytes for array in arrays(lines[name].type) if array.in_hbm)
-        return total + self._stored(computation, line)
+        return total + sum(self._made(computation, line))
 
-    def _stored(self, computation: str, line: Instruction) -> float:
-        """Bytes that it writes to HBM."""
+    def _made(self, computation: str, line: Instruction) -> list[float]:
+        """Bytes that it writes to HBM, by array."""
         leaves = arrays(self._result(computation, line))
-        return sum(new for new, leaf in zip(self._written(computation, line), leaves, strict=True) if leaf.in_hbm)
+        return [new for new, leaf in zip(self._written(computation, line), leaves, strict=True) if leaf.in_hbm]
 
     def _result(self, computation: str, line: Instruction) -> str:
         """The type of what it makes; of the first half of an asynchronous operation that of the second."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.array import ArrayImpl  # there is no public way to see a copy to the host on CPU
+from jax.experimental.layout import Format, Layout
 
 from deer_jax import DrafterConfig, Target, decode, drafter_from_target, stream
 from deer_jax.config import Sampling
@@ -29,6 +30,11 @@ GARBAGE = 1e4
 def make_target(scan: bool) -> Target:
     config = tiny("qwen3", **SMALL)
     return Target(config=config, params=random_params(config, 5, scan=scan))
+
+
+def choosing(target: Target) -> Target:
+    """The same, with a loop that chooses the layouts of its state, as on a TPU."""
+    return dataclasses.replace(target, build=dataclasses.replace(target.build, auto_layouts=True))
 
 
 @pytest.fixture(scope="module")
@@ -203,11 +209,13 @@ def cache_copies(text: str, shapes: set[tuple[int, ...]]) -> list[str]:
     return [line[0].strip() for line in lines if tuple(map(int, line[1].split(","))) in shapes]
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize(
+    ("scan", "auto"), [(False, False), (True, False), (True, True)], ids=["unrolled", "scanned", "auto_layouts"]
+)
 @pytest.mark.parametrize("name", ["none", "block_causal"])
-def test_the_loop_works_in_the_memory_it_was_given(prompts, limits, scan, name):
+def test_the_loop_works_in_the_memory_it_was_given(prompts, limits, scan, auto, name):
     """Every cache is aliased with the donated one, and nothing as large as a cache is copied anywhere."""
-    target = make_target(scan)
+    target = choosing(make_target(scan)) if auto else make_target(scan)
     test_engine = make_engine(target, name, {})
     test_engine.admit(prompts[:1], limits[:1], [0], [0])
     test_engine.segment()
@@ -218,7 +226,7 @@ def test_the_loop_works_in_the_memory_it_was_given(prompts, limits, scan, name):
     found = [
         (key[0].__name__, program)
         for key, program in programs._compiled.items()
-        if key[1] in wanted and _is_for(key, target.params, arrays[0].shape)
+        if key[1] in wanted and _is_for(key, target.params, arrays[0].shape) and bool(key[4]) == auto
     ]
     assert {"prefill", "admit", "run_segment"} <= {function for function, _ in found}
     for function, program in found:
@@ -233,6 +241,33 @@ def _is_for(key, params, cache: tuple[int, ...]) -> bool:
     shapes = [shape for shape, *_ in key[3]]
     wanted = [x.shape for x in jax.tree.leaves(params)]
     return shapes[: len(wanted)] == wanted and cache in shapes
+
+
+def test_a_loop_that_chooses_layouts_says_the_same(target, prompts, plain):
+    """With refilled slots, drafted, and with one compilation of each program that serves the next call as well."""
+    drafter = drafter_for(target, "block_causal")
+    for again in (False, True):
+        stats = (result := decode(
+            choosing(target), prompts, drafter=drafter, draft_length=K, max_new_tokens=20, batch_size=SLOTS,
+        )).stats  # fmt: skip
+        assert result.tokens == plain
+        assert (stats.compile_seconds == 0) == again
+
+
+def test_prompts_are_admitted_into_caches_as_they_lie(target, prompts, limits):
+    """Layouts that are not the default are taken and returned by the programs that follow the loop."""
+
+    def slots_innermost(x):
+        return Format(Layout((*range(x.ndim - 2), x.ndim - 1, x.ndim - 2)), x.sharding) if x.ndim > 2 else x.format
+
+    engines = [make_engine(each, "block_causal", {}) for each in (target, choosing(target))]
+    formats = jax.tree.map(slots_innermost, engines[1].state)
+    engines[1].state = jax.device_put(engines[1].state, formats)
+    for each in engines:
+        each.admit(prompts[:3], limits[:3], range(3), range(3))
+    layouts = jax.tree.map(lambda x: x.format.layout.major_to_minor, engines[1].state)
+    assert layouts == jax.tree.map(lambda x: x.layout.major_to_minor, formats)
+    jax.tree.map(np.testing.assert_array_equal, engines[0].state, engines[1].state)
 
 
 def test_a_copied_cache_would_be_found():

@@ -1,21 +1,28 @@
 """The paper's recipes: they parse, and at real size their steps trace in both attention modes, and their decoding."""
 
 import dataclasses
+import functools
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh, NamedSharding
 
 from deer_jax.build import Build
 from deer_jax.config import ModelConfig, Rope, Sampling
 from deer_jax.decoding import loop
+from deer_jax.decoding.engine import bytes_per_device
 from deer_jax.decoding.sampling import Kind, Knobs
 from deer_jax.decoding.state import StateShape, abstract_state
 from deer_jax.drafters.standalone import StandaloneMethod
-from deer_jax.models.transformer import abstract_params
+from deer_jax.formats import read_yaml
+from deer_jax.models.transformer import abstract_params, logical_axes
+from deer_jax.sharding import MeshShape, factored, make_mesh, spec
+from deer_jax.training import step
 from deer_jax.training.objectives import drafter_loss
-from deer_jax.training.recipe import read_recipe
+from deer_jax.training.recipe import Recipe, read_recipe, recipe_from, with_settings
 from deer_jax.training.step import TrainState, make_optimizer, make_step
 from tests.tiny import REAL
 
@@ -34,6 +41,8 @@ TARGETS = {
 BILLIONS = dict(zip(TARGETS, (4.02, 8.19, 14.77, 30.53, 7.62), strict=True))
 DRAFTER = REAL["qwen2"]  # open-dCoder and Qwen2.5-0.5B
 NAMES = ("math", "qwen2_7b", "qwen3_14b", "qwen3_30b_a3b", "qwen3_4b", "qwen3_8b")
+DEVICES = {"v5e 4x4": (16, 16), "v6e 2x4": (8, 32), "v5p 2x2x2": (8, 95), "8 GPUs": (8, 80)}  # and GB of each
+SLICE = re.compile(r"^#   (.+?), (\d+) GB: +((?:--set \S+ ?)+) +texts (\d+), keeps ([\d.]+), makes ([\d.]+)$", re.M)
 
 
 def with_entries(params, dtype):
@@ -125,3 +134,93 @@ def test_its_steps_trace(attention, labels):
         after, metrics = jax.eval_shape(run, state, batch_of(recipe, stage.corruption, method.cached), target_params)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
         assert metrics["loss"].shape == ()
+
+
+def slices_of(name):
+    """What a recipe's first comment says of each slice: its name, the settings, GB, texts, and the GB kept and made."""
+    text = (FOLDER / f"{name}.yaml").read_text().split("\ntarget:")[0]
+    for found, size, words, texts, kept, made in SLICE.findall(text):
+        yield found, words.replace("--set", "").split(), float(size), int(texts), float(kept), float(made)
+
+
+def on_slice(name, settings) -> Recipe:
+    return recipe_from(with_settings(read_yaml(FOLDER / f"{name}.yaml"), settings), name)
+
+
+def abstract_mesh(shape: MeshShape) -> AbstractMesh:
+    """The factored mesh of a slice that is not there."""
+    part = factored(make_mesh(tensor=shape.tensor))
+    return AbstractMesh((shape.data, shape.fsdp, *part.devices.shape[2:]), part.axis_names)
+
+
+def placed(mesh, params, config):
+    """Shapes with their places; InputError for what does not divide."""
+    axes = logical_axes(config) | ({"special": (None, "width")} if "special" in params else {})
+
+    def one(path, x, names):
+        where = NamedSharding(mesh, spec(mesh, x.shape, names, jax.tree_util.keystr(path)))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree_util.tree_map_with_path(one, params, axes)
+
+
+def placed_drafter(mesh, dtype):
+    return placed(mesh, with_entries(abstract_params(DRAFTER, dtype), dtype), DRAFTER)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_slices_hold_what_it_keeps_and_makes(name):
+    assert [found for found, *_ in slices_of(name)] == list(DEVICES)
+    shapes = []
+    for found, settings, size, texts, kept, made in slices_of(name):
+        recipe = on_slice(name, settings)
+        shapes.append(recipe.mesh)
+        assert (recipe.mesh.devices, size) == DEVICES[found]
+        assert recipe.batch == texts * recipe.accumulate * recipe.mesh.batch_ways
+        mesh, config = abstract_mesh(recipe.mesh), TARGETS[recipe.target]
+        target = placed(mesh, abstract_params(config, jnp.bfloat16), config)
+        # In float32: what is trained, its two moments, and what it started from.
+        held = bytes_per_device(target) + 4 * bytes_per_device(placed_drafter(mesh, jnp.float32))
+        assert kept == pytest.approx(held / 1e9, abs=0.06)
+        assert kept + made < 0.9 * size
+    assert read_recipe(FOLDER / f"{name}.yaml").mesh in shapes[1:]
+
+
+@functools.cache
+def trace_step(recipe: Recipe):
+    """Of the last stage, on the recipe's mesh."""
+    assert recipe.reading is not None
+    mesh, stage, build = abstract_mesh(recipe.mesh), recipe.stages[-1], Build.of("tpu")
+    method = StandaloneMethod(DRAFTER, recipe.reading, DRAFTER.vocab_size)
+    state = step.abstract_state(placed_drafter(mesh, jnp.float32), stage.optimizer, stage.steps)
+    run = make_step(drafter_loss(method, None, recipe.remat or build.remat), stage.optimizer, stage.steps, build=build)
+    with jax.sharding.use_abstract_mesh(mesh):
+        after, metrics = jax.eval_shape(run, state, batch_of(recipe, stage.corruption, method.cached), {})
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics["loss"].shape == ()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_steps_and_rounds_trace_on_its_slices(name):
+    for settings in {tuple(settings): 0 for _, settings, *_ in slices_of(name)}:
+        recipe = on_slice(name, settings)
+        assert recipe.reading is not None
+        assert recipe.evaluation is not None
+        # Most recipes have the same step, which knows nothing of these.
+        trace_step(dataclasses.replace(recipe, target="-", drafter="-", answers=("-",), output="-", evaluation=None))
+        # Its evaluation decodes on the same mesh.
+        mesh, config = abstract_mesh(recipe.mesh), TARGETS[recipe.target]
+        method = StandaloneMethod(DRAFTER, recipe.reading, config.vocab_size)
+        params = placed(mesh, abstract_params(config, jnp.bfloat16), config)
+        k, slots = recipe.reading.draft_length, recipe.evaluation.batch_size
+        assert slots % recipe.mesh.batch_ways == 0
+        drafter = placed_drafter(mesh, jnp.bfloat16)
+        state = abstract_state(StateShape(config, method, slots, 2048, k, Build.of("tpu")), drafter)
+        plan, number = loop.Plan(config, method, k, Kind.of(Sampling())), jax.ShapeDtypeStruct((), jnp.int32)
+        stop_ids, knobs = jax.ShapeDtypeStruct((2,), jnp.int32), Knobs.of(Sampling(), 0)
+        with jax.sharding.use_abstract_mesh(mesh):
+            after = jax.eval_shape(
+                lambda *args, plan=plan: loop.run_segment(plan, *args),
+                params, drafter, state, knobs, stop_ids, number, number,
+            )  # fmt: skip
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
