@@ -1,6 +1,7 @@
 """deer-jax VERB: finds the verb, sets up JAX, and turns what goes wrong into one line and an exit status."""
 
 import difflib
+import errno
 import importlib
 import importlib.metadata
 import io
@@ -202,6 +203,8 @@ def ended(error: BaseException, argv: Sequence[str]) -> int:
     if isinstance(error, BrokenPipeError) and error.filename is None:  # `... | head` has seen enough
         return 0
     if isinstance(error, OSError):
+        # What is longer than a buffer fails where it is printed, and leaves nothing to flush; files are named.
+        full = full or error.errno == errno.ENOSPC
         where = "stdout" if full and error.filename is None else error.filename
         say(f"error: {'' if where is None else f'{where}: '}{reason(error)}")
         return 1

@@ -46,8 +46,8 @@ refused = []
 for attempt in (
     lambda: deer_jax.decode(deer_jax.load_target(folder + "/target"), prompts),
     lambda: deer_jax.load_target(folder + "/target", mesh=deer_jax.make_mesh(data=2)),
-    lambda: deer_jax.decode(target, prompts[number:]),
-    lambda: deer_jax.answers(target, prompts, folder + "/locked.jsonl"),
+    lambda: deer_jax.decode(target, prompts[number:], max_new_tokens=4),
+    lambda: deer_jax.answers(target, prompts, folder + "/locked.jsonl", max_new_tokens=4),
     lambda: processes.every(one_has_no_room),
 ):
     try:
