@@ -74,11 +74,13 @@ def compiled(function, static: tuple, *args, formats: Any = None, **options) -> 
 
 def _in_formats(function, args: tuple, formats: Any):
     """A function of arguments that are not static, lowered with its state in these formats."""
-    if formats is Layout.AUTO:
-        # Asked of shapes, as arrays already lie somehow; and of caches alone, what is small may be copied.
-        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), args[STATE])
+    state = args[STATE]
+    if formats is Layout.AUTO:  # asked of shapes, as arrays already lie somehow
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         args = (*args[:STATE], state, *args[STATE + 1 :])
-        formats = jax.tree.map(lambda x: Format(Layout.AUTO if x.ndim > 2 else None, x.sharding), state)
+        formats = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), state)
+    # Of the caches alone: what is small may be copied, and lies by default for whoever else reads it.
+    formats = jax.tree.map(lambda x, form: form if x.ndim > 2 else None, state, formats)
     before = tuple(formats if place == STATE else None for place in range(len(args)))
     return jax.jit(function, donate_argnums=STATE, in_shardings=before, out_shardings=formats).lower(*args)
 

@@ -1,5 +1,7 @@
 """A target sharded over several devices says the same as on one."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -41,9 +43,11 @@ def test_slots_heads_and_vocabulary_split_over_a_mesh_say_the_same(family, shape
     assert decoded(family, None, temperature, scan=False) == expected
 
 
-def test_every_device_holds_its_part_of_the_caches():
+@pytest.mark.parametrize("auto_layouts", [False, True])
+def test_every_device_holds_its_part_of_the_caches(auto_layouts):
     mesh = mesh_of("2x2x2")
     target = made("qwen3", mesh, scan=True)
+    target = dataclasses.replace(target, build=dataclasses.replace(target.build, auto_layouts=auto_layouts))
     drafter = drafter_from_target(target, DrafterConfig(draft_length=3))
     engine = Engine(target, drafter, 3, Sampling(), 0, (), slots=3, capacity=64)
     assert engine.slots == 4  # as many for each of the four shards of rows
