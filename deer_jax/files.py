@@ -24,6 +24,7 @@ from typing import BinaryIO
 from deer_jax.errors import InputError, RunError
 
 # The path is wrong, or not ours; anything else the system says is a failure of the run.
+STORE = re.compile(r"[a-z][a-z0-9+.-]*:/")  # a URL; as a path, its second slash is gone
 WRONG_PATH = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
      errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY, errno.EINVAL}
@@ -288,6 +289,10 @@ class Lock:
     def __init__(self, output: Path, *, inside: bool = False):
         """inside: the output is a folder that exists, or is made now, and the lock lies in it, so that it goes with it;
         otherwise it lies beside the output."""
+        if STORE.match(os.fspath(output)):
+            raise InputError(
+                f"{output}: outputs are written to folders only, not to an object store: name one that all hosts see"
+            )
         self.output = output
         self.path = output.absolute() / ".lock" if inside else _hidden(output, "lock")
         self._inside = inside

@@ -30,6 +30,7 @@ from deer_jax.formats import differences
 
 TIMEOUT = 300.0  # seconds that processes wait for each other at the start
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others end
+REPLY = "deer_jax: "  # before what the coordinator says; whatever else answers there is something else
 GO = "go"
 LEAVING = 5.0  # seconds that one that ends waits for the others to end too
 AGREED_WITHIN = 1.0  # seconds, about, until all know what one was told
@@ -84,7 +85,10 @@ def start(
             heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT,
         )  # fmt: skip
     except ValueError as error:  # of the detection of clusters
-        raise InputError(f"the environment does not say which processes there are: {one_line(error)}") from None
+        raise InputError(
+            "the environment does not say which processes there are: give --coordinator HOST:PORT, --processes N and "
+            f"--process I ({one_line(error)})"
+        ) from None
     except RuntimeError as error:
         raise RunError(f"the processes do not find each other: {one_line(error)}") from None
     same({"code": _code()})
@@ -103,10 +107,12 @@ def _meet(host: str, port: int, processes: int, process: int, timeout: float) ->
                 connection.sendall(f"{process}\n".encode())
                 connection.settimeout(timeout + LEAVING)  # it may have begun to wait later than this one
                 answer = connection.makefile("r", encoding="utf-8", errors="replace").readline(1000).strip()
-            if answer == GO:
+            if answer == REPLY + GO:
                 return
+            if answer.startswith(REPLY):
+                raise RunError(answer.removeprefix(REPLY))
             if answer:
-                raise RunError(answer)
+                why = "something else answers there, or the run has begun already"
         except OSError as error:
             why = error.strerror or str(error)
         time.sleep(0.1)
@@ -139,7 +145,7 @@ def _receive(host: str, port: int, processes: int, end: float, timeout: float) -
             line = f"{who} did not come to the coordinator {host}:{port} within {timeout:g} s; start all of them"
         for connection in found.values():
             with contextlib.suppress(OSError):
-                connection.sendall(f"{line}\n".encode())
+                connection.sendall(f"{REPLY}{line}\n".encode())
                 connection.recv(1)  # they close first, so that the port is free at once
     if late:
         raise RunError(line)
@@ -280,12 +286,6 @@ def agreed(flag: Callable[[], bool]) -> Callable[[], bool]:
         return any(said for said, _ in found)
 
     return ask
-
-
-def barrier(name: str) -> None:
-    """Wait for all."""
-    if count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def fetch(tree: Any) -> Any:

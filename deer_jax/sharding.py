@@ -67,6 +67,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence |
     shape = MeshShape(data=data, fsdp=fsdp, tensor=tensor)
     devices = list(jax.devices() if devices is None else devices)
     count = data * fsdp * tensor
+    if not devices:
+        raise InputError("devices is empty: leave it out for all devices")
     if count > len(devices):
         remedy = f"set JAX_NUM_CPU_DEVICES={count}" if devices[0].platform == "cpu" else "choose a smaller one"
         raise InputError(f"a {data}x{fsdp}x{tensor} mesh needs {count} devices, {len(devices)} are there; {remedy}")
@@ -87,8 +89,11 @@ class MeshShape:
 
     def __post_init__(self):
         for name in AXES:
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if type(value) is not int:
+                raise InputError(f"{name} must be a whole number of at least 1, got {shown(value)}")
+            if value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
 
     @classmethod
     def parse(cls, text: str) -> "MeshShape":
@@ -111,10 +116,6 @@ class MeshShape:
     def batch_ways(self) -> int:
         """Into how many parts a batch is split."""
         return self.data * self.fsdp
-
-    @property
-    def devices(self) -> int:
-        return self.data * self.fsdp * self.tensor
 
 
 def check_mesh(mesh: Mesh | None) -> None:
@@ -179,9 +180,10 @@ def spec(mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Sequence[Axis], 
             split, ways = names, math.prod(mesh.shape[name] for name in names)
             if size % ways:
                 rule = " x ".join(RULES[axis]) if axis else ""
+                fits = ", ".join(str(n) for n in range(1, ways + 1) if size % n == 0)
                 raise InputError(
                     f"{what}: dimension {dimension} ({axis}) has {size} entries, which do not divide by the {ways} of "
-                    f"{rule}; choose another mesh"
+                    f"{rule}; a mesh may have {fits} there"
                 )
         split = [name for name in split if mesh.shape[name] > 1]
         taken |= set(split)

@@ -45,6 +45,19 @@ def pytest_report_header() -> str:
     return f"jax {jax.__version__} on {DEVICES} virtual CPU devices; data: {DATA}, {found}"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps() -> Iterator[None]:
+    """Every compiled program holds memory maps, of which a process has a limited number (65,530), and dies beyond."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        from deer_jax.decoding import programs
+
+        programs._compiled.clear()
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of public data sets and small models; the test is skipped where it is absent."""

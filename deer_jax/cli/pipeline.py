@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
-import functools
 import importlib
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from deer_jax.cli.options import parse, shown
 from deer_jax.cli.processes import ProcessOptions
 from deer_jax.cli.progress import say, silent
 from deer_jax.config import nearest
-from deer_jax.errors import InputError
+from deer_jax.errors import InputError, RunError
 from deer_jax.files import Lock, disk_error
 from deer_jax.formats import json_bytes, parse_json, read_bytes, read_yaml
 
@@ -95,11 +96,21 @@ def write(lock: Lock, path: Path, text: str) -> None:
 
 def run_verb(verb: str, file: Path) -> None:
     """One step, by all processes together; an export by the lead alone."""
-    run = functools.partial(importlib.import_module(f"deer_jax.cli.{verb}").run, [f"{VERBS[verb]}={file}"])
-    if verb == "export":
-        processes.led(run)
+    arguments = [f"{VERBS[verb]}={file}"]
+    if verb == "export" and processes.count() > 1:
+        processes.led(lambda: run_apart([verb, *arguments]))
     else:
-        run()
+        importlib.import_module(f"deer_jax.cli.{verb}").run(arguments)
+
+
+def run_apart(arguments: list[str]) -> None:
+    """A verb in a program of its own, which knows no other processes and leaves the accelerator alone: reading a
+    checkpoint here, Orbax would wait for the others. Its last line is the error, if there is one."""
+    command = [sys.executable, "-m", "deer_jax.cli.main", *arguments]
+    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"{arguments[0]} ended with status {done.returncode}"])[-1]
+        raise (InputError if done.returncode == 2 else RunError)(last.removeprefix("deer-jax: error: "))
 
 
 def read_steps(path: Path, output: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -17,8 +17,8 @@ class ProcessOptions:
 
     coordinator: Annotated[
         str | None,
-        "address of process 0, the same for all. On Cloud TPU, GKE, SLURM and Open MPI none of these is needed, and "
-        "'environment' asks it where it does not say by itself that there are several",
+        "address of process 0, the same for all. With launch/tpu_pod.sh, GKE, SLURM and Open MPI none of these is "
+        "needed; on other Cloud TPU machines say 'environment', which asks them",
         "HOST:PORT",
     ] = None
     processes: Annotated[int | None, "how many processes run this command, usually one a host"] = None
@@ -54,4 +54,5 @@ def said(environment: Mapping[str, str]) -> bool:
         or number("OMPI_COMM_WORLD_SIZE") > 1
         or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
         or number("MEGASCALE_NUM_SLICES") > 1
+        or environment.get("DEER_JAX_PROCESSES") == "environment"  # launch/tpu_pod.sh, where nothing else says it
     )

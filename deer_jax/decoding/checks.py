@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from deer_jax import processes
@@ -112,6 +113,14 @@ def check_models(target: Any, drafter: Any = None) -> None:
         found = isinstance(drafter, str | Path)
         remedy = "load it first, load_drafter(..., target=target)" if found else "give what load_drafter returns"
         raise InputError(f"drafter must be a drafter, got {_what(drafter)}: {remedy}")
+    if drafter is None:
+        return
+    table = drafter.params.get("embed")
+    if isinstance(table, jax.Array) and table.devices() != set(target.devices):
+        raise InputError(
+            f"the drafter {drafter.name} lies on {len(table.devices())} devices, the target {target.name} on others or "
+            f"on {len(target.devices)}: load it for this target, load_drafter(..., target=target)"
+        )
 
 
 def _what(value: Any) -> str:

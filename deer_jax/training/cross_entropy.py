@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deer_jax.models.layers import logits, precision
-from deer_jax.sharding import gathered, here, largest, on_shards, shard_index, total
+from deer_jax.sharding import gathered, here, largest, on_shards, shard_index, spread, total
 
 CHUNK_ROWS = 512  # rows whose logits exist at one time, on each shard of the rows
 
@@ -20,7 +20,6 @@ class SoftLabels(NamedTuple):
     allowed: jax.Array  # bool [V] ids that may have probability; those from V' on have none
 
 
-@jax.custom_vjp
 def weighted_cross_entropy(hidden, head, labels, weights, soft: SoftLabels | None = None):
     """float32 []: sum of weights * -log softmax(hidden @ head.T)[label] over rows of non-zero weight.
 
@@ -30,6 +29,11 @@ def weighted_cross_entropy(hidden, head, labels, weights, soft: SoftLabels | Non
     them through its part of the vocabulary in chunks, gradients in the same pass, so logits exist for one chunk at a
     time, are computed once, and never leave their shard.
     """
+    return _loss(hidden, spread(head) if head.ndim == 2 else head, labels, weights, soft)
+
+
+@jax.custom_vjp
+def _loss(hidden, head, labels, weights, soft):
     return _cross_entropy(hidden, head, labels, weights, soft)[0]
 
 
@@ -104,4 +108,4 @@ def _backward(gradients, cotangent):
     return to_hidden * cotangent.astype(to_hidden.dtype), to_head * cotangent.astype(to_head.dtype), None, None, None
 
 
-weighted_cross_entropy.defvjp(_cross_entropy, _backward)
+_loss.defvjp(_cross_entropy, _backward)

@@ -116,7 +116,8 @@ class RunSettings:
         if self.batch // self.accumulate % self.mesh.batch_ways:
             raise InputError(
                 f"a micro-batch of {self.batch // self.accumulate} texts cannot be split over "
-                f"{self.mesh.batch_ways} devices (data x fsdp of the mesh)"
+                f"{self.mesh.batch_ways} devices (data x fsdp of the mesh); choose a batch that is a multiple of "
+                f"{self.accumulate * self.mesh.batch_ways}"
             )
 
 
