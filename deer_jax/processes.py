@@ -17,7 +17,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -28,6 +28,7 @@ from jax.sharding import NamedSharding
 from deer_jax.errors import InputError, RunError, one_line
 from deer_jax.formats import differences
 
+Made = TypeVar("Made")
 TIMEOUT = 300.0  # seconds that processes wait for each other at the start
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead, and the others end
 REPLY = "deer_jax: "  # before what the coordinator says; whatever else answers there is something else
@@ -239,6 +240,13 @@ def every(function: Callable[[], str | None]) -> list[str]:
         if kind != "done":
             raise (InputError if kind == "input" else RunError)(text)
     return [text for _, text in outcomes]
+
+
+def together(function: Callable[[], Made]) -> Made:
+    """What each makes by itself, of files of its own; where one cannot, its InputError or RunError is raised by all."""
+    made: list[Made] = []
+    every(lambda: made.append(function()))
+    return made[0]
 
 
 def check_devices(devices: Iterable[jax.Device]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
+from deer_jax import processes
 from deer_jax.cli.common import show
 from deer_jax.cli.options import parse
 from deer_jax.cli.processes import ProcessOptions
@@ -31,7 +32,7 @@ class Options(RecipeOptions, ProcessOptions):
 def run(argv: Sequence[str]) -> None:
     options = parse(Options, "align", argv, EXAMPLE)
     options.join()
-    recipe = recipe_from(options.read(), str(options.recipe))
+    recipe = processes.together(lambda: recipe_from(options.read(), str(options.recipe)))
     with asked_to_stop() as stopping, Reporter("aligning, steps") as reporter:
         report = align(recipe, progress=reporter.show, should_stop=stopping.is_set, verify=options.verify)
     if report.evaluations and not silent():

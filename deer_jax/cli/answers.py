@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+from deer_jax import processes
 from deer_jax.cli.common import (
     ConfigOptions,
     PromptOptions,
@@ -66,7 +67,7 @@ def run(argv: Sequence[str]) -> None:
     options.join()
     prompts = None
     if not options.from_bos:
-        prompts = options.read(whole=options.prefix is not None, allow_empty=True)
+        prompts = processes.together(lambda: options.read(whole=options.prefix is not None, allow_empty=True))
     elif any(getattr(options, field.name) != field.default for field in dataclasses.fields(PromptOptions)):
         raise InputError("--from-bos continues from BOS alone: without options about prompts")
     check_distinct(files(options.output), [options.prompts, options.config, options.target])

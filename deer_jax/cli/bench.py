@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+from deer_jax import processes
 from deer_jax.bench.curves import read_curves
 from deer_jax.bench.report import PLAIN, table
 from deer_jax.bench.runner import bench
@@ -60,7 +61,7 @@ def run(argv: Sequence[str]) -> None:
     options.join()
     arguments = options.arguments() | {"template_arguments": options.template_arguments()}
     sources = named(options.drafter)
-    prompts = options.read()
+    prompts = processes.together(options.read)
     check_distinct([options.json], [options.prompts, options.config, options.target, *sources.values(), *options.curve])
     check_writable(options.json)
     if options.plot is not None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import numpy as np
 
+from deer_jax import processes
 from deer_jax.cli.common import (
     DRAFTER_HELP,
     DecodeOptions,
@@ -56,7 +57,7 @@ def run(argv: Sequence[str]) -> None:
     options = parse(Options, "decode", argv, EXAMPLE)
     options.join()
     arguments = options.arguments() | {"template_arguments": options.template_arguments()}
-    prompts = options.read()
+    prompts = processes.together(options.read)
     companion = state_path(options.output) if options.output and options.output.name else None
     check_distinct(
         [options.output, companion, options.json], [options.prompts, options.config, options.target, options.drafter]

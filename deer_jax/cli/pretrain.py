@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
+from deer_jax import processes
 from deer_jax.cli.common import show
 from deer_jax.cli.options import parse
 from deer_jax.cli.processes import ProcessOptions
@@ -32,7 +33,7 @@ class Options(RecipeOptions, ProcessOptions):
 def run(argv: Sequence[str]) -> None:
     options = parse(Options, "pretrain", argv, EXAMPLE)
     options.join()
-    recipe = pretrain_recipe_from(options.read(), str(options.recipe))
+    recipe = processes.together(lambda: pretrain_recipe_from(options.read(), str(options.recipe)))
     with asked_to_stop() as stopping, Reporter("pretraining, steps") as reporter:
         report = pretrain(recipe, progress=reporter.show, should_stop=stopping.is_set, verify=options.verify)
     if report.evaluations and not silent():

@@ -218,7 +218,7 @@ def test_another_recipe_or_other_texts_are_refused_with_the_differences(folder, 
         ({"texts": "{folder}/none"}, "{folder}/none: no such folder or file, and not 'stdlib'"),
         ({"files": "*.txt", "held_out": []}, "{folder}/texts: no text to train on; check files, exclude and held_out"),
         ({"held_out": "psi.py"}, "held_out: psi.py matches no text of {folder}/texts"),
-        ({"mesh": {"data": 16}, "batch": 16}, "a 16x1x1 mesh needs 16 devices, 8 are there"),
+        ({"mesh": {"data": 16}, "batch": 32}, "a 16x1x1 mesh needs 16 devices, 8 are there"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path, changes, message):

@@ -172,6 +172,17 @@ def test_processes_with_different_recipes_are_refused(folder, environment, tmp_p
     assert not (folder / "run0").exists()
 
 
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_what_one_process_cannot_read_ends_both_with_its_line(folder, environment, tmp_path, wrong):
+    """A recipe that is not there; the other one's is."""
+    paths, where = [runs.write(recipe(folder, "never")), tmp_path / "missing.yaml"], address()
+    codes, said = ended([start(paths[number == wrong], environment, number, where) for number in (0, 1)])
+    assert codes == [2, 2], said
+    for each in said:
+        assert re.search(r"error: \S+missing\.yaml: [^\n]+$", each, re.MULTILINE), each
+    assert not (folder / "never").exists()
+
+
 def test_one_that_does_not_come_is_named(folder, environment):
     path = runs.write(recipe(folder, "none"))
     where = address()
