@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -171,14 +172,46 @@ def lost(error: BaseException) -> bool:
     return any(word in str(error) for word in ("Gloo", "gloo", "oordination service", "onnection", "heartbeat"))
 
 
+LEFT = "left"  # the last sign of life of one that has done its work
+_leaving = threading.Event()
+
+
+def watch(gone: Callable[[int], Any]) -> None:
+    """Call `gone`, on a thread of its own, with the number of a process that has given no sign of life for HEARTBEAT
+    seconds. What runs may wait for it for ever, as where JAX connects devices for a new program."""
+    client, own, others = distributed.global_state.client, number(), [i for i in range(count()) if i != number()]
+    assert client is not None
+    last = dict.fromkeys(others, ("", time.monotonic()))
+
+    def look() -> None:
+        beat = 0
+        while not _leaving.wait(HEARTBEAT / 10):
+            beat += 1
+            with contextlib.suppress(Exception):  # what JAX's runtime says where its service is gone or slow
+                client.key_value_set(f"deer_jax/alive/{own}", str(beat), allow_overwrite=True)
+            for each in others:
+                found = last[each][0]
+                with contextlib.suppress(Exception):  # one that has not given a sign yet has no entry
+                    found = client.key_value_try_get(f"deer_jax/alive/{each}")
+                if found != last[each][0]:
+                    last[each] = (found, time.monotonic())
+                elif found != LEFT and time.monotonic() - last[each][1] > HEARTBEAT and not _leaving.is_set():
+                    gone(each)
+                    return
+
+    threading.Thread(target=look, name="watch", daemon=True).start()
+
+
 def leave() -> None:
     """To be called at the end of a program that has called `start`; it is to exit right after.
 
     Process 0 goes last: with it the connection of the others goes, and JAX aborts who is still there.
     """
     client = distributed.global_state.client
+    _leaving.set()
     if client is not None:
         with contextlib.suppress(Exception):  # whatever JAX's runtime says if one of them is gone
+            client.key_value_set(f"deer_jax/alive/{number()}", LEFT, allow_overwrite=True)
             client.wait_at_barrier("deer_jax leaves", round(LEAVING * 1000))
         if lead():
             time.sleep(1)

@@ -40,6 +40,14 @@ class ProcessOptions:
             processes.start(timeout=self.wait)
         if processes.started() and not processes.lead():
             progress.speak_as(f"process {processes.number()}")
+        if processes.count() > 1:
+            processes.watch(_gone)
+
+
+def _gone(number: int) -> None:
+    """End at once: what this one is in waits for the other. What is on the disk is whole, as after a kill."""
+    progress.say(f"error: another process has ended, so this one cannot go on; start all again (no sign of {number})")
+    os._exit(1)
 
 
 def said(environment: Mapping[str, str]) -> bool:
