@@ -56,7 +56,6 @@ from jax.experimental.layout import Layout
 from deer_jax.build import Build
 from deer_jax.config import DrafterConfig, ModelConfig, Rope, Sampling
 from deer_jax.decoding import loop
-from deer_jax.decoding.engine import bytes_per_device
 from deer_jax.decoding.programs import PREFILL_CHUNK, compiled, formats_of
 from deer_jax.decoding.sampling import Kind, Knobs
 from deer_jax.decoding.state import StateShape, abstract_state
@@ -65,7 +64,7 @@ from deer_jax.drafters.standalone import StandaloneMethod
 from deer_jax.models.piecewise import KEYS, ROWS
 from deer_jax.models.transformer import abstract_params, logical_axes
 from deer_jax.planning.hlo import Memory, Program
-from deer_jax.sharding import batch_placement, make_mesh, on_mesh, placements, replicated
+from deer_jax.sharding import batch_placement, bytes_per_device, make_mesh, on_mesh, placements, replicated
 from deer_jax.training import step as training
 from deer_jax.training.cross_entropy import CHUNK_ROWS
 from deer_jax.training.objectives import drafter_loss

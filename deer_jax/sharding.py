@@ -237,6 +237,16 @@ def placements(mesh: Mesh, tree: Any, axes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree, axes)
 
 
+def bytes_per_device(tree) -> int:
+    """Bytes that each device holds of arrays, or of their shapes."""
+
+    def held(x) -> int:
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(held(x) for x in jax.tree.leaves(tree))
+
+
 def spans(mesh: Mesh | None) -> bool:
     """Whether a mesh has devices of several processes."""
     return mesh is not None and mesh.is_multi_process
@@ -308,12 +318,6 @@ def spread(table):
 def constrain_tree(tree: Any, axes: Any) -> Any:
     """`constrain` for every array of a tree; axes: the same tree with the logical axes of each, as tuples."""
     return tree if _ambient() is None else jax.tree.map(lambda x, names: constrain(x, *names), tree, axes)
-
-
-def divides(size: int, axis: str) -> bool:
-    """Whether the mesh of `on_mesh` splits so many entries of a logical axis evenly; True without one."""
-    mesh = _ambient()
-    return mesh is None or size % math.prod(mesh.shape[name] for name in _mesh_axes(mesh, axis)) == 0
 
 
 def here(shape: Sequence[int], *axes: Axis) -> P:

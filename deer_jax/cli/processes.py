@@ -38,9 +38,9 @@ class ProcessOptions:
             processes.start(self.coordinator, self.processes, self.process, self.wait)
         elif said(os.environ):
             processes.start(timeout=self.wait)
-        if processes.started() and not processes.lead():
-            progress.speak_as(f"process {processes.number()}")
-        if processes.count() > 1:
+        if processes.started():  # asked first: anything else would begin with the devices, alone too
+            if not processes.lead():
+                progress.speak_as(f"process {processes.number()}")
             processes.watch(_gone)
 
 

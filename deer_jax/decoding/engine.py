@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import os
 import re
 import time
@@ -24,7 +23,7 @@ from deer_jax.decoding.state import NONE, TARGET, DecodeState, StateShape, abstr
 from deer_jax.drafters.protocol import Drafter
 from deer_jax.errors import InputError, NotFiniteError
 from deer_jax.models.target import Target
-from deer_jax.sharding import batch_ways, everywhere, on_mesh, placement, put, spans
+from deer_jax.sharding import batch_ways, bytes_per_device, everywhere, on_mesh, placement, put, spans
 
 PREFILL_TOKENS = 32768  # prompt tokens one pass reads over all rows; bounds its activations
 
@@ -51,13 +50,13 @@ class Engine:
         # The parameters decide the dtype, also of a target that was made in memory.
         build = dataclasses.replace(target.build, dtype=target.dtype)
         self.shape = StateShape(target.config, self.plan.drafter, self.slots, self.capacity, k, build)
-        check_memory(target, abstract_state(self.shape, self.params[1], target.mesh))
+        self.like = abstract_state(self.shape, self.params[1], target.mesh)
+        check_memory(target, self.like)
 
     @functools.cached_property
     def state(self) -> DecodeState:
         """Slots that hold no prompt, to begin with; made when first asked for, as the loop may decide how it lies."""
-        shape, params, mesh = self.shape, self.params[1], self.target.mesh
-        like = abstract_state(shape, params, mesh)
+        shape, params, mesh, like = self.shape, self.params[1], self.target.mesh, self.like
         if shape.build.auto_layouts:
             if mesh is None:
                 place = SingleDeviceSharding(self.target.devices[0])
@@ -176,16 +175,6 @@ def check_memory(target: Target, state: DecodeState) -> None:
             f"the caches of {slots} slots x {capacity} tokens need {needed:,} bytes{where}, {available:,} are free: "
             + (fits if fitting else "not even one slot fits; lower max_new_tokens or shorten the prompts")
         )
-
-
-def bytes_per_device(tree) -> int:
-    """Bytes that each device holds of arrays, or of their shapes."""
-
-    def held(x) -> int:
-        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-        return math.prod(shape) * x.dtype.itemsize
-
-    return sum(held(x) for x in jax.tree.leaves(tree))
 
 
 def free_bytes(devices: Iterable[jax.Device]) -> int:

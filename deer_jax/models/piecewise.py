@@ -15,7 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from deer_jax.models.parts import HIDDEN, Part, by_keys, by_rows, merge, normalised, nothing, part, scores_of
-from deer_jax.sharding import divides, here, on_shards
+from deer_jax.sharding import here, on_shards
 
 # The name of what the backward pass keeps, for a policy of jax.checkpoint: output and log-sum-exp.
 SAVED = "attention"
@@ -105,9 +105,8 @@ _attention.defvjp(_forward, _backward)
 def _partitions(q):
     """On the mesh, of q, of k, and of what has one axis behind the batch's."""
     B, K, _, T, H = q.shape
-    batch = "batch" if divides(B, "batch") else None  # a prompt alone is read by every device
-    wide = here(q.shape, batch, "kv_heads", "groups", None, None)
-    return wide, here((B, K, T, H), batch, "kv_heads", None, None), here((B, T), batch, None)
+    wide = here(q.shape, "batch", "kv_heads", "groups", None, None)
+    return wide, here((B, K, T, H), "batch", "kv_heads", None, None), here((B, T), "batch", None)
 
 
 def _forward_here(rows: int, q, k, v, ends, real):

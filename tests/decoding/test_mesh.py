@@ -12,9 +12,9 @@ from deer_jax.checkpoints.huggingface import save_folder
 from deer_jax.config import Sampling
 from deer_jax.decoding import engine as engine_module
 from deer_jax.decoding import programs
-from deer_jax.decoding.engine import Engine, bytes_per_device
+from deer_jax.decoding.engine import Engine
 from deer_jax.planning.hlo import Program
-from deer_jax.sharding import make_mesh
+from deer_jax.sharding import bytes_per_device, make_mesh
 from tests.fast import representing
 from tests.meshes import decoded, made, mesh_of
 from tests.tiny import random_params, tiny

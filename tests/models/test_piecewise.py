@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deer_jax.errors import InputError
 from deer_jax.models import piecewise
 from deer_jax.models.attention import attend
 from deer_jax.models.piecewise import SAVED, Before, BlockMask
@@ -183,7 +184,7 @@ def test_memory_grows_with_the_text_and_not_with_its_square(kind):
             ((4, 1, 1), 4, 4, 2, True),
             ((1, 1, 4), 2, 8, 4, True),
             ((1, 1, 4), 2, 4, 2, False),  # two devices share a key head: its gradient is summed
-            ((1, 4, 1), 2, 4, 2, False),  # the batch cannot be split
+            ((1, 4, 1), 4, 4, 2, True),
         ],
         ((2, 1, 2), 2, 4, 2, True),
     ),
@@ -199,9 +200,8 @@ def test_devices_of_a_mesh_do_not_talk(shape, batch, heads, kv_heads, apart, sma
 
     alone = jax.jit(run)(*inputs, anchor, real)
     mesh = make_mesh(*shape)
-    rows = "batch" if batch % (shape[0] * shape[1]) == 0 else None
     queries, keys = Heads(kv_heads, heads // kv_heads), Heads(kv_heads)
-    axes = [(rows, None, x, None) for x in (queries, keys, keys, queries)] + [(rows, None)] * 2
+    axes: list = [("batch", None, x, None) for x in (queries, keys, keys, queries)] + [("batch", None)] * 2
     placed = [
         jax.device_put(x, placement(mesh, x.shape, names))
         for x, names in zip((*inputs, anchor, real), axes, strict=True)
@@ -227,3 +227,13 @@ def test_what_the_backward_pass_keeps_can_be_saved():
 
     assert products(jax.checkpoint_policies.save_only_these_names(SAVED)) == 2 + 5
     assert products(None) == 2 + 2 + 5
+
+
+def test_rows_that_a_mesh_does_not_divide_are_refused():
+    """Every device would compute them all otherwise; whoever calls fills them up."""
+    q, k, v, _ = example(5, batch=2)
+    with (
+        on_mesh(make_mesh(fsdp=4)),
+        pytest.raises(InputError, match=r"\(batch\) has 2 entries, .* the 4 of data x fsdp"),
+    ):
+        jax.jit(by_pieces(None)).lower(q, k, v)

@@ -14,13 +14,12 @@ from jax.sharding import AbstractMesh, NamedSharding
 from deer_jax.build import Build
 from deer_jax.config import ModelConfig, Rope, Sampling
 from deer_jax.decoding import loop
-from deer_jax.decoding.engine import bytes_per_device
 from deer_jax.decoding.sampling import Kind, Knobs
 from deer_jax.decoding.state import StateShape, abstract_state
 from deer_jax.drafters.standalone import StandaloneMethod
 from deer_jax.formats import read_yaml
 from deer_jax.models.transformer import abstract_params, logical_axes
-from deer_jax.sharding import MeshShape, factored, make_mesh, spec
+from deer_jax.sharding import MeshShape, bytes_per_device, factored, make_mesh, spec
 from deer_jax.training import step
 from deer_jax.training.objectives import drafter_loss
 from deer_jax.training.recipe import Recipe, read_recipe, recipe_from, with_settings

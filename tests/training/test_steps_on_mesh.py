@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from deer_jax.decoding.engine import bytes_per_device
 from deer_jax.planning.hlo import Program
+from deer_jax.sharding import bytes_per_device
 from tests.meshes import BATCH, T, W, compiled_step, mesh_of, trained
 
 STEPS = 20
