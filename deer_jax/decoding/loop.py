@@ -16,7 +16,7 @@ from deer_jax.decoding.sampling import Kind, Knobs, pick_draft, picked
 from deer_jax.decoding.state import DRAFTER, NONE, TARGET, DecodeState
 from deer_jax.drafters.protocol import Draft, Method
 from deer_jax.models.cache import write_cache, write_rows
-from deer_jax.models.transformer import Params, bind, prefill_rows
+from deer_jax.models.transformer import Params, bind, read_prompts
 from deer_jax.sharding import constrain, constrain_tree
 
 
@@ -69,7 +69,7 @@ def read_block(config: ModelConfig, params: Params, state: DecodeState, draft: D
         block = jnp.concatenate([jnp.take_along_axis(state.tokens, at, axis=1), draft.tokens], axis=1)
         block = constrain(block, "batch", None)
         positions = at + jnp.arange(block.shape[1])[None]
-        hidden, fresh = model(model.lookup(block), positions, cache=state.cache, start=state.length - 1)
+        hidden, fresh, _ = model(model.lookup(block), positions, cache=state.cache, start=state.length - 1)
         return model.logits(hidden), fresh
 
 
@@ -164,7 +164,8 @@ def prefill(
     with jax.named_scope("prefill"):
         cache, drafter_state = caches
         model = bind(target, params)
-        cache = prefill_rows(model, model.lookup(tokens), cache, start, rows, first=first)
+        starts = jnp.broadcast_to(start, rows.shape)
+        cache, _ = read_prompts(model, model.lookup(tokens), cache, starts, rows, first=first)
         if drafter is not None:
             drafter_state = drafter.prefill(drafter_params, drafter_state, tokens, start, rows, first=first)
             drafter_state = constrain_tree(drafter_state, drafter.state_axes(drafter_state))

@@ -19,7 +19,7 @@ from deer_jax.errors import InputError
 from deer_jax.models.cache import KVCache, empty_cache, write_cache
 from deer_jax.models.piecewise import Before
 from deer_jax.models.target import Target, Tokenizer, check_tokens
-from deer_jax.models.transformer import Params, Transformer, bind, is_stacked, prefill_rows
+from deer_jax.models.transformer import Params, Transformer, bind, is_stacked, read_prompts
 from deer_jax.sharding import batch_ways, constrain, on_mesh
 
 MASK, SEPARATOR = 0, 1  # rows of params["special"] [2, D]
@@ -52,7 +52,8 @@ class StandaloneMethod:
             return state
         model = bind(self.model, backbone(params))
         x = self.embed(model, params, tokens)
-        return state | {"cache": prefill_rows(model, x, state["cache"], start, rows, first=first)}
+        starts = jnp.broadcast_to(start, rows.shape)
+        return state | {"cache": read_prompts(model, x, state["cache"], starts, rows, first=first)[0]}
 
     def ready(self, state: Any, length, rows) -> Any:
         return state | {"read": state["read"].at[rows].set(length - 1, mode="drop")} if self.cached else state
@@ -99,7 +100,7 @@ class StandaloneMethod:
             ],
             axis=1,
         )
-        hidden, new = model(x, positions, visible=visible, cache=state["cache"], start=read)
+        hidden, new, _ = model(x, positions, visible=visible, cache=state["cache"], start=read)
         prefix = KVCache(new.keys[:, :, :, :width], new.values[:, :, :, :width])
         cache = write_cache(state["cache"], prefix, read)
         masks = hidden[:, width : width + k]
@@ -121,7 +122,7 @@ class StandaloneMethod:
             x = jnp.where((positions == end[:, None])[..., None], special[SEPARATOR][None, None], x)
             end = end + 1
         # Rows behind the end see only real entries too, so that nothing of theirs can be NaN; nobody sees them.
-        hidden, _ = model(x, positions, visible=Before(end))
+        hidden = model(x, positions, visible=Before(end)).hidden
         first = context.length - (1 if self.config.head == "shifted" else 0)
         return jnp.take_along_axis(
             hidden, (first[:, None] + jnp.arange(k)[None])[..., None], axis=1, mode="clip"

@@ -27,8 +27,7 @@ def full_logits(params: Params, tokens, config: ModelConfig):
     """float32 [B, T, V]: causal logits of tokens int [B, T], without a cache."""
     model = bind(config, params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-    hidden, _ = model(model.lookup(tokens), positions)
-    return model.logits(hidden)
+    return model.logits(model(model.lookup(tokens), positions).hidden)
 
 
 def check_tokens(tokens, vocab_size: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -162,6 +163,16 @@ class Experts(nnx.Module):
             setattr(self, name, _parameter(weight, rngs, dtype, (config.layers,)))
 
 
+class Pass(NamedTuple):
+    """What a model's pass over some rows gives."""
+
+    hidden: jax.Array  # [B, T, D] final hidden states
+    fresh: KVCache  # keys and values [L, B, K, T, H] of these rows
+    tapped: (
+        jax.Array | None
+    )  # [B, T, n*D] outputs of the tapped layers side by side; of the last one after the final norm
+
+
 class Transformer(nnx.Module):
     """Embedding, layers, final norm and head. `scan` stacks the layers; otherwise they are unrolled (faster on CPU)."""
 
@@ -187,14 +198,18 @@ class Transformer(nnx.Module):
             head = whole((self.embed if self.config.tied else self.head)[...], ("vocab", "width"))
             return constrain(logits(hidden, head), "batch", None, "vocab")
 
-    def __call__(self, x, positions, *, visible=None, cache: KVCache | None = None, start=None, remat: Remat = "none"):
-        """Final hidden states [B, T, D] and the fresh keys and values [L, B, K, T, H].
+    def __call__(
+        self, x, positions, *, visible=None, cache: KVCache | None = None, start=None, remat: Remat = "none",
+        taps: tuple[int, ...] = (),
+    ):  # fmt: skip
+        """What a pass over some rows gives.
 
         Args:
           x: embeddings [B, T, D]; positions: int [B, T].
           visible: who sees whom among the fresh rows, see `attention.attend`; None is causal.
           cache: earlier keys and values, only read; start int [B]: how many slots of it exist.
           remat: what gradients compute again, see `build.Remat`.
+          taps: layers whose outputs are wanted, from 0 and in this order.
         """
         config = self.config
         cos_sin = rotary(positions, config.rope, config.head_width, x.dtype)
@@ -211,22 +226,38 @@ class Transformer(nnx.Module):
         if self.scan:
             graph, weights = nnx.split(self.layers)
 
-            def body(x, xs):
-                index, weights = xs
-                return layer(nnx.merge(graph, weights), x, index)
+            def body(carry, xs):
+                (x, tapped), (index, weights) = carry, xs
+                x, fresh = layer(nnx.merge(graph, weights), x, index)
+                if taps:
+                    tapped = lax.dynamic_update_index_in_dim(tapped, x, places[index], 0)
+                return (x, tapped), fresh
 
-            x, (keys, values) = lax.scan(saving(body), x, (jnp.arange(config.layers), weights))
+            # Tapped layers write into a carry, the others into a place behind it: the outputs of all never exist.
+            places = np.full(config.layers, len(taps), np.int32)
+            places[list(taps)] = np.arange(len(taps))
+            places = jnp.asarray(places)
+            tapped = jnp.zeros((len(taps) + 1, *x.shape), x.dtype) if taps else None
+            steps = (jnp.arange(config.layers), weights)
+            (x, tapped), (keys, values) = lax.scan(saving(body), (x, tapped), steps)
         else:
-            fresh = []
+            fresh, tapped = [], [None] * len(taps)
             for index, module in enumerate(self.layers):
                 graph, weights = nnx.split(module)
                 run = saving(lambda weights, x, graph=graph, index=index: layer(nnx.merge(graph, weights), x, index))
                 x, pair = run(weights, x)
                 fresh.append(pair)
+                if index in taps:
+                    tapped[taps.index(index)] = x
             keys, values = (jnp.stack(side) for side in zip(*fresh, strict=True))
             if cache is not None:
                 keys, values = _after(x, keys), _after(x, values)
-        return rms_norm(x, self.norm[...], config.norm_eps), KVCache(keys, values)
+        hidden = rms_norm(x, self.norm[...], config.norm_eps)
+        if taps:
+            last = config.layers - 1
+            outputs = [hidden if tap == last else tapped[place] for place, tap in enumerate(taps)]
+            tapped = constrain(jnp.concatenate(outputs, axis=-1), "batch", None, None)
+        return Pass(hidden, KVCache(keys, values), tapped if taps else None)
 
 
 def _after(x, fresh):
@@ -298,16 +329,15 @@ def stack_layers(params: Params) -> Params:
     return params | {"layers": {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}}
 
 
-def prefill_rows(model: Transformer, x, cache: KVCache, start, rows, *, first: bool) -> KVCache:
-    """Read a prompt chunk's embeddings x [R, P, D], at positions start.. of the given rows, into the cache.
+def read_prompts(
+    model: Transformer, x, cache: KVCache, start, rows, *, first: bool, taps: tuple[int, ...] = ()
+) -> tuple[KVCache, jax.Array | None]:
+    """Read a prompt chunk's embeddings x [R, P, D], at positions start [R].. of the given rows, into the cache.
 
-    rows: see `cache.write_rows`. `first`: nothing lies before, so the cache is not attended to at all.
+    Returns the cache, and what the taps read, see `Pass`. rows: see `cache.write_rows`. `first`: nothing lies before,
+    so the cache is not attended to at all.
     """
-    R, P = x.shape[:2]
-    positions = jnp.broadcast_to(start + jnp.arange(P)[None], (R, P))
-    starts = jnp.broadcast_to(start, (R,))
-    if first:
-        _, fresh = model(x, positions)
-    else:
-        _, fresh = model(x, positions, cache=rows_of(cache, rows), start=starts)
-    return write_cache(cache, fresh, starts, rows)
+    positions = start[:, None] + jnp.arange(x.shape[1], dtype=start.dtype)[None]
+    before = {} if first else {"cache": rows_of(cache, rows), "start": start}
+    read = model(x, positions, taps=taps, **before)
+    return write_cache(cache, read.fresh, start, rows), read.tapped

@@ -49,7 +49,7 @@ def next_token_loss(config: ModelConfig, remat: Remat = "none") -> Loss:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
         params = spread_vocabulary(params)
         model = bind(config, params)
-        hidden, _ = model(model.lookup(tokens), positions, remat=remat)
+        hidden = model(model.lookup(tokens), positions, remat=remat).hidden
         real = positions[:, 1:] < length[:, None]
         head = params["embed" if config.tied else "head"]
         loss = weighted_cross_entropy(hidden[:, :-1], head, tokens[:, 1:], real.astype(jnp.float32))
@@ -74,7 +74,7 @@ def teach(config: ModelConfig, params: Params, tokens) -> Teacher:
     """The target reads clean texts int32 [B, T]; nothing is differentiated."""
     model = bind(config, params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-    hidden, _ = model(model.lookup(tokens), positions)
+    hidden = model(model.lookup(tokens), positions).hidden
     return Teacher(lax.stop_gradient(hidden), params["embed" if config.tied else "head"])
 
 
@@ -126,7 +126,7 @@ def read_blocks(method: StandaloneMethod, params: Params, tokens, anchor, size, 
     x = constrain(x, "batch", None, None)
     text = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     positions = jnp.concatenate([text, place.reshape(B, rows)], axis=1)
-    hidden, _ = model(x, positions, visible=BlockMask(anchor, real, W + 1), remat=remat)
+    hidden = model(x, positions, visible=BlockMask(anchor, real, W + 1), remat=remat).hidden
 
     if method.config.head == "shifted":
         in_block = T + (jnp.arange(M) * (W + 1))[None, :, None] + steps[None, None, : W - 1]
@@ -156,7 +156,7 @@ def cut_loss(
     if method.config.separator:
         x = jnp.where((positions == end[:, None])[..., None], params["special"][SEPARATOR][None, None], x)
         end = end + 1
-    hidden, _ = model(constrain(x, "batch", None, None), positions, visible=Before(end), remat=remat)
+    hidden = model(constrain(x, "batch", None, None), positions, visible=Before(end), remat=remat).hidden
     place, weights = positions, batch["weight"]
     if method.config.head == "shifted":
         hidden, place, weights = hidden[:, :-1], place[:, 1:], weights[:, 1:]

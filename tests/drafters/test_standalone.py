@@ -58,7 +58,7 @@ def full_pass(drafter, text, k: int):
 @functools.partial(jax.jit, static_argnames="config")
 def _forward(config, params, tokens, positions, visible):
     model = bind(config, params)
-    hidden, _ = model(model.lookup(tokens), positions, visible=visible)
+    hidden, *_ = model(model.lookup(tokens), positions, visible=visible)
     return model.logits(hidden)
 
 

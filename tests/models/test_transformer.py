@@ -1,5 +1,7 @@
 """The whole backbone: against plain NumPy, scanned and unrolled, and block by block over a cache."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from deer_jax.errors import InputError
 from deer_jax.models.cache import KVCache, write_cache
+from deer_jax.models.layers import rms_norm
 from deer_jax.models.target import Target, full_logits
 from deer_jax.models.transformer import bind, is_stacked, unstack_layers
 from tests import reference
@@ -43,11 +46,31 @@ def test_a_visibility_and_positions_of_ones_own():
     @jax.jit
     def run(params, tokens, positions, visible):
         model = bind(config, params)
-        hidden, _ = model(model.lookup(tokens), positions, visible=visible)
+        hidden, *_ = model(model.lookup(tokens), positions, visible=visible)
         return model.logits(hidden)
 
     expected = reference.forward(config, unstack_layers(params, 2), tokens, positions, visible)
     np.testing.assert_allclose(run(params, tokens, positions, visible), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_taps_are_the_outputs_of_their_layers(scan):
+    """Of the first n layers: what a model of these alone gives, but for the final norm; of the last one with it."""
+    config = dataclasses.replace(tiny("qwen3"), layers=4)
+    params, tokens = random_params(config, 3), tokens_for(config, (2, 7))
+    positions = np.broadcast_to(np.arange(7, dtype=np.int32), (2, 7))
+
+    def read(config, params, taps=()):
+        model = bind(config, params if scan else unstack_layers(params, config.layers))
+        return model(model.lookup(tokens), positions, taps=taps)
+
+    whole = jax.jit(lambda params: read(config, params, (2, 0, 3)))(params)
+    third, first, last = np.split(np.asarray(whole.tapped), 3, axis=-1)
+    np.testing.assert_array_equal(last, whole.hidden)
+    for layers, tapped in ((3, third), (1, first)):
+        fewer = params | {"layers": {name: w[:layers] for name, w in params["layers"].items()}}
+        expected = read(dataclasses.replace(config, layers=layers), fewer).hidden
+        np.testing.assert_allclose(rms_norm(tapped, params["norm"], config.norm_eps), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +87,7 @@ def test_blocks_over_a_cache_equal_the_full_forward(family, scan):
     def read(params, block, cache, start):
         model = bind(config, params)
         positions = start[:, None] + jnp.arange(block.shape[1], dtype=start.dtype)[None]
-        hidden, fresh = model(model.lookup(block), positions, cache=cache, start=start)
+        hidden, fresh, _ = model(model.lookup(block), positions, cache=cache, start=start)
         return model.logits(hidden), write_cache(cache, fresh, start)
 
     shape = (config.layers, rows, config.kv_heads, length + width, config.head_width)
