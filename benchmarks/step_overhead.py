@@ -79,8 +79,9 @@ def measure(name: str, target: str, shapes: dict, steps: int, repeats: int) -> d
         folder = Path(temporary)
         loaded = deer_jax.load_target(target)
         deer_jax.answers(
-            loaded, None, folder / "answers.jsonl", samples=64, max_new_tokens=shapes["length"] - 8, temperatures=(1.0,)
-        )
+            loaded, [f"Number {i}:" for i in range(64)], folder / "answers.jsonl",
+            max_new_tokens=shapes["length"] - 8, temperatures=(1.0,),
+        )  # fmt: skip
         mesh, step, params, state, batch, examples = bare(recipe_for(target, shapes, folder, steps, "bare"), steps)
         ours, alone = [], []
         with on_mesh(mesh):
