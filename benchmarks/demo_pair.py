@@ -34,7 +34,7 @@ def main():
     target, drafter = deer_jax.demo_pair()
     drafters = {
         "drafter": drafter,
-        "untrained": deer_jax.drafter_from_target(target, drafter.method.config, layers=UNTRAINED_LAYERS),
+        "untrained": deer_jax.drafter_from_target(target, drafter.method.reading, layers=UNTRAINED_LAYERS),
     }
     files = {
         "HumanEval": args.data / "humaneval" / "humaneval_000_099.jsonl",

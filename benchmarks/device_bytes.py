@@ -51,7 +51,7 @@ def measure(case: tpu.Training | tpu.Decoding, count: int) -> dict:
     except jax.errors.JaxRuntimeError as error:
         return {"error": str(error).replace("\n", " ")[:300]}
     held = {"parameters": (args[0].params, args[2]), "optimizer": args[0].optimizer} if train else {
-        "parameters": args[:2], "caches": (args[2].cache, args[2].drafter)}  # fmt: skip
+        "parameters": args[1], "caches": (args[0].cache, args[0].drafter)}  # fmt: skip
     result: dict = {name: tpu.bytes_per_device(tree) for name, tree in held.items()}
     memory = Memory.of(compiled)
     largest = [{"bytes": one.largest, "type": shape_of(one), "origin": one.origin}

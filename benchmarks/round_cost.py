@@ -22,7 +22,8 @@ import numpy as np
 import deer_jax
 from deer_jax.config import ModelConfig, Sampling
 from deer_jax.decoding.engine import Engine
-from deer_jax.drafters.protocol import Draft
+from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.protocol import Draft, Method
 from deer_jax.models.transformer import init_params
 
 TARGETS = {
@@ -36,34 +37,14 @@ ROUNDS, PROMPT, CAPACITY = 25, 64, 512
 
 
 @dataclasses.dataclass(frozen=True)
-class ConstantMethod:
+class ConstantMethod(Method):
     """Proposes token 0 for nothing, so that a round costs the target's pass only."""
 
-    def init_state(self, params, batch, capacity, build):
-        return ()
-
-    def state_axes(self, state):
-        return ()
-
-    def prefill(self, params, state, tokens, start, rows, *, first):
-        return state
-
-    def ready(self, state, length, rows):
-        return state
-
-    def propose(self, params, state, context, k, pick):
-        return Draft(jnp.zeros((context.length.shape[0], k), jnp.int32), None), state
-
-
-@dataclasses.dataclass(frozen=True)
-class ConstantDrafter:
-    name: str = "constant"
-    method: ConstantMethod = ConstantMethod()
+    target_vocab: int
     draft_length: int = 99
 
-    @property
-    def params(self):
-        return {}
+    def propose(self, params, shared, state, row, k, pick):
+        return Draft(jnp.zeros((row.length.shape[0], k), jnp.int32), None), state
 
 
 def seconds_per_round(target, drafter, k: int) -> float:
@@ -114,7 +95,7 @@ def main():
         target = deer_jax.Target(config=config, params=init_params(config, 0, scan=scan))
         size = sum(x.size for x in jax.tree.leaves(target.params))
         drafters = {
-            "verify": ConstantDrafter(),
+            "verify": Drafter(method=ConstantMethod(target.config.vocab_size), params={}),
             "round, 1-layer drafter": deer_jax.drafter_from_target(target, layers=(0,)),
             "round, full drafter": deer_jax.drafter_from_target(target),
         }

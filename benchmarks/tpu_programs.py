@@ -59,7 +59,7 @@ from deer_jax.decoding import loop
 from deer_jax.decoding.programs import PREFILL_CHUNK, compiled, formats_of
 from deer_jax.decoding.sampling import Kind, Knobs
 from deer_jax.decoding.state import StateShape, abstract_state
-from deer_jax.drafters.protocol import Draft
+from deer_jax.drafters.protocol import Draft, Method
 from deer_jax.drafters.standalone import StandaloneMethod
 from deer_jax.models.piecewise import KEYS, ROWS
 from deer_jax.models.transformer import abstract_params, logical_axes
@@ -87,25 +87,14 @@ SPECIAL_AXES = (None, "width")
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedMethod:
+class FixedMethod(Method):
     """Proposes token 0 for nothing: a round is the target's pass over k + 1 rows."""
 
     target_vocab: int
+    draft_length: int = 99
 
-    def init_state(self, params, batch, capacity, build):
-        return ()
-
-    def state_axes(self, state):
-        return ()
-
-    def prefill(self, params, state, tokens, start, rows, *, first):
-        return state
-
-    def ready(self, state, length, rows):
-        return state
-
-    def propose(self, params, state, context, k, pick):
-        return Draft(jnp.zeros((context.length.shape[0], k), jnp.int32), None), state
+    def propose(self, params, shared, state, row, k, pick):
+        return Draft(jnp.zeros((row.length.shape[0], k), jnp.int32), None), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,18 +191,19 @@ def compile_decoding(case: Decoding):
         reading = DrafterConfig(draft_length=K, attention=case.attention)
         method = StandaloneMethod(MODELS["0.5b"], reading, config.vocab_size)
         drafter = drafter_params(mesh, build.dtype)
-    state = abstract_state(StateShape(config, method, case.rows, case.capacity, k, build), drafter, mesh)
+    state = abstract_state(StateShape(config, method, case.rows, case.capacity, k, build), drafter, {}, mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     knobs = jax.eval_shape(lambda: Knobs.of(Sampling(), 0))
     rest = everywhere(mesh, (knobs, jax.ShapeDtypeStruct((2,), jnp.int32), number, number))
-    plan, args = loop.Plan(config, method, k, Kind.of(Sampling())), (params, drafter, state, *rest)
+    plan, args = loop.Plan(config, method, k, Kind.of(Sampling())), (state, loop.Weights(params, drafter, {}), *rest)
     with on_mesh(mesh):
         executable, _ = compiled(loop.run_segment, (plan,), *args, formats=Layout.AUTO)
         if not case.prefill:
             return executable, args
         # The last chunk of prompts that fill the caches; more than one chunk goes row by row.
         tokens, rows = jax.ShapeDtypeStruct((1, PREFILL_CHUNK), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-        args = (params, drafter, (state.cache, state.drafter), *everywhere(mesh, (tokens, number, rows)))
+        weights = loop.Weights(params, drafter, {})
+        args = ((state.cache, state.drafter), weights, *everywhere(mesh, (tokens, number, rows, rows)))
         formats = formats_of(executable)
         formats = (formats.cache, formats.drafter)
         return compiled(loop.prefill, (config, method), *args, formats=formats, first=False)[0], args
@@ -241,7 +231,7 @@ def read_once(config: ModelConfig, params, rows: int) -> float:
 def minimum_bytes(case: Decoding, args) -> float:
     """Bytes per device of a round, or of a chunk of a prefill with its caches full."""
     config = MODELS[case.target]
-    params, drafter, state, *_ = args
+    state, (params, drafter, _), *_ = args
     if case.prefill:
         weights = read_once(config, params, PREFILL_CHUNK) - bytes_per_device(params["head"])  # no logits are made
         weights += bytes_per_device(drafter) - bytes_per_device(drafter["embed"]) if drafter else 0
@@ -266,7 +256,7 @@ def measure_decoding(case: Decoding, executable, args) -> dict:
     program, memory = Program(executable.as_text(), decoding_trips(case)), Memory.of(executable)
     one = program.whole() if case.prefill else program.per_round()
     minimum = minimum_bytes(case, args)
-    params, drafter, state, *_ = args
+    state, (params, drafter, _), *_ = args
     caches = state if case.prefill else (state.cache, state.drafter)
     result = {
         "round_gb": one.hbm_bytes / 1e9,

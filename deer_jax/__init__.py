@@ -10,7 +10,9 @@ from deer_jax.decoding.decode import decode
 from deer_jax.decoding.state import DecodeResult, DecodeStats
 from deer_jax.decoding.stream import stream, stream_blocks
 from deer_jax.demo import demo_pair
-from deer_jax.drafters.standalone import StandaloneDrafter, drafter_from_target
+from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.protocol import Draft, Method, Row, Seen
+from deer_jax.drafters.standalone import drafter_from_target
 from deer_jax.errors import InputError, RunError
 from deer_jax.models.target import Target
 from deer_jax.sharding import make_mesh
@@ -22,11 +24,15 @@ __all__ = [
     "AnswersReport",
     "DecodeResult",
     "DecodeStats",
+    "Draft",
+    "Drafter",
     "DrafterConfig",
     "InputError",
+    "Method",
     "PretrainReport",
+    "Row",
     "RunError",
-    "StandaloneDrafter",
+    "Seen",
     "Target",
     "align",
     "answers",

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from deer_jax.checkpoints.drafters import load_drafter
 from deer_jax.checkpoints.load import load_target
-from deer_jax.drafters.standalone import StandaloneDrafter
+from deer_jax.drafters.drafter import Drafter
 from deer_jax.models.target import Target
 
 FOLDER = Path(__file__).parent / "pair"  # target/ and drafter/, and prompts that neither was trained on
 PROMPTS = FOLDER / "held_out.jsonl"
 
 
-def demo_pair() -> tuple[Target, StandaloneDrafter]:
+def demo_pair() -> tuple[Target, Drafter]:
     """The bundled target and its drafter; nothing is downloaded."""
     target = dataclasses.replace(load_target(FOLDER / "target"), name="bundled target")
     return target, dataclasses.replace(load_drafter(FOLDER / "drafter", target=target), name="bundled drafter")

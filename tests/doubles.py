@@ -7,40 +7,24 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from deer_jax.build import Build
-from deer_jax.drafters.protocol import Context, Draft, Pick
+from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.protocol import Draft, Method, Pick, Row, join
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params
 
 
 @dataclasses.dataclass(frozen=True)
-class Stateless:
-    """The part of a method that a drafter without memory leaves empty."""
-
-    def init_state(self, params: Params, batch: int, capacity: int, build: Build) -> Any:
-        return ()
-
-    def state_axes(self, state: Any) -> Any:
-        return ()
-
-    def prefill(self, params: Params, state: Any, tokens, start, rows, *, first: bool) -> Any:
-        return state
-
-    def ready(self, state: Any, length, rows) -> Any:
-        return state
-
-
-@dataclasses.dataclass(frozen=True)
-class TableMethod(Stateless):
+class TableMethod(Method):
     """Drafts table[prompt, position]: as a certain token, or as logits that favour it and go through `pick`."""
 
     target_vocab: int
     certain: bool = True
+    draft_length = 64
 
-    def propose(self, params: Params, state: Any, context: Context, k: int, pick: Pick) -> tuple[Draft, Any]:
+    def propose(self, params: Params, shared: Params, state: Any, row: Row, k: int, pick: Pick) -> tuple[Draft, Any]:
         table = params["table"]
-        at = jnp.minimum(context.length[:, None] + jnp.arange(k)[None], table.shape[1] - 1)
-        tokens = table[context.prompt_index[:, None], at]
+        at = jnp.minimum(row.length[:, None] + jnp.arange(k)[None], table.shape[1] - 1)
+        tokens = table[row.prompt_index[:, None], at]
         if self.certain:
             return Draft(tokens, None), state
         favoured = tokens[..., None] == jnp.arange(self.target_vocab)[None, None]
@@ -48,19 +32,20 @@ class TableMethod(Stateless):
 
 
 @dataclasses.dataclass(frozen=True)
-class AnchorMethod(Stateless):
+class AnchorMethod(Method):
     """Drafts from logits[anchor], whatever else the text is. A label keeps programs of one method apart."""
 
     target_vocab: int
     label: str = ""
+    draft_length = 64
 
-    def propose(self, params: Params, state: Any, context: Context, k: int, pick: Pick) -> tuple[Draft, Any]:
-        anchor = jnp.take_along_axis(context.tokens, context.length[:, None] - 1, axis=1)[:, 0]
+    def propose(self, params: Params, shared: Params, state: Any, row: Row, k: int, pick: Pick) -> tuple[Draft, Any]:
+        anchor = jnp.take_along_axis(row.tokens, row.length[:, None] - 1, axis=1)[:, 0]
         return pick(params["logits"][anchor, :k], 0), state
 
 
 @dataclasses.dataclass(frozen=True)
-class StepwiseMethod(Stateless):
+class StepwiseMethod(Method):
     """Drafts position by position, each through a `pick` of its own, and joins the parts.
 
     Position i has logits[token, i]. The token is the anchor, or if `chained` the one drafted before.
@@ -68,44 +53,33 @@ class StepwiseMethod(Stateless):
 
     target_vocab: int
     chained: bool
+    draft_length = 64
 
-    def propose(self, params: Params, state: Any, context: Context, k: int, pick: Pick) -> tuple[Draft, Any]:
-        token = jnp.take_along_axis(context.tokens, context.length[:, None] - 1, axis=1)[:, 0]
+    def propose(self, params: Params, shared: Params, state: Any, row: Row, k: int, pick: Pick) -> tuple[Draft, Any]:
+        token = jnp.take_along_axis(row.tokens, row.length[:, None] - 1, axis=1)[:, 0]
         parts: list[Draft] = []
         for i in range(k):
             parts.append(pick(params["logits"][token, i][:, None], i))
             token = parts[-1].tokens[:, 0] if self.chained else token
-        tokens = jnp.concatenate([part.tokens for part in parts], axis=1)
-        log_q = [part.log_q for part in parts if part.log_q is not None]
-        return Draft(tokens, jnp.concatenate(log_q, axis=1) if log_q else None), state
+        return join(parts), state
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Double:
-    """A drafter as the loop wants it."""
-
-    method: Any
-    params: Params
-    draft_length: int = 64
-    name: str = "double"
-
-
-def table_drafter(table, vocab_size: int, *, certain: bool = True) -> Double:
+def table_drafter(table, vocab_size: int, *, certain: bool = True) -> Drafter:
     """Drafts table [P, S] of token ids, by prompt and position."""
     table = jnp.asarray(np.asarray(table), jnp.int32)
-    return Double(method=TableMethod(vocab_size, certain), params={"table": table}, name="table")
+    return Drafter(method=TableMethod(vocab_size, certain), params={"table": table}, name="table")
 
 
-def anchor_drafter(logits, label: str = "") -> Double:
+def anchor_drafter(logits, label: str = "") -> Drafter:
     """Drafts from logits float [V, k, V], by anchor and place in the draft."""
     logits = jnp.asarray(logits, jnp.float32)
-    return Double(method=AnchorMethod(logits.shape[0], label), params={"logits": logits}, name="anchor")
+    return Drafter(method=AnchorMethod(logits.shape[0], label), params={"logits": logits}, name="anchor")
 
 
-def stepwise_drafter(logits, *, chained: bool) -> Double:
+def stepwise_drafter(logits, *, chained: bool) -> Drafter:
     """Drafts one position after the other from logits float [V, k, V], by anchor, or by the token drafted before."""
     logits = jnp.asarray(logits, jnp.float32)
-    return Double(method=StepwiseMethod(logits.shape[0], chained), params={"logits": logits}, name="stepwise")
+    return Drafter(method=StepwiseMethod(logits.shape[0], chained), params={"logits": logits}, name="stepwise")
 
 
 def text_table(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> np.ndarray:
@@ -118,7 +92,7 @@ def text_table(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]
 
 def table_drafters(
     target: Target, prompts: Sequence[Sequence[int]], plain: Sequence[Sequence[int]], seed: int = 0
-) -> dict[str, Double]:
+) -> dict[str, Drafter]:
     """Drafters around the target's plain answers: right, wrong, half right, and second-best at every position."""
     right, V = text_table(prompts, plain), target.config.vocab_size
     rng = np.random.default_rng(seed)

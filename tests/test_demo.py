@@ -33,7 +33,7 @@ def test_it_is_small_and_always_the_same(pair):
 
 def test_its_drafts_are_better_than_an_untrained_drafters_and_its_answers_exact(pair, prompts):
     target, drafter = pair
-    untrained = deer_jax.drafter_from_target(target, drafter.method.config, layers=(0, 2, 5))
+    untrained = deer_jax.drafter_from_target(target, drafter.method.reading, layers=(0, 2, 5))
     plain = deer_jax.decode(target, prompts, max_new_tokens=32)
     found = {}
     for name, each in (("trained", drafter), ("untrained", untrained)):

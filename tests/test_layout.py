@@ -28,8 +28,8 @@ COLLECTIVES = {"psum", "pmax", "pmin", "pmean", "psum_scatter", "all_gather", "a
 
 # What notebooks, the command line and users build on: a name is added here on purpose, and none is lost.
 PUBLIC_NAMES = {
-    "AlignReport", "AnswersReport", "DecodeResult", "DecodeStats", "DrafterConfig", "InputError", "PretrainReport",
-    "RunError", "StandaloneDrafter", "Target", "align", "answers", "bench", "decode", "demo_pair",
+    "AlignReport", "AnswersReport", "DecodeResult", "DecodeStats", "Draft", "Drafter", "DrafterConfig", "InputError",
+    "Method", "PretrainReport", "Row", "RunError", "Seen", "Target", "align", "answers", "bench", "decode", "demo_pair",
     "drafter_from_target", "export", "load_drafter", "load_target", "make_mesh", "pretrain", "save_drafter", "stream",
     "stream_blocks",
 }  # fmt: skip

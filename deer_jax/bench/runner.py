@@ -13,7 +13,7 @@ from deer_jax.decoding.checks import check_models
 from deer_jax.decoding.decode import decode
 from deer_jax.decoding.prompts import encode_prompts
 from deer_jax.decoding.state import DecodeResult
-from deer_jax.drafters.protocol import Drafter
+from deer_jax.drafters.drafter import Drafter
 from deer_jax.errors import InputError, NotFiniteError
 from deer_jax.models.target import Target
 

@@ -29,7 +29,8 @@ from deer_jax.checkpoints.records import DRAFTER
 from deer_jax.checkpoints.runs import is_run, read_best
 from deer_jax.config import DrafterConfig, ModelConfig, from_mapping
 from deer_jax.data.tokenizer import Tokenizer, differing_ids
-from deer_jax.drafters.standalone import MASK, StandaloneDrafter, StandaloneMethod, drafter_from_target, new_entries
+from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.standalone import MASK, StandaloneMethod, drafter_from_target, new_entries
 from deer_jax.errors import InputError, named, shown
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params, abstract_params, is_stacked, logical_axes, stack_layers, unstack_layers
@@ -49,7 +50,7 @@ def load_drafter(
     dtype=None,
     config: DrafterConfig | None = None,
     progress: Progress | None = None,
-) -> StandaloneDrafter:
+) -> Drafter:
     """The drafter in a folder, local or on the hub, for a target.
 
     Args:
@@ -85,7 +86,7 @@ def load_drafter(
     if tokenizer and isinstance(target.tokenizer, Tokenizer):
         differing_ids(target.tokenizer, tokenizer, found.differing_ids)
     method = StandaloneMethod(model, found, target.config.vocab_size)
-    drafter = StandaloneDrafter(method=method, params={}, name=model_name(source), tokenizer=tokenizer)
+    drafter = Drafter(method=method, params={}, name=model_name(source), tokenizer=tokenizer)
     if run is not None:
         return usable_drafter(drafter, read_best(run, drafter_shapes(model, target.mesh)), target, dtype)
     options: dict[str, Any] = {"scan": target.build.scan, "mesh": target.mesh, "progress": progress}
@@ -125,27 +126,27 @@ def _reading(
     ), mask
 
 
-def save_drafter(folder: str | Path, drafter: StandaloneDrafter, **options) -> None:
+def save_drafter(folder: str | Path, drafter: Drafter, **options) -> None:
     """Write a drafter as a Hugging Face folder that `load_drafter` reads; options as for `save_folder`."""
     tokenizer = drafter.tokenizer
     save_folder(
         Path(folder),
-        drafter.method.model,
+        drafter.method.shape,
         {name: value for name, value in drafter.params.items() if name != "special"},
         tokenizer_source=tokenizer.folder if isinstance(tokenizer, Tokenizer) else None,
         extra={SPECIAL: np.asarray(drafter.params["special"])},
-        extra_config={SECTION: dataclasses.asdict(drafter.method.config)},
+        extra_config={SECTION: dataclasses.asdict(drafter.method.reading)},
         **options,
     )
 
 
-def describe_drafter(folder: Path, drafter: StandaloneDrafter, stop_ids: Sequence[int] = ()) -> None:
+def describe_drafter(folder: Path, drafter: Drafter, stop_ids: Sequence[int] = ()) -> None:
     """Write everything of `save_drafter` but the weights; stop_ids: of the target."""
     tokenizer = drafter.tokenizer
     write_description(
-        folder, drafter.method.model, jnp.dtype("float32"),
+        folder, drafter.method.shape, jnp.dtype("float32"),
         tokenizer_source=tokenizer.folder if isinstance(tokenizer, Tokenizer) else None,
-        stop_ids=stop_ids, extra_config={SECTION: dataclasses.asdict(drafter.method.config)},
+        stop_ids=stop_ids, extra_config={SECTION: dataclasses.asdict(drafter.method.reading)},
     )  # fmt: skip
 
 
@@ -158,14 +159,14 @@ def drafter_shapes(model: ModelConfig, mesh: Mesh | None) -> Params:
     return jax.tree.map(lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), shapes, where)
 
 
-def place_drafter(drafter: StandaloneDrafter, mesh: Mesh, dtype=jnp.float32) -> Params:
+def place_drafter(drafter: Drafter, mesh: Mesh, dtype=jnp.float32) -> Params:
     """The parameters stacked and sharded over the mesh; training holds them in float32."""
     params = drafter.params if is_stacked(drafter.params) else stack_layers(drafter.params)
-    shapes = drafter_shapes(drafter.method.model, mesh)
+    shapes = drafter_shapes(drafter.method.shape, mesh)
     return jax.tree.map(lambda x, like: jax.device_put(x.astype(dtype), like.sharding), params, shapes)
 
 
-def usable_drafter(drafter: StandaloneDrafter, params: Params, target: Target, dtype=None) -> StandaloneDrafter:
+def usable_drafter(drafter: Drafter, params: Params, target: Target, dtype=None) -> Drafter:
     """The drafter with parameters that training holds, as decoding beside the target wants them."""
     dtype = target.dtype if dtype is None else dtype
     if target.mesh is not None:
@@ -173,7 +174,7 @@ def usable_drafter(drafter: StandaloneDrafter, params: Params, target: Target, d
     else:
         params = jax.tree.map(lambda x: x.astype(dtype), params)
     if not target.build.scan:
-        params = unstack_layers(params, drafter.method.model.layers)
+        params = unstack_layers(params, drafter.method.shape.layers)
     return dataclasses.replace(drafter, params=params)
 
 

@@ -22,7 +22,7 @@ from deer_jax.data.answer_writer import read_state
 from deer_jax.data.chats import as_chat, is_chat
 from deer_jax.data.sources import Prompt, read_prompts, template_arguments
 from deer_jax.digests import Digests
-from deer_jax.drafters.protocol import Drafter
+from deer_jax.drafters.drafter import Drafter
 from deer_jax.errors import InputError
 from deer_jax.files import Lock, check_file, write_file
 from deer_jax.formats import json_bytes

@@ -18,7 +18,7 @@ from deer_jax.data.sources import read_prompts
 from deer_jax.decoding.decode import decode
 from deer_jax.decoding.stream import stream_blocks
 from deer_jax.demo import PROMPTS, demo_pair
-from deer_jax.drafters.protocol import Drafter
+from deer_jax.drafters.drafter import Drafter
 from deer_jax.errors import InputError
 from deer_jax.files import replaceable
 from deer_jax.models.target import Target

@@ -17,6 +17,7 @@ from deer_jax.decoding.engine import Engine
 from deer_jax.decoding.programs import capacity_for
 from deer_jax.drafters.protocol import Draft
 from deer_jax.models.target import Target
+from deer_jax.models.transformer import bind
 from deer_jax.sharding import on_mesh
 
 Tokens = Sequence[Sequence[int]]
@@ -89,10 +90,11 @@ def cached_logits(target: Target, text: Sequence[int], k: int, offset: int, batc
     draft[:, :offset] = text[split:]
     with on_mesh(target.mesh):
         draft = engine.put(draft, "batch", None)
-        logits = _block_logits(target.config, target.params, engine.state, draft)
+        logits = _block_logits(engine.plan, target.params, engine.state, draft)
     return engine.fetch(logits)[0, offset]
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _block_logits(config, params, state, draft):
-    return loop.read_block(config, params, state, Draft(draft, None))[0]
+@functools.partial(jax.jit, static_argnames="plan")
+def _block_logits(plan, params, state, draft):
+    _, read = loop.read_block(plan, params, state, Draft(draft, None))
+    return bind(plan.target, params).logits(read.hidden)

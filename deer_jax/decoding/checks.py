@@ -14,7 +14,7 @@ from deer_jax.config import Sampling
 from deer_jax.decoding.engine import Engine
 from deer_jax.decoding.programs import capacity_for
 from deer_jax.decoding.prompts import is_whole
-from deer_jax.drafters.protocol import Drafter
+from deer_jax.drafters.drafter import Drafter
 from deer_jax.errors import InputError, PromptError
 from deer_jax.models.target import Target
 
@@ -108,19 +108,24 @@ def check_models(target: Any, drafter: Any = None) -> None:
         )
         raise InputError(f"target must be a Target, got {_what(target)}: {remedy}")
     processes.check_devices(target.devices)
-    names = ("name", "method", "params", "draft_length")
-    if drafter is not None and not all(hasattr(drafter, name) for name in names):
-        found = isinstance(drafter, str | Path)
-        remedy = "load it first, load_drafter(..., target=target)" if found else "give what load_drafter returns"
-        raise InputError(f"drafter must be a drafter, got {_what(drafter)}: {remedy}")
     if drafter is None:
         return
-    table = drafter.params.get("embed")
-    if isinstance(table, jax.Array) and table.devices() != set(target.devices):
-        raise InputError(
-            f"the drafter {drafter.name} lies on {len(table.devices())} devices, the target {target.name} on others or "
-            f"on {len(target.devices)}: load it for this target, load_drafter(..., target=target)"
-        )
+    if not isinstance(drafter, Drafter):
+        found = isinstance(drafter, str | Path)
+        remedy = "load it first, load_drafter(..., target=target)" if found else "give what load_drafter returns"
+        raise InputError(f"drafter must be a Drafter, got {_what(drafter)}: {remedy}")
+    for tap in drafter.method.taps:
+        if not 0 <= tap < target.config.layers:
+            raise InputError(
+                f"the drafter {drafter.name} reads layer {tap} of its target, {target.name} has layers "
+                f"0..{target.config.layers - 1}: give it the target that it was trained for"
+            )
+    for array in jax.tree.leaves(drafter.params):
+        if isinstance(array, jax.Array) and array.committed and array.devices() != set(target.devices):
+            raise InputError(
+                f"the drafter {drafter.name} lies on {len(array.devices())} devices, the target {target.name} on "
+                f"others or on {len(target.devices)}: load it for this target, load_drafter(..., target=target)"
+            )
 
 
 def _what(value: Any) -> str:

@@ -18,7 +18,7 @@ from deer_jax.decoding.output import Output
 from deer_jax.decoding.prompts import encode_prompts
 from deer_jax.decoding.state import DecodeResult, DecodeStats
 from deer_jax.digests import combined
-from deer_jax.drafters.protocol import Drafter
+from deer_jax.drafters.drafter import Drafter
 from deer_jax.errors import InputError, NotFiniteError
 from deer_jax.models.target import Target, params_digests
 

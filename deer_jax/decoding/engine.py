@@ -20,7 +20,7 @@ from deer_jax.decoding.finite import not_finite
 from deer_jax.decoding.programs import STATE, compiled, formats_of, power_of_two, prefill_chunks
 from deer_jax.decoding.sampling import Kind, Knobs
 from deer_jax.decoding.state import NONE, TARGET, DecodeState, StateShape, abstract_state, idle_state
-from deer_jax.drafters.protocol import Drafter
+from deer_jax.drafters.drafter import Drafter
 from deer_jax.errors import InputError, NotFiniteError
 from deer_jax.models.target import Target
 from deer_jax.sharding import batch_ways, bytes_per_device, everywhere, on_mesh, placement, put, spans
@@ -39,24 +39,26 @@ class Engine:
         self.shards = batch_ways(target.mesh)
         self.slots, self.capacity = -(-slots // self.shards) * self.shards, capacity  # every shard has as many
         self.plan = loop.Plan(target.config, drafter.method if drafter else None, k, Kind.of(sampling))
-        self.params = (target.params, drafter.params if drafter else {})
+        own = (drafter.params, drafter.shared) if drafter else ({}, {})
+        self.weights = loop.Weights(target.params, *own)
         self.knobs = jax.tree.map(self.put, Knobs.of(sampling, seed))
         self.stop_ids = self.put(np.asarray(stop_ids, np.int32).reshape(-1), None)
         depth = self.slots // self.shards
         self.order = sorted(range(self.slots), key=lambda row: row % depth)  # in which slots are filled: shards in turn
+        self.drafted = k  # tokens per round in the last segment
         self.compile_seconds = 0.0
         self.prefill_seconds: float | None = None
         self.fetches = 0
         # The parameters decide the dtype, also of a target that was made in memory.
         build = dataclasses.replace(target.build, dtype=target.dtype)
         self.shape = StateShape(target.config, self.plan.drafter, self.slots, self.capacity, k, build)
-        self.like = abstract_state(self.shape, self.params[1], target.mesh)
+        self.like = abstract_state(self.shape, *own, target.mesh)
         check_memory(target, self.like)
 
     @functools.cached_property
     def state(self) -> DecodeState:
         """Slots that hold no prompt, to begin with; made when first asked for, as the loop may decide how it lies."""
-        shape, params, mesh, like = self.shape, self.params[1], self.target.mesh, self.like
+        shape, mesh, like, own = self.shape, self.target.mesh, self.like, self.weights[1:]
         if shape.build.auto_layouts:
             if mesh is None:
                 place = SingleDeviceSharding(self.target.devices[0])
@@ -65,8 +67,8 @@ class Engine:
         elif mesh is not None:
             places = jax.tree.map(lambda x: x.sharding, like)
         else:
-            return idle_state(shape, params)
-        return jax.jit(lambda params: idle_state(shape, params), out_shardings=places)(params)
+            return idle_state(shape, *own)
+        return jax.jit(functools.partial(idle_state, shape), out_shardings=places)(*own)
 
     def _program(self, function, static: tuple, *args, **options):
         with on_mesh(self.target.mesh):
@@ -82,14 +84,14 @@ class Engine:
         """`_run` of a function of `loop` that changes the state, or its caches, and returns them as they lay."""
         formats = None
         if self.shape.build.auto_layouts:
-            chosen = function is loop.run_segment  # by this program; the others follow
+            chosen = static == (self.plan,) and function is loop.run_segment  # by this program; the others follow
             formats = Layout.AUTO if chosen else jax.tree.map(lambda x: x.format, args[STATE])
         return self._run(function, static, *args, formats=formats, **options)
 
     def _round(self, state: DecodeState, max_rounds: int | None = None, max_done: int | None = None) -> tuple:
         """The arguments of `loop.run_segment`."""
         bounds = (2**31 - 1 if bound is None else bound for bound in (max_rounds, max_done))
-        return *self.params, state, self.knobs, self.stop_ids, *(self.put(np.int32(bound)) for bound in bounds)
+        return state, self.weights, self.knobs, self.stop_ids, *(self.put(np.int32(bound)) for bound in bounds)
 
     def admit(
         self, prompts: Sequence[Sequence[int]], limits: Sequence[int], indices: Sequence[int], rows: Sequence[int],
@@ -121,26 +123,38 @@ class Engine:
 
     def _admit(self, tokens: np.ndarray, numbers: np.ndarray, longest: int):
         placing = [self.put(x, "batch") for x in numbers]
-        for start, width in prefill_chunks(longest - 1):
+        chunks = prefill_chunks(longest - 1)
+        if self.drafter and not chunks:
+            chunks = prefill_chunks(1)  # it is to know that new rows begin
+        for start, width in chunks:
             # Padding ends where the tokens do, at the capacity, which knows nothing of it: a write that ran over the
             # end would be moved back, onto what is there.
             chunk = self.put(tokens[:, start : start + width], "batch", None)
             models, caches = (self.plan.target, self.plan.drafter), (self.state.cache, self.state.drafter)
             caches = self._change(
-                loop.prefill, models, *self.params, caches, chunk, self.put(np.int32(start)), placing[-1],
+                loop.prefill, models, caches, self.weights, chunk, self.put(np.int32(start)), placing[0], placing[-1],
                 first=start == 0,
             )  # fmt: skip
             self.state = dataclasses.replace(self.state, cache=caches[0], drafter=caches[1])
         tokens_there = self.put(tokens, "batch", None)
-        self.state = self._change(loop.admit, (self.plan,), *self.params, self.state, tokens_there, *placing)
+        self.state = self._change(loop.admit, (self.plan,), self.state, tokens_there, *placing)
 
     def put(self, x, *axes: str | None) -> jax.Array:
         """An array from the host, by its logical axes."""
         return put(x, placement(self.target.mesh, np.shape(x), axes))
 
-    def segment(self, max_rounds: int | None = None, max_done: int | None = None) -> dict[str, np.ndarray]:
-        """Run rounds until all rows (or max_done) are done, or max_rounds have run; then the one fetch."""
-        self.state = self._change(loop.run_segment, (self.plan,), *self._round(self.state, max_rounds, max_done))
+    def segment(
+        self, max_rounds: int | None = None, max_done: int | None = None, draft_length: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run rounds until all rows (or max_done) are done, or max_rounds have run; then the one fetch.
+
+        draft_length: of these rounds, up to the engine's k, which is the default; 0 is plain.
+        """
+        plan = self.plan if draft_length is None else dataclasses.replace(self.plan, k=draft_length)
+        if plan.k not in (0, self.drafted):
+            self.state = self._change(loop.catch_up, (plan,), self.state, self.weights)
+        self.drafted = plan.k
+        self.state = self._change(loop.run_segment, (plan,), *self._round(self.state, max_rounds, max_done))
         state = self.state
         return self.fetch(
             {"tokens": state.tokens, "length": state.length, "done": state.done, "rounds": state.rounds,
@@ -150,8 +164,8 @@ class Engine:
     def not_finite(self, fault: int, new_tokens: int) -> str:
         """What to say of a row that has ended with this `DecodeState.fault`."""
         if fault == TARGET or self.drafter is None:
-            return not_finite(f"the target {self.target.name}", self.params[0], new_tokens)
-        return not_finite(f"the drafter {self.drafter.name}", self.params[1], new_tokens)
+            return not_finite(f"the target {self.target.name}", self.weights.target, new_tokens)
+        return not_finite(f"the drafter {self.drafter.name}", self.weights.drafter, new_tokens)
 
     def fetch(self, tree):
         """Copy to the host, to that of every process, and wait: the only place that does."""

@@ -5,6 +5,7 @@ Plain decoding is the same loop with k = 0.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from deer_jax.config import ModelConfig
 from deer_jax.decoding.accept import Verdict, accept_greedy, accept_sampled
 from deer_jax.decoding.sampling import Kind, Knobs, pick_draft, picked
 from deer_jax.decoding.state import DRAFTER, NONE, TARGET, DecodeState
-from deer_jax.drafters.protocol import Draft, Method
+from deer_jax.drafters.protocol import Draft, Method, Seen
 from deer_jax.models.cache import write_cache, write_rows
 from deer_jax.models.transformer import Params, bind, read_prompts
 from deer_jax.sharding import constrain, constrain_tree
@@ -29,11 +30,24 @@ class Plan:
     k: int
     kind: Kind
 
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self.drafter.taps if self.drafter else ()
 
-def one_round(plan: Plan, params: Params, drafter_params: Params, state: DecodeState, knobs: Knobs, stop_ids):
+
+class Weights(NamedTuple):
+    """The parameters of both models; a drafter's are its own, and those of the target that it reads."""
+
+    target: Params
+    drafter: Params
+    shared: Params
+
+
+def one_round(plan: Plan, weights: Weights, state: DecodeState, knobs: Knobs, stop_ids):
     """One draft and one verify: the state with accepted + 1 more tokens in every running row."""
-    draft, drafter = propose(plan, drafter_params, state, knobs)
-    logits, fresh = read_block(plan.target, params, state, draft)
+    draft, drafter = propose(plan, weights, state, knobs)
+    block, read = read_block(plan, weights.target, state, draft)
+    logits = bind(plan.target, weights.target).logits(read.hidden)
     if plan.kind.sampled:
         verdict = accept_sampled(
             logits, draft, length=state.length, prompt_index=state.prompt_index, rounds=state.rounds,
@@ -41,9 +55,13 @@ def one_round(plan: Plan, params: Params, drafter_params: Params, state: DecodeS
         )  # fmt: skip
     else:
         verdict = accept_greedy(logits, draft)
-    state = dataclasses.replace(state, drafter=drafter, cache=write_cache(state.cache, fresh, state.length - 1))
     best = jnp.max(logits, axis=-1) if plan.kind.sampled else picked(logits, verdict.choice)
-    return placed(plan, commit(state, verdict, stop_ids, faults_of(best, draft)))
+    after = commit(state, verdict, stop_ids, faults_of(best, draft))
+    if plan.drafter is not None:
+        seen = Seen(block, read.tapped, state.length - 1, after.length - state.length)
+        drafter = plan.drafter.observe(weights.drafter, weights.shared, drafter, seen, None)
+    cache = write_cache(state.cache, read.fresh, state.length - 1)
+    return placed(plan, dataclasses.replace(after, drafter=drafter, cache=cache))
 
 
 def placed(plan: Plan, state: DecodeState) -> DecodeState:
@@ -52,25 +70,25 @@ def placed(plan: Plan, state: DecodeState) -> DecodeState:
     return constrain_tree(state, axes)
 
 
-def propose(plan: Plan, drafter_params: Params, state: DecodeState, knobs: Knobs):
+def propose(plan: Plan, weights: Weights, state: DecodeState, knobs: Knobs):
     """k drafted tokens per row and the drafter's next state."""
     if plan.k == 0:
         return Draft(jnp.zeros((state.length.shape[0], 0), jnp.int32), None), state.drafter
     assert plan.drafter is not None
-    pick = functools.partial(pick_draft, context=state.context, rounds=state.rounds, kind=plan.kind, knobs=knobs)
-    return plan.drafter.propose(drafter_params, state.drafter, state.context, plan.k, pick)
+    pick = functools.partial(pick_draft, row=state.row, rounds=state.rounds, kind=plan.kind, knobs=knobs)
+    return plan.drafter.propose(weights.drafter, weights.shared, state.drafter, state.row, plan.k, pick)
 
 
-def read_block(config: ModelConfig, params: Params, state: DecodeState, draft: Draft):
-    """The target's logits float32 [B, k+1, V] over the block [anchor, draft], and its fresh keys and values."""
+def read_block(plan: Plan, params: Params, state: DecodeState, draft: Draft):
+    """The block [anchor, draft] int32 [B, k+1], and what the target's pass over it gives."""
     with jax.named_scope("verify"):
-        model = bind(config, params)
+        model = bind(plan.target, params)
         at = state.length[:, None] - 1
         block = jnp.concatenate([jnp.take_along_axis(state.tokens, at, axis=1), draft.tokens], axis=1)
         block = constrain(block, "batch", None)
         positions = at + jnp.arange(block.shape[1])[None]
-        hidden, fresh, _ = model(model.lookup(block), positions, cache=state.cache, start=state.length - 1)
-        return model.logits(hidden), fresh
+        start = state.length - 1
+        return block, model(model.lookup(block), positions, cache=state.cache, start=start, taps=plan.taps)
 
 
 def faults_of(best, draft: Draft):
@@ -104,7 +122,7 @@ def commit(state: DecodeState, verdict: Verdict, stop_ids, faults) -> DecodeStat
         count = jnp.where(fault == NONE, count, 0)
         length = state.length + count
         running = (~state.done & (fault == NONE)).astype(jnp.int32)
-        committed = jax.nn.one_hot(offered - 1, choice.shape[1], dtype=jnp.int32) * running[:, None]
+        committed = jax.nn.one_hot(offered - 1, state.histogram.shape[1], dtype=jnp.int32) * running[:, None]
         return dataclasses.replace(
             state,
             tokens=write_rows(state.tokens, choice, state.length, ("batch", "slots")),
@@ -124,7 +142,7 @@ def first_stop(tokens, stop_ids):
 
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
 def run_segment(
-    plan: Plan, params: Params, drafter_params: Params, state: DecodeState, knobs: Knobs, stop_ids, max_rounds, max_done
+    plan: Plan, state: DecodeState, weights: Weights, knobs: Knobs, stop_ids, max_rounds, max_done
 ) -> DecodeState:
     """Rounds until every row is done, or `max_done` rows are, or `max_rounds` have run (both int32 []), or until a row
     has met logits that are not finite."""
@@ -137,54 +155,52 @@ def run_segment(
 
     def body(carry):
         count, state = carry
-        return count + 1, one_round(plan, params, drafter_params, state, knobs, stop_ids)
+        return count + 1, one_round(plan, weights, state, knobs, stop_ids)
 
     return lax.while_loop(running, body, (jnp.zeros((), jnp.int32), state))[1]
 
 
+@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
+def catch_up(plan: Plan, state: DecodeState, weights: Weights) -> DecodeState:
+    """The state before rounds of this plan, after those of another k."""
+    assert plan.drafter is not None
+    drafter = plan.drafter.catch_up(weights.drafter, weights.shared, state.drafter, state.row, plan.k)
+    return placed(plan, dataclasses.replace(state, drafter=drafter))
+
+
 @functools.partial(jax.jit, static_argnames=("target", "drafter", "first"), donate_argnames="caches")
 def prefill(
-    target: ModelConfig,
-    drafter: Method | None,
-    params: Params,
-    drafter_params: Params,
-    caches,
-    tokens,
-    start,
-    rows,
-    *,
-    first: bool,
+    target: ModelConfig, drafter: Method | None, caches, weights: Weights, tokens, start, length, rows, *, first: bool
 ):
-    """Both models read a chunk int32 [R, P] of the prompts in slots `rows`, at positions start.. (int32 []).
+    """Both models read a chunk int32 [R, P], at positions start.. (int32 []), of prompts of length int32 [R] in slots
+    `rows`: all but their last token.
 
     A row whose slot is none is padding. On a mesh every row lies on the shard of its slot.
 
     caches: the target's cache and the drafter's state, not the whole state, so that every k shares this program.
     """
     with jax.named_scope("prefill"):
-        cache, drafter_state = caches
-        model = bind(target, params)
+        cache, state = caches
+        model = bind(target, weights.target)
         starts = jnp.broadcast_to(start, rows.shape)
-        cache, _ = read_prompts(model, model.lookup(tokens), cache, starts, rows, first=first)
+        taps = drafter.taps if drafter else ()
+        cache, tapped = read_prompts(model, model.lookup(tokens), cache, starts, rows, first=first, taps=taps)
         if drafter is not None:
-            drafter_state = drafter.prefill(drafter_params, drafter_state, tokens, start, rows, first=first)
-            drafter_state = constrain_tree(drafter_state, drafter.state_axes(drafter_state))
-        return constrain_tree(cache, cache.axes), drafter_state
+            count = jnp.clip(length - 1 - starts, 0, tokens.shape[1])
+            seen = Seen(tokens, tapped, starts, count, first)
+            state = drafter.observe(weights.drafter, weights.shared, state, seen, rows)
+            state = constrain_tree(state, drafter.state_axes(state))
+        return constrain_tree(cache, cache.axes), state
 
 
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
-def admit(
-    plan: Plan, params: Params, drafter_params: Params, state: DecodeState, tokens, length, limit, index, rounds, rows
-) -> DecodeState:
+def admit(plan: Plan, state: DecodeState, tokens, length, limit, index, rounds, rows) -> DecodeState:
     """Put prompts into slots: tokens int32 [R, S], length, limit, prompt index and rounds int32 [R], slots int32 [R].
 
     A row whose slot is none is padding.
 
     rounds: what the rows' own counts start from; above 0 where part of the prompt is an answer begun earlier.
     """
-    drafter = state.drafter
-    if plan.drafter is not None:
-        drafter = plan.drafter.ready(drafter, length, rows)
 
     def put(side, values):
         return side.at[rows].set(values, mode="drop")
@@ -199,6 +215,5 @@ def admit(
         rounds=put(state.rounds, rounds),
         histogram=put(state.histogram, 0),
         fault=put(state.fault, NONE),
-        drafter=drafter,
     )
     return placed(plan, state)

@@ -9,7 +9,7 @@ import jax
 from jax.experimental.layout import Format, Layout
 
 PREFILL_CHUNK = 512  # prompt tokens one pass reads per row; longer prompts take several
-STATE = 2  # the place, among a program's arguments that are not static, of what it changes and returns
+STATE = 0  # the place, among a program's arguments that are not static, of what it changes and returns
 PROGRAMS = 128  # compiled programs that are kept: each holds memory maps, of which a process has a limited number
 
 

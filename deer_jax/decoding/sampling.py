@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deer_jax.config import Sampling
-from deer_jax.drafters.protocol import Draft
+from deer_jax.drafters.protocol import Draft, Row
 
 # What a random number is for. Part of its key, so that no two uses share one.
 DRAFT, ACCEPT, RESAMPLE = 0, 1, 2
@@ -127,22 +127,26 @@ def uniform(keys):
 
 
 def picked(logits, tokens):
-    """float32 [B, n]: the logits [B, n, V] of tokens int32 [B, n]."""
+    """[B, n]: the entries of [B, n, m] at places int32 [B, n]."""
     return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
 
 
-def pick_draft(logits, first: int, *, context, rounds, kind: Kind, knobs: Knobs) -> Draft:
+def pick_draft(logits, first: int, ids=None, *, row: Row, rounds, kind: Kind, knobs: Knobs) -> Draft:
     """Draft tokens for positions first.. of a round, and the distribution they were drawn from.
 
-    logits [B, n, V]; see `drafters.protocol.Pick`.
+    logits [B, n, m], of all ids or of those given; see `drafters.protocol.Pick`.
     """
+
+    def named(places):
+        return places if ids is None else picked(jnp.broadcast_to(ids, logits.shape), places)
+
     with jax.named_scope("pick"):
         # The largest logit is NaN where one is, and infinite where one is or where nothing may be picked.
         if not kind.draft_sampled:
             tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            return Draft(tokens, None, jnp.all(jnp.isfinite(picked(logits, tokens)), axis=1))
+            return Draft(named(tokens), None, finite=jnp.all(jnp.isfinite(picked(logits, tokens)), axis=1))
         finite = jnp.all(jnp.isfinite(jnp.max(logits, axis=-1)), axis=1)
         log_q = log_probabilities(logits, knobs.draft_temperature, kind, knobs)
-        position = context.length[:, None] + first + jnp.arange(logits.shape[1])[None]
-        keys = keys_for(knobs.seed, context.prompt_index, rounds, position, DRAFT)
-        return Draft(draw(keys, log_q), log_q, finite)
+        position = row.length[:, None] + first + jnp.arange(logits.shape[1])[None]
+        keys = keys_for(knobs.seed, row.prompt_index, rounds, position, DRAFT)
+        return Draft(named(draw(keys, log_q)), log_q, ids, finite)

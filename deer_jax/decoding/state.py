@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from deer_jax.build import Build
 from deer_jax.config import ModelConfig
-from deer_jax.drafters.protocol import Context, Method
+from deer_jax.drafters.protocol import Method, Row
 from deer_jax.models.cache import KVCache, empty_cache
 from deer_jax.models.transformer import Params
 from deer_jax.sharding import placements
@@ -45,14 +45,14 @@ class DecodeState:
     done: jax.Array  # bool [B]
     prompt_index: jax.Array  # int32 [B]
     rounds: jax.Array  # int32 [B]
-    histogram: jax.Array  # int32 [B, k+1]
+    histogram: jax.Array  # int32 [B, most k + 1]
     fault: jax.Array  # int32 [B]
     cache: KVCache
     drafter: Any
 
     @property
-    def context(self) -> Context:
-        return Context(self.tokens, self.length, self.prompt_index)
+    def row(self) -> Row:
+        return Row(self.tokens, self.length, self.prompt_index)
 
     def axes(self, drafter: Any) -> "DecodeState":
         """The logical axes of every array, in their places; drafter: those of the drafter's own state."""
@@ -71,11 +71,11 @@ class StateShape(NamedTuple):
     drafter: Method | None
     slots: int
     capacity: int
-    k: int
+    most: int  # the largest k of any round
     build: Build
 
 
-def idle_state(shape: StateShape, drafter_params: Params) -> DecodeState:
+def idle_state(shape: StateShape, params: Params, shared: Params) -> DecodeState:
     """A state whose slots hold no prompt. `length` is 1 so that every index a round forms stays in range."""
     batch, capacity, build = shape.slots, shape.capacity, shape.build
 
@@ -89,16 +89,16 @@ def idle_state(shape: StateShape, drafter_params: Params) -> DecodeState:
         done=jnp.ones((batch,), bool),
         prompt_index=ints(batch),
         rounds=ints(batch),
-        histogram=ints(batch, shape.k + 1),
+        histogram=ints(batch, shape.most + 1),
         fault=ints(batch),
         cache=empty_cache(shape.target, batch, capacity, build),
-        drafter=shape.drafter.init_state(drafter_params, batch, capacity, build) if shape.drafter else (),
+        drafter=shape.drafter.state(params, shared, batch, capacity, build) if shape.drafter else (),
     )
 
 
-def abstract_state(shape: StateShape, drafter_params: Params, mesh: Mesh | None = None) -> DecodeState:
+def abstract_state(shape: StateShape, params: Params, shared: Params, mesh: Mesh | None = None) -> DecodeState:
     """`idle_state` as shapes, with the places where its arrays lie on a mesh; nothing is computed."""
-    state = jax.eval_shape(functools.partial(idle_state, shape), drafter_params)
+    state = jax.eval_shape(functools.partial(idle_state, shape), params, shared)
     if mesh is None:
         return state
     axes = state.axes(shape.drafter.state_axes(state.drafter) if shape.drafter else ())

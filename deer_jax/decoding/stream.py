@@ -10,7 +10,7 @@ from deer_jax.decoding.decode import answer_text, decoded, statistics
 from deer_jax.decoding.engine import Engine, serve
 from deer_jax.decoding.prompts import encode_prompts
 from deer_jax.decoding.state import DecodeStats
-from deer_jax.drafters.protocol import Drafter
+from deer_jax.drafters.drafter import Drafter
 from deer_jax.errors import InputError
 from deer_jax.models.target import Target
 

@@ -12,7 +12,7 @@ from deer_jax.data.sources import placed, read_prompts, template_arguments
 from deer_jax.decoding.acceptance import acceptance_by_depth, acceptance_interval, repeated_windows
 from deer_jax.decoding.decode import decode
 from deer_jax.decoding.prompts import encode_prompts
-from deer_jax.drafters.protocol import Drafter
+from deer_jax.drafters.drafter import Drafter
 from deer_jax.errors import NotFiniteError, PromptError, RunError
 from deer_jax.models.target import Target
 from deer_jax.training.recipe import Evaluation

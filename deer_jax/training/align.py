@@ -29,7 +29,7 @@ from deer_jax.data.examples import example_batches
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.decoding.finite import NAMED, broken_weights
 from deer_jax.digests import Digests, Stamp
-from deer_jax.drafters.standalone import StandaloneDrafter
+from deer_jax.drafters.drafter import Drafter
 from deer_jax.errors import InputError, RunError
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params
@@ -117,7 +117,7 @@ class Inputs(NamedTuple):
     """
 
     target: Target
-    drafter: StandaloneDrafter
+    drafter: Drafter
     start: dict[str, str]
     records: AnswerFiles
     held_out: list[list[int]]
@@ -208,7 +208,7 @@ def work_of(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> Work:
 
     return Work(
         mesh=target.mesh, build=target.build, stages=[plan(*each) for each in enumerate(stages)],
-        params=drafter_shapes(drafter.method.model, target.mesh), start=lambda: place_drafter(drafter, target.mesh),
+        params=drafter_shapes(drafter.method.shape, target.mesh), start=lambda: place_drafter(drafter, target.mesh),
         evaluate=evaluate, evaluate_every=None if evaluation is None else evaluation.every,
     )  # fmt: skip
 
@@ -226,7 +226,7 @@ def start_digests(source: str, digests: Digests) -> dict[str, str]:
     return found | {stamp.path.name: digests.of(stamp) for stamp in stamps}
 
 
-def with_width(stage: Stage, drafter: StandaloneDrafter) -> Stage:
+def with_width(stage: Stage, drafter: Drafter) -> Stage:
     """The stage with its width: that of the drafter's draft length unless the recipe says another."""
     width = stage.corruption.width or drafter.draft_length
     return dataclasses.replace(stage, corruption=dataclasses.replace(stage.corruption, width=width))
@@ -245,7 +245,7 @@ def essential(recipe: Mapping[str, Any], where: str) -> dict[str, Any]:
 def check(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> None:
     """InputError for settings of the recipe that this drafter or these answers cannot have."""
     target, drafter, records = inputs.target, inputs.drafter, inputs.records
-    context, method = drafter.method.model.context, drafter.method
+    context, method = drafter.method.shape.context, drafter.method
     if recipe.length > context:
         raise InputError(f"length {recipe.length} exceeds the drafter's context of {context}; lower length")
     if len(records) < recipe.batch:  # before the output becomes a run, whose batch could not be changed
@@ -270,7 +270,7 @@ def check(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> None:
                 f"{where}: width {width} is less than the draft length {drafter.draft_length}, so the later tokens of "
                 "a draft would not be trained; raise width or lower reading.draft_length"
             )
-        if stage.corruption.next_token and method.config.head != "shifted":
+        if stage.corruption.next_token and method.reading.head != "shifted":
             raise InputError(
                 f"{where}: next_token {stage.corruption.next_token:g} trains the shifted head, and this drafter reads "
                 "in place; set next_token: 0"

@@ -106,7 +106,7 @@ def read_blocks(method: StandaloneMethod, params: Params, tokens, anchor, size, 
     head). Shapes as in `block_loss`.
     """
     (B, T), (M, W) = tokens.shape, masked.shape[1:]
-    model = bind(method.model, backbone(params))
+    model = bind(method.shape, backbone(params))
     steps = jnp.arange(W + 1)
     place = anchor[..., None] + 1 + steps[None, None]  # [B, M, W+1] true positions
     following = jnp.take_along_axis(tokens, place.reshape(B, -1), axis=1, mode="clip").reshape(B, M, W + 1)
@@ -117,7 +117,7 @@ def read_blocks(method: StandaloneMethod, params: Params, tokens, anchor, size, 
     text_rows, block = looked_up[:, :T], looked_up[:, T:].reshape(B, M, W + 1, -1)
     block = jnp.where(is_mask[..., None], params["special"][MASK][None, None, None], block)
     real = size
-    if method.config.separator:
+    if method.reading.separator:
         at = steps[None, None] == size[..., None]
         block = jnp.where(at[..., None], params["special"][SEPARATOR][None, None, None], block)
         real = real + 1
@@ -128,7 +128,7 @@ def read_blocks(method: StandaloneMethod, params: Params, tokens, anchor, size, 
     positions = jnp.concatenate([text, place.reshape(B, rows)], axis=1)
     hidden = model(x, positions, visible=BlockMask(anchor, real, W + 1), remat=remat).hidden
 
-    if method.config.head == "shifted":
+    if method.reading.head == "shifted":
         in_block = T + (jnp.arange(M) * (W + 1))[None, :, None] + steps[None, None, : W - 1]
         at = jnp.concatenate([anchor[..., None], jnp.broadcast_to(in_block, (B, M, W - 1))], axis=-1)
     else:
@@ -149,16 +149,16 @@ def cut_loss(
     """
     tokens, length, masked = batch["tokens"], batch["length"], batch["masked"]
     B, T = tokens.shape
-    model = bind(method.model, backbone(params))
+    model = bind(method.shape, backbone(params))
     positions = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     x = jnp.where(masked[..., None], params["special"][MASK][None, None], method.embed(model, params, tokens))
     end = length
-    if method.config.separator:
+    if method.reading.separator:
         x = jnp.where((positions == end[:, None])[..., None], params["special"][SEPARATOR][None, None], x)
         end = end + 1
     hidden = model(constrain(x, "batch", None, None), positions, visible=Before(end), remat=remat).hidden
     place, weights = positions, batch["weight"]
-    if method.config.head == "shifted":
+    if method.reading.head == "shifted":
         hidden, place, weights = hidden[:, :-1], place[:, 1:], weights[:, 1:]
     return _loss(method, params, hidden, tokens, place, weights, teacher), jnp.sum(masked)
 
@@ -167,7 +167,7 @@ def _loss(method: StandaloneMethod, params: Params, hidden, tokens, place, weigh
     """Weighted cross-entropy of hidden [B, R, D] for the tokens at `place` int [B, R] of the texts [B, T]."""
     labels = jnp.take_along_axis(tokens, place, axis=1, mode="clip")
     weights = _without_unknown(method, labels, weights)
-    head, V = params["embed" if method.model.tied else "head"], method.model.vocab_size
+    head, V = params["embed" if method.shape.tied else "head"], method.shape.vocab_size
     if teacher is None:
         return weighted_cross_entropy(hidden, head, labels, weights)
     before = (place - 1)[..., None]  # the target says the token at `place` one position earlier
@@ -178,7 +178,7 @@ def _loss(method: StandaloneMethod, params: Params, hidden, tokens, place, weigh
 
 def _without_unknown(method: StandaloneMethod, labels, weights):
     """The weights, 0 where the label is an id that the drafter does not share and can never propose."""
-    unknown = labels >= method.model.vocab_size
-    for differing in method.config.differing_ids:
+    unknown = labels >= method.shape.vocab_size
+    for differing in method.reading.differing_ids:
         unknown = unknown | (labels == differing)
     return jnp.where(unknown, jnp.float32(0), weights)

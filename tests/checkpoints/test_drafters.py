@@ -57,7 +57,7 @@ def target(folders):
 
 def test_the_public_layout_drafts_losslessly_and_never_its_mask(folders, target):
     drafter = deer_jax.load_drafter(folders / "public", target=target)
-    config = drafter.method.config
+    config = drafter.method.reading
     assert (config.attention, config.head, config.separator) == ("bidirectional", "shifted", False)
     assert config.differing_ids == (MASK,)
     np.testing.assert_array_equal(drafter.params["special"][0], drafter.params["embed"][MASK])
@@ -92,7 +92,7 @@ def test_transformers_reads_a_saved_drafter(folders, target, tmp_path):
 
 def test_layers_are_taken_as_listed(target):
     drafter = deer_jax.load_drafter("from-target:1,0", target=target)
-    assert drafter.method.model.layers == 2
+    assert drafter.method.shape.layers == 2
     np.testing.assert_array_equal(drafter.params["layers"][0]["q"], target.params["layers"][1]["q"])
     for wrong, message in (
         ("from-target:2", "layers 0..1"),
@@ -143,13 +143,13 @@ def test_no_drafter_and_another_tokenizer_are_refused(folders, target, tmp_path)
 def test_a_plain_model_becomes_a_drafter_by_saying_how_it_reads(folders, target):
     config = DrafterConfig(draft_length=3)
     drafter = deer_jax.load_drafter(folders / "no_drafter", target=target, config=config)
-    assert drafter.method.config == config
+    assert drafter.method.reading == config
     embed = np.asarray(drafter.params["embed"])
     special = np.asarray(drafter.params["special"])
     assert np.abs(special - embed.mean(axis=0)).max() < embed.std()
     # A public folder keeps its mask and the ids that its tokenizer names otherwise.
     drafter = deer_jax.load_drafter(folders / "public", target=target, config=config)
-    assert drafter.method.config == dataclasses.replace(config, differing_ids=(MASK,))
+    assert drafter.method.reading == dataclasses.replace(config, differing_ids=(MASK,))
     np.testing.assert_array_equal(drafter.params["special"][0], drafter.params["embed"][MASK])
 
 
@@ -164,7 +164,7 @@ def test_wrong_arguments_say_what_to_call(folders, target):
 
 def test_a_drafter_prints_as_one_line(folders, target):
     assert repr(deer_jax.load_drafter("from-target:0", target=target)) == (
-        "StandaloneDrafter(from-target:0: block_causal, draft length 8, qwen3, 1 layers of width 32, 40 tokens, "
+        "Drafter(from-target:0: block_causal, draft length 8, qwen3, 1 layers of width 32, 40 tokens, "
         "context 256, float32)"
     )
 

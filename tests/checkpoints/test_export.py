@@ -61,7 +61,7 @@ def test_an_exported_run_is_its_drafter_with_rounded_values(folder, target, tmp_
     drafter = deer_jax.load_drafter(folder / "run", target=target)
     again = deer_jax.load_drafter(output, target=target)
     assert again.method == drafter.method
-    assert dataclasses.asdict(again.method.config).items() >= (READING | {"differing_ids": (3, 9)}).items()
+    assert dataclasses.asdict(again.method.reading).items() >= (READING | {"differing_ids": (3, 9)}).items()
     rounded = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), drafter.params)
     assert jax.tree.structure(again.params) == jax.tree.structure(rounded)
     for a, b in zip(leaves(again.params), leaves(rounded), strict=True):

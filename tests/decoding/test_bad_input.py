@@ -71,8 +71,8 @@ BAD = {
         {"drafter": True, "draft_length": 10**9}, "draft_length 1000000000 exceeds the target's context of 256"
     ),
     "names without an output": ({"ids": ["a", "b"]}, "ids name the lines of an output: give output too"),
-    "a drafter's name": ({"drafter": "runs/mine"}, r"drafter must be a drafter, got 'runs/mine': load it first, lo"),
-    "a target as drafter": ({"drafter": "the target"}, "drafter must be a drafter, got a Target: give what load_draf"),
+    "a drafter's name": ({"drafter": "runs/mine"}, r"drafter must be a Drafter, got 'runs/mine': load it first, lo"),
+    "a target as drafter": ({"drafter": "the target"}, "drafter must be a Drafter, got a Target: give what load_draf"),
     "no slots": ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
 }  # fmt: skip
 
@@ -106,7 +106,7 @@ def test_what_is_no_target_is_said_by_every_way_in(target, no_work, tmp_path):
         (Path("models/a"), r"target must be a Target, got PosixPath\('models/a'\): load it first"),
         (
             drafter_from_target(target),
-            "target must be a Target, got a StandaloneDrafter: give what load_ta",
+            "target must be a Target, got a Drafter: give what load_ta",
         ),
     ):
         for way in (

@@ -31,15 +31,14 @@ def test_the_loop_lowers_at_real_size(name, temperature):
     billions = sum(x.size for x in jax.tree.leaves(params)) / 1e9
     assert billions == pytest.approx({"qwen3": 8.19, "qwen3_moe": 30.53}[name], abs=0.01)
     method, drafter_params = abstract_drafter(config.vocab_size)
-    state = abstract_state(StateShape(config, method, B, S, K, Build.of("tpu")), drafter_params)
+    state = abstract_state(StateShape(config, method, B, S, K, Build.of("tpu")), drafter_params, {})
     sampling = Sampling(temperature=temperature, top_k=20, top_p=0.95) if temperature else Sampling()
     plan = loop.Plan(config, method, K, Kind.of(sampling))
     number = jax.ShapeDtypeStruct((), jnp.int32)
     lowered = loop.run_segment.lower(
         plan,
-        params,
-        drafter_params,
         state,
+        loop.Weights(params, drafter_params, {}),
         Knobs.of(sampling, 0),
         jax.ShapeDtypeStruct((2,), jnp.int32),
         number,

@@ -14,7 +14,7 @@ from deer_jax.decoding.accept import Verdict, accepted_prefix
 from deer_jax.decoding.loop import commit, first_stop
 from deer_jax.decoding.sampling import Kind, Knobs, keys_for, largest_threshold, log_probabilities, pick_draft
 from deer_jax.decoding.state import StateShape, idle_state
-from deer_jax.drafters.protocol import Context
+from deer_jax.drafters.protocol import Row
 from tests.decoding.processed import processed
 from tests.tiny import tiny
 
@@ -117,8 +117,8 @@ def test_forbidden_tokens_stay_forbidden():
 @functools.partial(jax.jit, static_argnames=("first", "kind"))
 def picked(logits, first, kind, knobs):
     ints = jnp.zeros(logits.shape[0], jnp.int32)
-    context = Context(jnp.zeros((logits.shape[0], 1), jnp.int32), ints + 1, ints)
-    return pick_draft(logits, first, context=context, rounds=ints, kind=kind, knobs=knobs)
+    row = Row(jnp.zeros((logits.shape[0], 1), jnp.int32), ints + 1, ints)
+    return pick_draft(logits, first, row=row, rounds=ints, kind=kind, knobs=knobs)
 
 
 @pytest.mark.representative
@@ -195,7 +195,7 @@ def plain_commit(row, choice, accepted, stop_ids):
 @pytest.mark.parametrize("k", [0, 3])
 def test_commit_equals_a_plain_loop(k):
     rng, B, S, stop_ids = np.random.default_rng(k), 60, 24, (2, 5)
-    state = idle_state(StateShape(tiny("qwen3"), None, B, S, k, Build.of("cpu")), {})
+    state = idle_state(StateShape(tiny("qwen3"), None, B, S, k, Build.of("cpu")), {}, {})
     length = rng.integers(1, 12, B)
     rows = [
         {

@@ -191,9 +191,9 @@ def planted_accept(logits, draft, *, length, prompt_index, rounds, kind, knobs, 
     return accept.Verdict(choice, accepted)
 
 
-def wrong_temperature(logits, first, *, context, rounds, kind, knobs):
+def wrong_temperature(logits, first, *, row, rounds, kind, knobs):
     """The draft is drawn at one temperature and judged at another."""
-    draft = sampling.pick_draft(logits, first, context=context, rounds=rounds, kind=kind, knobs=knobs)
+    draft = sampling.pick_draft(logits, first, row=row, rounds=rounds, kind=kind, knobs=knobs)
     return Draft(draft.tokens, log_probabilities(logits, 1.5 * knobs.draft_temperature, kind, knobs))
 
 

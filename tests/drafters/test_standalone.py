@@ -11,8 +11,9 @@ import pytest
 from deer_jax import DrafterConfig, InputError, Target, drafter_from_target
 from deer_jax.config import Sampling
 from deer_jax.decoding.engine import Engine
-from deer_jax.drafters.protocol import Context
-from deer_jax.drafters.standalone import MASK, SEPARATOR
+from deer_jax.drafters.drafter import draft_scores
+from deer_jax.drafters.protocol import Row, Seen
+from deer_jax.drafters.standalone import MASK, SEPARATOR, StandaloneMethod
 from deer_jax.models.transformer import bind, unstack_layers
 from tests import reference
 from tests.fast import representing
@@ -31,7 +32,7 @@ def target() -> Target:
 
 def other_weights(drafter, seed: int = 99):
     """The drafter with weights that are not the target's."""
-    weights = random_params(drafter.method.model, seed, scan="q" in drafter.params["layers"])
+    weights = random_params(drafter.method.shape, seed, scan="q" in drafter.params["layers"])
     return dataclasses.replace(drafter, params=weights | {"special": drafter.params["special"]})
 
 
@@ -41,7 +42,7 @@ def full_pass(drafter, text, k: int):
     Mask and separator are two more rows of the embedding, so that plain code for tokens reads them. text = p q r,
     k = 2: tokens p q r M M SEP at positions 0..5; causal up to r, then seeing all, or everything seeing all.
     """
-    config, own = drafter.method.config, drafter.method.model.vocab_size
+    config, own = drafter.method.reading, drafter.method.shape.vocab_size
     known = [own + MASK if t >= own or t in config.differing_ids else t for t in text]
     tokens = np.array([known + [own + MASK] * k + [own + SEPARATOR] * config.separator])
     T, width = len(text), tokens.shape[1]
@@ -70,7 +71,7 @@ def from_scratch(drafter, text, k: int = K, size: int = 64) -> np.ndarray:
     hidden = np.pad(visible, ((0, 0), (0, pad), (0, pad)))
     hidden[:, range(size), range(size)] = True
     tokens, positions = (np.pad(x, ((0, 0), (0, pad))).astype(np.int32) for x in (tokens, positions))
-    return np.asarray(_forward(drafter.method.model, params, tokens, positions, hidden))[0, rows]
+    return np.asarray(_forward(drafter.method.shape, params, tokens, positions, hidden))[0, rows]
 
 
 def texts(lengths, seed: int = 0, vocab_size: int = V):
@@ -89,7 +90,7 @@ def finite(logits):
 
 @functools.partial(jax.jit, static_argnames=("method", "k"))
 def _draft(method, params, state, context, k):
-    return method.draft_logits(params, state, context, k)
+    return draft_scores(method, params, {}, state, context, k)
 
 
 @pytest.mark.parametrize("length", [1, 9])
@@ -116,7 +117,7 @@ def test_one_pass_equals_plain_numpy(target, attention, head, separator):
     drafter = drafter_from_target(target, config)
     (text,) = texts([7], seed=3)
     params, tokens, positions, visible, rows = full_pass(drafter, text, K)
-    model = dataclasses.replace(drafter.method.model, vocab_size=V + 2)
+    model = dataclasses.replace(drafter.method.shape, vocab_size=V + 2)
     expected = reference.forward(model, params, tokens, positions, visible)[0, rows]
     np.testing.assert_allclose(from_scratch(drafter, text), expected, rtol=0, atol=1e-4)
     np.testing.assert_allclose(drafted(drafter, text), expected, rtol=0, atol=1e-4)
@@ -132,7 +133,7 @@ def test_every_round_of_the_loop_drafts_as_from_scratch(target, attention, head)
     engine.admit(prompts, [len(prompt) + 14 for prompt in prompts], [0, 1, 2], [0, 1, 2])
     committed, rounds, done = [], 0, np.zeros(3, bool)
     while not done.all():
-        logits, _ = _draft(drafter.method, drafter.params, engine.state.drafter, engine.state.context, K)
+        logits, _ = _draft(drafter.method, drafter.params, engine.state.drafter, engine.state.row, K)
         tokens, length = np.asarray(engine.state.tokens), np.asarray(engine.state.length)
         for row in np.flatnonzero(~done):
             expected = from_scratch(drafter, tokens[row, : length[row]].tolist())
@@ -152,22 +153,21 @@ def test_nothing_behind_the_anchor_counts(target, attention, head):
     method, capacity = drafter.method, 24
     text = np.array(texts([capacity] * 2), np.int32)
     length, rows = jnp.array([5, 9], jnp.int32), jnp.arange(2, dtype=jnp.int32)
-    state = method.init_state(drafter.params, 2, capacity, target.build)
-    state = jax.jit(method.prefill, static_argnames="first")(
-        drafter.params, state, jnp.asarray(text[:, :8]), jnp.int32(0), rows, first=True
-    )
-    # The rows read two tokens and one: as after rounds that committed so many.
-    state = method.ready(state, length - jnp.array([1, 0], jnp.int32), rows)
+    state = method.state(drafter.params, {}, 2, capacity, target.build)
+    # All but two of the rows' tokens are read, and all but one: as after rounds that committed so many.
+    count = length - jnp.array([2, 1], jnp.int32)
+    seen = Seen(jnp.asarray(text[:, :8]), None, jnp.zeros(2, jnp.int32), count, first=True)
+    state = jax.jit(lambda state: method.observe(drafter.params, {}, state, seen, rows))(state)
     changed = text.copy()
     for row in range(2):
         changed[row, length[row] :] = (changed[row, length[row] :] + 5) % V
-    one, state_one = _draft(method, drafter.params, state, Context(jnp.asarray(text), length, rows), K)
-    two, state_two = _draft(method, drafter.params, state, Context(jnp.asarray(changed), length, rows), K)
+    one, state_one = _draft(method, drafter.params, state, Row(jnp.asarray(text), length, rows), K)
+    two, state_two = _draft(method, drafter.params, state, Row(jnp.asarray(changed), length, rows), K)
     np.testing.assert_array_equal(one, two)
     earlier = text.copy()
     earlier[:, 3] = (earlier[:, 3] + 1) % V
     if attention == "bidirectional":
-        three, _ = _draft(method, drafter.params, state, Context(jnp.asarray(earlier), length, rows), K)
+        three, _ = _draft(method, drafter.params, state, Row(jnp.asarray(earlier), length, rows), K)
         assert (np.abs(one - three).max(axis=-1) > 1e-4).all()
         return
     assert state_one["read"].tolist() == state_two["read"].tolist() == length.tolist()
@@ -197,8 +197,10 @@ def test_masks_see_each_other_and_the_separator(target, attention, head):
     longer = drafted(drafter, text, K + 1)[:K]
     np.testing.assert_array_equal(differs(base, longer), np.logical_not(blind))
 
-    config = dataclasses.replace(drafter.method.config, separator=False)
-    without = dataclasses.replace(drafter, method=dataclasses.replace(drafter.method, config=config))
+    config = dataclasses.replace(drafter.method.reading, separator=False)
+    method = drafter.method
+    assert isinstance(method, StandaloneMethod)
+    without = dataclasses.replace(drafter, method=dataclasses.replace(method, reading=config))
     bare = drafted(without, text)
     np.testing.assert_array_equal(differs(base, bare), np.logical_not(blind))
     np.testing.assert_array_equal(drafted(with_special(SEPARATOR, without), text), bare)
@@ -212,7 +214,9 @@ def test_vocabularies_of_other_widths_and_ids_that_differ(target, attention, own
     config = DrafterConfig(attention=attention, draft_length=K, differing_ids=differing)
     drafter = drafter_from_target(target, config)
     model = dataclasses.replace(target.config, vocab_size=own)
-    drafter = dataclasses.replace(drafter, method=dataclasses.replace(drafter.method, model=model))
+    method = drafter.method
+    assert isinstance(method, StandaloneMethod)
+    drafter = dataclasses.replace(drafter, method=dataclasses.replace(method, shape=model))
     drafter = other_weights(drafter)
     text = [1, 3, 45, 12, 7, 47, 20, 7]
     logits = drafted(drafter, text)
@@ -236,7 +240,7 @@ def test_chosen_layers_in_the_given_order(family):
     layers, results = (2, 0), []
     for form in (params, unstack_layers(params, 3)):
         drafter = drafter_from_target(Target(config=config, params=form), layers=layers)
-        assert drafter.method.model.layers == len(layers)
+        assert drafter.method.shape.layers == len(layers)
         results.append(drafted(drafter, text))
     np.testing.assert_allclose(results[0], results[1], rtol=0, atol=1e-4)
     np.testing.assert_allclose(results[0], from_scratch(drafter, text), rtol=0, atol=1e-4)

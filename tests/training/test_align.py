@@ -105,7 +105,7 @@ def test_replayed_rounds_accept_what_live_decoding_accepts(whole, folder):
     hidden = jax.jit(read_blocks, static_argnums=0)(
         drafter.method, drafter.params, text, anchor, np.full((B, new), k, np.int32), np.ones((B, new, k), bool)
     )
-    head = drafter.params["embed" if drafter.method.model.tied else "head"]
+    head = drafter.params["embed" if drafter.method.shape.tied else "head"]
     drafts = np.asarray(hidden[:, T:] @ head.T).argmax(axis=-1).reshape(B, new, k)
     counts = set()
     for b in range(B):
@@ -156,7 +156,7 @@ def test_the_other_attention_and_a_relative_output(folder, tmp_path, monkeypatch
     align(other)
     runs.assert_same_run(runs.everything(values), runs.everything(other))
     target = deer_jax.load_target(values["target"])
-    assert deer_jax.load_drafter(values["output"], target=target).method.config.attention == attention
+    assert deer_jax.load_drafter(values["output"], target=target).method.reading.attention == attention
 
 
 @pytest.fixture(scope="module")

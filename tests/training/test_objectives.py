@@ -11,7 +11,8 @@ import pytest
 
 from deer_jax import DrafterConfig
 from deer_jax.diffusion.corruption import Corruption, corrupt_blocks, corrupt_cut
-from deer_jax.drafters.standalone import MASK, SEPARATOR, StandaloneDrafter, StandaloneMethod
+from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.standalone import MASK, SEPARATOR, StandaloneMethod
 from deer_jax.models.layers import logits
 from deer_jax.models.transformer import unstack_layers
 from deer_jax.training import objectives
@@ -37,7 +38,7 @@ def make_drafter(attention="block_causal", head="shifted", separator=True, tied=
     config = DrafterConfig(attention=attention, head=head, separator=separator, draft_length=W, differing_ids=differing)
     special = np.random.default_rng(8).normal(size=(2, 16)).astype(np.float32) * 0.3
     params = random_params(model, 7) | {"special": jnp.asarray(special)}
-    return StandaloneDrafter(method=StandaloneMethod(model, config, V), params=params)
+    return Drafter(method=StandaloneMethod(model, config, V), params=params)
 
 
 def make_batch(stage, seed=0, *, bidirectional=False):
@@ -80,14 +81,14 @@ def run(drafter, batch):
         rows, labels = rows.reshape(B, -1, V)[:, T:], labels.reshape(B, -1)[:, T:]
         return float(loss), int(count), rows.reshape(B, M, W, V), labels.reshape(B, M, W)
     rows, labels = rows.reshape(B, -1, V), labels.reshape(B, -1)
-    if drafter.method.config.head == "shifted":
+    if drafter.method.reading.head == "shifted":
         rows, labels = np.pad(rows, ((0, 0), (1, 0), (0, 0))), np.pad(labels, ((0, 0), (1, 0)))
     return float(loss), int(count), rows, labels
 
 
 def plain_logits(drafter, tokens, visible):
     """float64 [T, V] of one sequence in which V is the mask and V+1 the separator."""
-    model = drafter.method.model
+    model = drafter.method.shape
     params = unstack_layers({k: v for k, v in drafter.params.items() if k != "special"}, model.layers)
     params["embed"] = np.concatenate([params["embed"], drafter.params["special"]])
     extended = dataclasses.replace(model, vocab_size=V + 2)
@@ -100,7 +101,7 @@ def cross_entropy(row, label):
 
 def plain_block(drafter, tokens, anchor, size, masked):
     """float64 [size, V] for the tokens of one block: nothing but its prefix, itself and its separator is there."""
-    config = drafter.method.config
+    config = drafter.method.reading
     block = [V + MASK if masked[j] else int(tokens[anchor + 1 + j]) for j in range(size)]
     sequence = tokens[: anchor + 1].tolist() + block + [V + SEPARATOR] * config.separator
     visible = np.tril(np.ones((len(sequence),) * 2, bool))
@@ -169,7 +170,7 @@ def assert_drafts(drafter, rows, text, k):
     """Training's logits [B, k, V] are those of a draft of k tokens after text, at the ids that may be proposed."""
     drafts = np.asarray(drafter.draft_logits(HERE, text[:, :-1], text[:, -1], k))
     may = np.isfinite(drafts).all(axis=(0, 1))
-    assert np.flatnonzero(~may).tolist() == list(drafter.method.config.differing_ids)
+    assert np.flatnonzero(~may).tolist() == list(drafter.method.reading.differing_ids)
     np.testing.assert_allclose(rows[..., may], drafts[..., may], rtol=0, atol=2e-5)
 
 

@@ -101,14 +101,13 @@ def test_a_segment_of_its_decoding_traces(name):
     assert recipe.reading is not None
     method = StandaloneMethod(DRAFTER, recipe.reading, config.vocab_size)
     drafter = with_entries(abstract_params(DRAFTER, jnp.bfloat16), jnp.bfloat16)
-    state = abstract_state(StateShape(config, method, slots, capacity, k, Build.of("tpu")), drafter)
+    state = abstract_state(StateShape(config, method, slots, capacity, k, Build.of("tpu")), drafter, {})
     plan, number = loop.Plan(config, method, k, Kind.of(Sampling())), jax.ShapeDtypeStruct((), jnp.int32)
     stop_ids = jax.ShapeDtypeStruct((2,), jnp.int32)
     after = jax.eval_shape(
         lambda *args: loop.run_segment(plan, *args),
-        params,
-        drafter,
         state,
+        loop.Weights(params, drafter, {}),
         Knobs.of(Sampling(), 0),
         stop_ids,
         number,
@@ -215,12 +214,12 @@ def test_its_steps_and_rounds_trace_on_its_slices(name):
         k, slots = recipe.reading.draft_length, recipe.evaluation.batch_size
         assert slots % recipe.mesh.batch_ways == 0
         drafter = placed_drafter(mesh, jnp.bfloat16)
-        state = abstract_state(StateShape(config, method, slots, 2048, k, Build.of("tpu")), drafter)
+        state = abstract_state(StateShape(config, method, slots, 2048, k, Build.of("tpu")), drafter, {})
         plan, number = loop.Plan(config, method, k, Kind.of(Sampling())), jax.ShapeDtypeStruct((), jnp.int32)
         stop_ids, knobs = jax.ShapeDtypeStruct((2,), jnp.int32), Knobs.of(Sampling(), 0)
         with jax.sharding.use_abstract_mesh(mesh):
             after = jax.eval_shape(
                 lambda *args, plan=plan: loop.run_segment(plan, *args),
-                params, drafter, state, knobs, stop_ids, number, number,
+                state, loop.Weights(params, drafter, {}), knobs, stop_ids, number, number,
             )  # fmt: skip
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)

@@ -47,8 +47,8 @@ def test_a_step_gathers_weights_reduces_gradients_and_sums_activations(shape, at
     sizes = {name: sum(x.nbytes for x in jax.tree.leaves(part)) for name, part in drafter.params.items()}
     layers, tables, all_of = sizes["layers"], sizes["embed"] + sizes["head"], sum(sizes.values())
     rows = T + (3 * (W + 1) if attention == "block_causal" else 0)
-    activations = BATCH // (data * fsdp) * rows * drafter.method.model.width * 4
-    layer_sums = drafter.method.model.layers * (
+    activations = BATCH // (data * fsdp) * rows * drafter.method.shape.width * 4
+    layer_sums = drafter.method.shape.layers * (
         2 + 1 + 2 + 3
     )  # forward, again, and of inputs: MLP's two, attention's three
     sums = activations * (layer_sums + 2 + 2) if tensor > 1 else 0  # the look-up, and the loss to its rows
