@@ -7,7 +7,7 @@ keeps the output and one number per row, and computes the scores again, piece by
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -125,8 +125,9 @@ _attention.defvjp(_forward, _backward)
 
 def _partitions(q, k, sight: _Sight):
     """On the mesh, of q, of k, and of what rows see."""
-    batch = here(sight.ends.shape, "batch", None)
-    flat = _Sight(batch, None if sight.begins is None else batch, batch, None if sight.inside is None else here(()))
+    batch: Any = here(sight.ends.shape, "batch", None)
+    same: Any = here(())
+    flat = _Sight(batch, None if sight.begins is None else batch, batch, None if sight.inside is None else same)
     wide = here(q.shape, "batch", "kv_heads", "groups", None, None)
     return wide, here(k.shape, "batch", "kv_heads", None, None), flat
 
@@ -218,14 +219,14 @@ def _scan(step, carry, xs):
     return carry, jax.tree.map(lambda x: x[None], y)
 
 
-def _over_keys(read, sight: _Sight, length: int, carry):
+def _over_keys(read, ends, begins, length: int, carry):
     """`read(first key, number of keys, carry)` for the pieces of `length` keys that these rows see."""
     if length <= KEYS:
         return read(0, length, carry)
     lowest = 0
-    if sight.begins is not None:  # rows that see nothing do not count
-        lowest = jnp.min(jnp.where(sight.begins < sight.ends, sight.begins, length)) // KEYS
-    count = -(-jnp.max(sight.ends) // KEYS)
+    if begins is not None:  # rows that see nothing do not count
+        lowest = jnp.min(jnp.where(begins < ends, begins, length)) // KEYS
+    count = -(-jnp.max(ends) // KEYS)
     return lax.fori_loop(lowest, count, lambda i, carry: read(i * KEYS, KEYS, carry), carry)
 
 
@@ -251,10 +252,10 @@ def _add(side, more, at, first):
     return lax.dynamic_update_slice(side, more, (at, zero, jnp.asarray(first, jnp.int32), zero))
 
 
-def _sight_pieces(sight: _Sight, batch: int) -> _Sight:
-    """What the rows of each of `_pieces` see of the text."""
+def _bounds(sight: _Sight, batch: int):
+    """Ends and begins of the rows in each of `_pieces`."""
     begins = None if sight.begins is None else _pieces(sight.begins, batch, 1)
-    return sight._replace(ends=_pieces(sight.ends, batch, 1), begins=begins, real=None, inside=None)
+    return _pieces(sight.ends, batch, 1), begins
 
 
 def _forward_rows(q, keys, values, sight: _Sight, own: Part | None):
@@ -263,19 +264,19 @@ def _forward_rows(q, keys, values, sight: _Sight, own: Part | None):
     others = None if own is None else Part(*(_pieces(x, batch) for x in own))
 
     def step(carry, xs):
-        at, rows, sight, own = xs
+        at, rows, (ends, begins), own = xs
 
         def read(first, width, whole):
             near_keys, near_values = (_near(x, at, batch, first, width) for x in (keys, values))
-            seen = _seen(sight.ends, sight.begins, first, width)
+            seen = _seen(ends, begins, first, width)
             return merge(whole, part(rows, near_keys, near_values, seen))
 
-        whole = _over_keys(read, sight, keys.shape[2], nothing(rows) if own is None else own)
+        whole = _over_keys(read, ends, begins, keys.shape[2], nothing(rows) if own is None else own)
         norm = jnp.where(whole.total == 0, 0, whole.top + jnp.log(whole.total))
         return carry, (normalised(whole).astype(values.dtype), norm)
 
     pieces = _pieces(q, batch)
-    _, out = _scan(step, None, (_firsts(pieces, B), pieces, _sight_pieces(sight, batch), others))
+    _, out = _scan(step, None, (_firsts(pieces, B), pieces, _bounds(sight, batch), others))
     return tuple(_whole(x, B, q.shape[3]) for x in out)
 
 
@@ -316,21 +317,21 @@ def _backward_rows(of, sight: _Sight, keys, values, to_keys, to_values):
     B, batch, T = of[0].shape[0], _together(of[0], keys), of[0].shape[3]
 
     def step(carry, xs):
-        at, rows, out, norm, to_out, sight = xs
+        at, rows, out, norm, to_out, (ends, begins) = xs
         shared = _shared(out, to_out)
 
         def read(first, width, carry):
             to_rows, to_keys, to_values = carry
             near_keys, near_values = (_near(x, at, batch, first, width) for x in (keys, values))
-            seen = _seen(sight.ends, sight.begins, first, width)
+            seen = _seen(ends, begins, first, width)
             more, *sides = _gradients(rows, near_keys, near_values, seen, norm, shared, to_out)
             return to_rows + more, _add(to_keys, sides[0], at, first), _add(to_values, sides[1], at, first)
 
-        to_rows, *carry = _over_keys(read, sight, keys.shape[2], (jnp.zeros(rows.shape, jnp.float32), *carry))
+        to_rows, *carry = _over_keys(read, ends, begins, keys.shape[2], (jnp.zeros(rows.shape, jnp.float32), *carry))
         return tuple(carry), to_rows
 
     pieces = [_pieces(x, batch) for x in of]
-    xs = (_firsts(pieces[0], B), *pieces, _sight_pieces(sight, batch))
+    xs = (_firsts(pieces[0], B), *pieces, _bounds(sight, batch))
     (to_keys, to_values), to_rows = _scan(step, (to_keys, to_values), xs)
     return _whole(to_rows, B, T), to_keys, to_values
 
