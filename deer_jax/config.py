@@ -6,6 +6,7 @@ smallest of these that it reads.
 
 import dataclasses
 import difflib
+import functools
 import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
@@ -170,6 +171,50 @@ class ModelConfig:
             f"{self.family}, {self.layers} layers of width {self.width}{experts}, {self.vocab_size} tokens, "
             f"context {self.context}"
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConditionedConfig(ModelConfig):
+    """Shape of a conditioned drafter's backbone: a model's, with what its layers make of the target's hidden states.
+
+    Embedding and head are the target's, so `vocab_size` is too, and `tied` says nothing.
+
+    Attributes:
+      tapped_width: of the tapped layers' outputs side by side: their number times the target's width.
+      windows: for each layer how far its rows see; 0 sees everything.
+      window_from: `row`: a row sees what is less than the window away from it, rows of its block included (dflash);
+        `anchor`: all rows see the last so many positions before the anchor, and all of their block (speculators).
+      causal: for each layer whether a row sees only those of its block that are not behind it.
+      conv_kernel: rows that a layer's convolutions (DFlash 2) sum, each with itself; 0 has none.
+      conv_group: channels that share a kernel's dynamic part.
+    """
+
+    tapped_width: int
+    windows: tuple[int, ...]
+    causal: tuple[bool, ...]
+    window_from: Literal["row", "anchor"] = "row"
+    conv_kernel: int = 0
+    conv_group: int = 16
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.experts:
+            raise InputError(f"a conditioned drafter has one MLP per layer, got experts {self.experts}")
+        check_whole("tapped_width", self.tapped_width, 1, MOST["width"] * MOST["layers"])
+        for name, check in (("windows", functools.partial(check_whole, least=0, most=MOST["context"])),
+                            ("causal", check_flag)):  # fmt: skip
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or len(values) != self.layers:
+                raise InputError(
+                    f"{name} must have one entry for each of the {self.layers} layers, got {shown(values)}"
+                )
+            for i, value in enumerate(values):
+                check(f"{name} of layer {i}", value)
+        check_choice("window_from", self.window_from, ("row", "anchor"))
+        check_whole("conv_kernel", self.conv_kernel, 0, MOST_DRAFT_LENGTH)
+        check_whole("conv_group", self.conv_group, 1, MOST["width"])
+        if self.conv_kernel and self.width % self.conv_group:
+            raise InputError(f"width ({self.width}) must be a multiple of conv_group ({self.conv_group})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

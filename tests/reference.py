@@ -144,3 +144,61 @@ def forward(config, params, tokens, positions=None, visible=None):
                 x[where] += gated_mlp(h[where], w["gate"], w["up"], w["down"])
     x = rms_norm(x, params["norm"], config.norm_eps)
     return x @ np.asarray(params["embed" if config.tied else "head"], np.float64).T
+
+
+def convolve(x, base, projection, side, source, group):
+    """Rows x [W, D] of a block summed with those before them; kernels come of `source` rows [W, D]."""
+    W, D = x.shape
+    kernel = base.shape[1]
+    out = np.zeros_like(x)
+    for j, tap, d in np.ndindex(W, kernel, D):
+        if j >= tap:
+            dynamic = (projection @ source[j]).reshape(2, kernel, D // group)
+            out[j, d] += (base[side, tap, d] + dynamic[side, tap, d // group]) * x[j - tap, d]
+    return out
+
+
+def conditioned(config, params, x, tapped):
+    """Final hidden states [W, D] of one row's block x [W, D] behind the context of tapped [S, n*D']."""
+    x, (W, S) = np.asarray(x, np.float64), (len(x), len(tapped))
+    K, H = config.kv_heads, config.head_width
+    c = rms_norm(np.asarray(tapped, np.float64) @ np.asarray(params["fc"], np.float64).T,
+                 params["hidden_norm"], config.norm_eps)  # fmt: skip
+    positions = np.arange(S + W)
+
+    def split(w, name, rows, heads, at):
+        y = (rows @ w[name].T).reshape(1, len(rows), heads, H)
+        if config.qk_norm and name != "v":
+            y = rms_norm(y, w[f"{name}_norm"], config.norm_eps)
+        return y if name == "v" else rotate(y, at[None], config.rope)
+
+    for i in range(config.layers):
+        w = layer(params, i)
+
+        def sublayer(name, h, run, w=w):
+            if not config.conv_kernel:
+                return run(h)
+            base, projection, group = w[f"{name}_base"], w[f"{name}_projection"], config.conv_group
+            out = run(convolve(h, base, projection, 0, h, group))
+            return convolve(out, base, projection, 1, h, group)
+
+        def mix(h, w=w, i=i):
+            visible = np.zeros((1, W, S + W), bool)
+            for j, s in np.ndindex(W, S + W):
+                window, apart = config.windows[i], S + j - s
+                if config.window_from == "row":
+                    seen = not window or abs(apart) < window
+                else:
+                    seen = not window or s >= S - window
+                visible[0, j, s] = seen and (s < S or not config.causal[i] or apart >= 0)
+            q = split(w, "q", h, config.heads, positions[S:])
+            both = np.concatenate([c, h])
+            k, v = split(w, "k", both, K, positions), split(w, "v", both, K, positions)
+            return attention(q, k, v, visible).reshape(W, -1) @ w["o"].T
+
+        def mlp(h, w=w):
+            return np.stack([gated_mlp(row, w["gate"], w["up"], w["down"]) for row in h])
+
+        x = x + sublayer("attention_conv", rms_norm(x, w["input_norm"], config.norm_eps), mix)
+        x = x + sublayer("mlp_conv", rms_norm(x, w["post_norm"], config.norm_eps), mlp)
+    return rms_norm(x, params["norm"], config.norm_eps)

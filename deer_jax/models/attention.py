@@ -9,7 +9,9 @@ from deer_jax.models.parts import Part, merge, normalised, part
 from deer_jax.models.piecewise import Before, BlockMask, attend_pieces
 
 
-def attend(q, k, v, *, visible=None, cache: KVCache | None = None, layer=None, start=None) -> jax.Array:
+def attend(
+    q, k, v, *, visible=None, cache: KVCache | None = None, layer=None, start=None, begin=None
+) -> jax.Array:  # fmt: skip
     """Attention output [B, T, N, H] of fresh queries over cached slots and fresh keys.
 
     Args:
@@ -18,6 +20,7 @@ def attend(q, k, v, *, visible=None, cache: KVCache | None = None, layer=None, s
         `Before` or `BlockMask`; whatever is not an array goes piece by piece there.
       cache: keys and values of earlier passes, all layers; this one's are read at index `layer`. None: there are none.
       start: int [B], number of cached slots that exist; slots from there on are hidden.
+      begin: int [B, T], the first cached slot that a query sees; None: 0.
     """
     if cache is None and (visible is None or isinstance(visible, Before | BlockMask)):
         return attend_pieces(q, k, v, visible)
@@ -28,7 +31,7 @@ def attend(q, k, v, *, visible=None, cache: KVCache | None = None, layer=None, s
         out = part(rows, keys, values, visible[:, None, None])
     if cache is not None:
         with jax.named_scope("attend_cache"):
-            out = _merge_cache(out, rows, cache, layer, start, cache.block or cache.capacity)
+            out = _merge_cache(out, rows, cache, layer, start, begin, cache.block or cache.capacity)
     return jnp.moveaxis(normalised(out).astype(v.dtype), 3, 1).reshape(q.shape)
 
 
@@ -53,7 +56,7 @@ def _rows(q, K: int):
     return jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)
 
 
-def _merge_cache(out: Part, rows, cache: KVCache, layer, start, width: int) -> Part:
+def _merge_cache(out: Part, rows, cache: KVCache, layer, start, begin, width: int) -> Part:
     S = cache.capacity
     width = min(width, S)
 
@@ -61,14 +64,19 @@ def _merge_cache(out: Part, rows, cache: KVCache, layer, start, width: int) -> P
         # The last block may not be full: it is moved back, and what an earlier one has read is hidden.
         first = jnp.minimum(i * width, S - width)
         slots = first + jnp.arange(width)
-        seen = (slots >= i * width)[None] & (slots[None] < start[:, None])
+        seen = ((slots >= i * width)[None] & (slots[None] < start[:, None]))[:, None, None, None]
+        if begin is not None:
+            seen = seen & (slots[None, None] >= begin[..., None])[:, None, None]
         # Sliced at (layer, block) in one step: a layer sliced out first would be copied whole.
         keys, values = (_slice(side, layer, first, width) for side in (cache.keys, cache.values))
-        return merge(out, part(rows, keys, values, seen[:, None, None, None]))
+        return merge(out, part(rows, keys, values, seen))
 
     if width == S:
         return read(0, out)
-    return lax.fori_loop(0, -(-jnp.max(start) // width), read, out)
+    lowest = 0
+    if begin is not None:  # queries that see nothing do not count
+        lowest = jnp.min(jnp.where(begin < start[:, None], begin, S)) // width
+    return lax.fori_loop(lowest, -(-jnp.max(start) // width), read, out)
 
 
 def _slice(side, layer, first, width: int):

@@ -114,3 +114,21 @@ def gated_mlp(x, gate, up, down):
     """down(silu(gate(x)) * up(x)), the MLP of every supported family."""
     hidden = jax.nn.silu(linear(x, gate)) * linear(x, up)
     return linear(constrain(hidden, "batch", *[None] * (x.ndim - 2), "mlp"), down)
+
+
+def convolve(x, base, dynamic, rows: int):
+    """Each row of x [B, M*rows, D] summed with those before it in its block of `rows`, by kernels that rows choose.
+
+      out[j] = sum over i of (base[i] + dynamic[j, i, group of the channel]) * x[j - i]; what lies before a block is 0
+
+    base: [kernel, D]; dynamic: [B, M*rows, kernel, groups], a group being D / groups neighbouring channels (DFlash 2).
+    """
+    B, T, D = x.shape
+    kernel, groups = dynamic.shape[2:]
+    blocks = x.reshape(B, T // rows, rows, groups, D // groups)
+    dynamic = dynamic.reshape(B, T // rows, rows, kernel, groups, 1)
+    out = jnp.zeros_like(blocks)
+    for i in range(min(kernel, rows)):
+        earlier = jnp.pad(blocks, ((0, 0), (0, 0), (i, 0), (0, 0), (0, 0)))[:, :, :rows]
+        out = out + (base[i].reshape(1, 1, 1, groups, -1) + dynamic[:, :, :, i]) * earlier
+    return out.reshape(x.shape)

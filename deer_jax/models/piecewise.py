@@ -1,13 +1,13 @@
 """Attention without a cache, piece by piece, forward and backward: no scores of a whole sequence ever exist.
 
-Every row sees a prefix of the text: up to itself (causal), up to its block's anchor, or up to a text's end. Rows and
-keys are cut into pieces; a piece of rows goes over the pieces of keys up to the last one that any of its rows sees.
-Rows of blocks have their own block besides. The backward pass keeps the output and one number per row, and computes
-the scores again, piece by piece.
+Every row sees a stretch of the text: up to itself (causal), up to its block's anchor, or up to a text's end, from the
+first key on or from a later one. Rows and keys are cut into pieces; a piece of rows goes over the pieces of keys from
+the first to the last one that any of its rows sees. Rows of blocks have their own block besides. The backward pass
+keeps the output and one number per row, and computes the scores again, piece by piece.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,25 +36,44 @@ class Before(NamedTuple):
 class BlockMask(NamedTuple):
     """Who sees whom when M blocks of `rows` rows each stand behind a text: text, block 0, .., block M-1.
 
-    Text rows are causal; a block's rows see the text up to the block's anchor, and the real rows of their own block.
-    Text behind the last anchor of a stretch of blocks costs nothing, so anchors had better be sorted.
+    Text rows are causal, or there are none and the text has keys alone; a block's rows see the text up to the block's
+    anchor, and the real rows of their own block. Text behind the last anchor of a stretch of blocks costs nothing, nor
+    does text before all that its rows see, so anchors had better be sorted.
     """
 
     anchor: jax.Array  # int32 [B, M] position in the text; -1: none of it is seen
     real: jax.Array  # int32 [B, M] how many of a block's rows are real, from its first on
     rows: int
+    begin: jax.Array | None = None  # int32 [B, M*rows] the first text position that a block's row sees; None: 0
+    inside: jax.Array | None = None  # bool [rows, rows] which real rows of its block (last axis) a row sees; None: all
+
+
+class _Sight(NamedTuple):
+    """What rows see, as arrays: of the text the keys from `begins` to before `ends`; of their own block `inside`."""
+
+    ends: jax.Array  # int32 [B, T]
+    begins: jax.Array | None  # int32 [B, T]; None: 0
+    real: jax.Array  # int32 [B, M]
+    inside: jax.Array | None  # bool [rows, rows]
+
+    def of(self, rows: slice) -> "_Sight":
+        """That of some of the T rows."""
+        begins = None if self.begins is None else self.begins[:, rows]
+        return self._replace(ends=self.ends[:, rows], begins=begins)
 
 
 def attend_pieces(q, k, v, visible: Before | BlockMask | None) -> jax.Array:
-    """Attention output [B, T, N, H] of q [B, T, N, H] over k, v [B, T, K, H]; None is causal. Rows that see nothing: 0.
+    """Attention output [B, T, N, H] of q [B, T, N, H] over k, v [B, S, K, H]; None is causal. Rows that see nothing: 0.
 
-    On a mesh every device computes its own rows of the batch and its own heads, without communication.
+    S is T, but under a BlockMask whose text has keys alone. On a mesh every device computes its own rows of the batch
+    and its own heads, without communication.
     """
     B, T, N, H = q.shape
     K = k.shape[2]
-    rows, real = 0, jnp.zeros((B, 0), jnp.int32)
+    rows, real, begins, inside = 0, jnp.zeros((B, 0), jnp.int32), None, None
     if isinstance(visible, BlockMask):
-        rows, real = visible.rows, visible.real
+        rows, real, begins, inside = visible.rows, visible.real, visible.begin, visible.inside
+    keys = k.shape[1] - real.shape[1] * rows
     text = T - real.shape[1] * rows
     if isinstance(visible, Before):
         ends = jnp.broadcast_to(visible.end[:, None], (B, T))
@@ -62,81 +81,88 @@ def attend_pieces(q, k, v, visible: Before | BlockMask | None) -> jax.Array:
         ends = jnp.broadcast_to(1 + jnp.arange(text, dtype=jnp.int32)[None], (B, text))
     if isinstance(visible, BlockMask):
         ends = jnp.concatenate([ends, jnp.repeat(visible.anchor + 1, rows, axis=1)], axis=1)
-    ends = jnp.minimum(ends, text)  # there are no pieces of keys behind the text
+    ends = jnp.minimum(ends, keys)  # there are no pieces of keys behind the text
+    if begins is not None:
+        begins = jnp.pad(begins, ((0, 0), (text, 0)))
     queries = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)
-    keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    out = _attention(queries, keys, values, ends, real, rows)
+    sides = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    out = _attention(queries, *sides, _Sight(ends, begins, real, inside), rows)
     return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(q, k, v, ends, real, rows: int):
-    """q and the output [B, K, G, T, H]; k, v [B, K, T, H]; ends int32 [B, T]; real int32 [B, M]."""
-    return _forward(q, k, v, ends, real, rows)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(q, k, v, sight: _Sight, rows: int):
+    """q and the output [B, K, G, T, H]; k, v [B, K, S, H]."""
+    return _forward(q, k, v, sight, rows)[0]
 
 
-def _forward(q, k, v, ends, real, rows: int):
-    wide, narrow, flat = _partitions(q)
+def _forward(q, k, v, sight: _Sight, rows: int):
+    wide, narrow, flat = _partitions(q, k, sight)
     run = on_shards(
         functools.partial(_forward_here, rows),
-        (wide, narrow, narrow, flat, flat),
+        (wide, narrow, narrow, flat),
         (wide, wide),
     )
-    out, norm = (checkpoint_name(x, SAVED) for x in run(q, k, v, ends, real))
-    return out, (q, k, v, ends, real, out, norm)
+    out, norm = (checkpoint_name(x, SAVED) for x in run(q, k, v, sight))
+    return out, (q, k, v, sight, out, norm)
 
 
 def _backward(rows: int, kept, to_out):
-    wide, narrow, flat = _partitions(kept[0])
+    wide, narrow, flat = _partitions(kept[0], kept[1], kept[3])
     run = on_shards(
         functools.partial(_backward_here, rows),
-        (wide, narrow, narrow, flat, flat, wide, wide, wide),
+        (wide, narrow, narrow, flat, wide, wide, wide),
         (wide, wide, wide),
     )
     to_q, *sides = run(*kept, to_out)
     # Devices that share a key head have each their query heads' share of its gradient.
     to_k, to_v = (jnp.sum(side, axis=2).astype(x.dtype) for side, x in zip(sides, kept[1:3], strict=True))
-    return to_q, to_k, to_v, None, None
+    return to_q, to_k, to_v, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _partitions(q):
-    """On the mesh, of q, of k, and of what has one axis behind the batch's."""
-    B, K, _, T, H = q.shape
+def _partitions(q, k, sight: _Sight):
+    """On the mesh, of q, of k, and of what rows see."""
+    batch: Any = here(sight.ends.shape, "batch", None)
+    same: Any = here(())
+    flat = _Sight(batch, None if sight.begins is None else batch, batch, None if sight.inside is None else same)
     wide = here(q.shape, "batch", "kv_heads", "groups", None, None)
-    return wide, here((B, K, T, H), "batch", "kv_heads", None, None), here((B, T), "batch", None)
+    return wide, here(k.shape, "batch", "kv_heads", None, None), flat
 
 
-def _forward_here(rows: int, q, k, v, ends, real):
+def _forward_here(rows: int, q, k, v, sight: _Sight):
     """The output [B, K, G, T, H], and each row's log-sum-exp float32 [B, K, G, T, 1]; 0 if it sees nothing."""
-    text, keys, values = _text(k, v, real, rows)
-    with jax.named_scope("attend_text"):
-        out = _forward_rows(q[..., :text, :], keys, values, ends[:, :text], None)
+    keys, values = _text(k, v, sight.real, rows)
+    text, out = q.shape[3] - sight.real.shape[1] * rows, []
+    if text:
+        with jax.named_scope("attend_text"):
+            out.append(_forward_rows(q[..., :text, :], keys, values, sight.of(slice(text)), None))
     if rows:
         with jax.named_scope("attend_blocks"):
-            own = part(*_own(q, k, v, real, rows))
+            own = part(*_own(q, k, v, sight, rows))
             own = Part(*(_beside(x, q.shape[0]) for x in own))
-            more = _forward_rows(q[..., text:, :], keys, values, ends[:, text:], own)
-        out = tuple(jnp.concatenate(pair, axis=3) for pair in zip(out, more, strict=True))
-    return out
+            out.append(_forward_rows(q[..., text:, :], keys, values, sight.of(slice(text, None)), own))
+    return out[0] if len(out) == 1 else tuple(jnp.concatenate(pair, axis=3) for pair in zip(*out, strict=True))
 
 
 def _text(k, v, real, rows: int):
-    """Length of the text, and its keys and values [B, K, S, H], padded to whole pieces."""
+    """The text's keys and values [B, K, S, H], padded to whole pieces."""
     text = k.shape[2] - real.shape[1] * rows
     pad = -text % KEYS if text > KEYS else 0
-    keys, values = (jnp.pad(x[:, :, :text], ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (k, v))
-    return text, keys, values
+    return [jnp.pad(x[:, :, :text], ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (k, v)]
 
 
-def _own(q, k, v, real, rows: int):
+def _own(q, k, v, sight: _Sight, rows: int):
     """Each block alone: rows [B*M, K, G, R, H], keys and values [B*M, K, R, H], and who is seen."""
-    M = real.shape[1]
-    text = k.shape[2] - M * rows
-    keys, values = (_alone(x[:, :, None, text:], M)[:, :, 0] for x in (k, v))
-    return _alone(q[..., text:, :], M), keys, values, _seen(real.reshape(-1, 1), 0, rows)
+    M = sight.real.shape[1]
+    text, keys_text = q.shape[3] - M * rows, k.shape[2] - M * rows
+    keys, values = (_alone(x[:, :, None, keys_text:], M)[:, :, 0] for x in (k, v))
+    seen = _seen(sight.real.reshape(-1, 1), None, 0, rows)
+    if sight.inside is not None:
+        seen = seen & sight.inside[None, None, None]
+    return _alone(q[..., text:, :], M), keys, values, seen
 
 
 def _alone(x, M: int):
@@ -193,17 +219,23 @@ def _scan(step, carry, xs):
     return carry, jax.tree.map(lambda x: x[None], y)
 
 
-def _over_keys(read, ends, length: int, carry):
-    """`read(first key, number of keys, carry)` for the pieces of `length` keys that rows with these ends see."""
+def _over_keys(read, ends, begins, length: int, carry):
+    """`read(first key, number of keys, carry)` for the pieces of `length` keys that these rows see."""
     if length <= KEYS:
         return read(0, length, carry)
+    lowest = 0
+    if begins is not None:  # rows that see nothing do not count
+        lowest = jnp.min(jnp.where(begins < ends, begins, length)) // KEYS
     count = -(-jnp.max(ends) // KEYS)
-    return lax.fori_loop(0, count, lambda i, carry: read(i * KEYS, KEYS, carry), carry)
+    return lax.fori_loop(lowest, count, lambda i, carry: read(i * KEYS, KEYS, carry), carry)
 
 
-def _seen(ends, first, width: int):
-    """bool [B, 1, 1, rows, keys]: which of the keys from `first` on lie before the rows' ends int32 [B, rows]."""
-    return (first + jnp.arange(width)).reshape(1, 1, 1, 1, -1) < ends[:, None, None, :, None]
+def _seen(ends, begins, first, width: int):
+    """bool [B, 1, 1, rows, keys]: which of the keys from `first` on lie before the rows' ends int32 [B, rows], and not
+    before their begins."""
+    keys = (first + jnp.arange(width)).reshape(1, 1, 1, 1, -1)
+    seen = keys < ends[:, None, None, :, None]
+    return seen if begins is None else seen & (keys >= begins[:, None, None, :, None])
 
 
 def _near(side, at, batch: int, first, width: int):
@@ -220,52 +252,64 @@ def _add(side, more, at, first):
     return lax.dynamic_update_slice(side, more, (at, zero, jnp.asarray(first, jnp.int32), zero))
 
 
-def _forward_rows(q, keys, values, ends, own: Part | None):
-    """Output and log-sum-exp of rows over their prefixes, and over what their `own` part is of."""
+def _bounds(sight: _Sight, batch: int):
+    """Ends and begins of the rows in each of `_pieces`."""
+    begins = None if sight.begins is None else _pieces(sight.begins, batch, 1)
+    return _pieces(sight.ends, batch, 1), begins
+
+
+def _forward_rows(q, keys, values, sight: _Sight, own: Part | None):
+    """Output and log-sum-exp of rows over their stretches of text, and over what their `own` part is of."""
     B, batch = q.shape[0], _together(q, keys)
     others = None if own is None else Part(*(_pieces(x, batch) for x in own))
 
     def step(carry, xs):
-        at, rows, ends, own = xs
+        at, rows, (ends, begins), own = xs
 
         def read(first, width, whole):
             near_keys, near_values = (_near(x, at, batch, first, width) for x in (keys, values))
-            return merge(whole, part(rows, near_keys, near_values, _seen(ends, first, width)))
+            seen = _seen(ends, begins, first, width)
+            return merge(whole, part(rows, near_keys, near_values, seen))
 
-        whole = _over_keys(read, ends, keys.shape[2], nothing(rows) if own is None else own)
+        whole = _over_keys(read, ends, begins, keys.shape[2], nothing(rows) if own is None else own)
         norm = jnp.where(whole.total == 0, 0, whole.top + jnp.log(whole.total))
         return carry, (normalised(whole).astype(values.dtype), norm)
 
     pieces = _pieces(q, batch)
-    _, out = _scan(step, None, (_firsts(pieces, B), pieces, _pieces(ends, batch, 1), others))
+    _, out = _scan(step, None, (_firsts(pieces, B), pieces, _bounds(sight, batch), others))
     return tuple(_whole(x, B, q.shape[3]) for x in out)
 
 
-def _backward_here(rows: int, q, k, v, ends, real, out, norm, to_out):
-    """Gradients of q [B, K, G, T, H], and of k and v float32 [B, K, 1, T, H] by the query heads that are here."""
-    text, keys, values = _text(k, v, real, rows)
+def _backward_here(rows: int, q, k, v, sight: _Sight, out, norm, to_out):
+    """Gradients of q [B, K, G, T, H], and of k and v float32 [B, K, 1, S, H] by the query heads that are here."""
+    keys, values = _text(k, v, sight.real, rows)
+    M = sight.real.shape[1]
+    text, keys_text = q.shape[3] - M * rows, k.shape[2] - M * rows
     to_keys = to_values = jnp.zeros(keys.shape, jnp.float32)
-    with jax.named_scope("attend_text"):
-        of = [x[..., :text, :] for x in (q, out, norm, to_out)]
-        to_q, to_keys, to_values = _backward_rows(of, ends[:, :text], keys, values, to_keys, to_values)
-    own = []
+    to_q, own = [], []
+    if text:
+        with jax.named_scope("attend_text"):
+            of = [x[..., :text, :] for x in (q, out, norm, to_out)]
+            to_text, to_keys, to_values = _backward_rows(of, sight.of(slice(text)), keys, values, to_keys, to_values)
+            to_q.append(to_text)
     if rows:
         with jax.named_scope("attend_blocks"):
             of = [x[..., text:, :] for x in (q, out, norm, to_out)]
-            to_blocks, to_keys, to_values = _backward_rows(of, ends[:, text:], keys, values, to_keys, to_values)
-            own_out, own_norm, own_to_out = (_alone(x, real.shape[1]) for x in of[1:])
+            its = sight.of(slice(text, None))
+            to_blocks, to_keys, to_values = _backward_rows(of, its, keys, values, to_keys, to_values)
+            own_out, own_norm, own_to_out = (_alone(x, M) for x in of[1:])
             own_shared = _shared(own_out, own_to_out)
-            to_own, *own = _gradients(*_own(q, k, v, real, rows), own_norm, own_shared, own_to_out)
-            to_blocks = to_blocks + _beside(to_own, q.shape[0])
-        to_q = jnp.concatenate([to_q, to_blocks], axis=3)
-    sides = [side[:, :, None, :text] for side in (to_keys, to_values)]
+            to_own, *own = _gradients(*_own(q, k, v, sight, rows), own_norm, own_shared, own_to_out)
+            to_q.append(to_blocks + _beside(to_own, q.shape[0]))
+    sides = [side[:, :, None, :keys_text] for side in (to_keys, to_values)]
     for i, side in enumerate(own):
         sides[i] = jnp.concatenate([sides[i], _beside(side[:, :, None], q.shape[0])], axis=3)
-    return to_q.astype(q.dtype), *sides
+    whole = to_q[0] if len(to_q) == 1 else jnp.concatenate(to_q, axis=3)
+    return whole.astype(q.dtype), *sides
 
 
-def _backward_rows(of, ends, keys, values, to_keys, to_values):
-    """Gradient float32 [B, K, G, T, H] of rows over their prefixes, added to the keys' and values' what these get.
+def _backward_rows(of, sight: _Sight, keys, values, to_keys, to_values):
+    """Gradient float32 [B, K, G, T, H] of rows over their text, added to the keys' and values' what these get.
 
     of: the rows, their output, log-sum-exp and the output's gradient.
     """
@@ -273,21 +317,21 @@ def _backward_rows(of, ends, keys, values, to_keys, to_values):
     B, batch, T = of[0].shape[0], _together(of[0], keys), of[0].shape[3]
 
     def step(carry, xs):
-        at, rows, out, norm, to_out, ends = xs
+        at, rows, out, norm, to_out, (ends, begins) = xs
         shared = _shared(out, to_out)
 
         def read(first, width, carry):
             to_rows, to_keys, to_values = carry
             near_keys, near_values = (_near(x, at, batch, first, width) for x in (keys, values))
-            seen = _seen(ends, first, width)
+            seen = _seen(ends, begins, first, width)
             more, *sides = _gradients(rows, near_keys, near_values, seen, norm, shared, to_out)
             return to_rows + more, _add(to_keys, sides[0], at, first), _add(to_values, sides[1], at, first)
 
-        to_rows, *carry = _over_keys(read, ends, keys.shape[2], (jnp.zeros(rows.shape, jnp.float32), *carry))
+        to_rows, *carry = _over_keys(read, ends, begins, keys.shape[2], (jnp.zeros(rows.shape, jnp.float32), *carry))
         return tuple(carry), to_rows
 
     pieces = [_pieces(x, batch) for x in of]
-    xs = (_firsts(pieces[0], B), *pieces, _pieces(ends, batch, 1))
+    xs = (_firsts(pieces[0], B), *pieces, _bounds(sight, batch))
     (to_keys, to_values), to_rows = _scan(step, (to_keys, to_values), xs)
     return _whole(to_rows, B, T), to_keys, to_values
 

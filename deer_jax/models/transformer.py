@@ -7,11 +7,11 @@ nested dict:
     layers: name -> [L, ...] (scanned) or index -> name -> [...] (unrolled)
     experts: gate, up [L, E, F, D], down [L, E, D, F] (mixture of experts only; always stacked)
 
-and `bind` merges it back into modules inside the jitted function. Weights are [out, in], as in Hugging Face folders.
+(a conditioned drafter's, see `models.conditioned`, instead of embed and head: fc [D, n*D'] · hidden_norm [D]), and
+`bind` merges it back into modules inside the jitted function. Weights are [out, in], as in Hugging Face folders.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -21,13 +21,15 @@ from flax import nnx
 from jax import lax
 
 from deer_jax.build import Remat
-from deer_jax.config import ModelConfig
+from deer_jax.config import ConditionedConfig, ModelConfig
 from deer_jax.models import experts as moe
 from deer_jax.models.attention import attend, with_finite_values
+from deer_jax.models.blocks import Blocks
 from deer_jax.models.cache import KVCache, rows_of, write_cache
-from deer_jax.models.layers import gated_mlp, linear, logits, look_up, rms_norm, rotary, rotate
-from deer_jax.models.piecewise import SAVED
-from deer_jax.sharding import Axis, Heads, constrain, whole
+from deer_jax.models.layers import convolve, gated_mlp, linear, logits, look_up, rms_norm, rotary, rotate
+from deer_jax.models.piecewise import SAVED, BlockMask
+from deer_jax.models.weights import Weight, expert_weights, layer_weights, outer_weights, parameter
+from deer_jax.sharding import constrain, whole
 
 Params = dict[str, Any]
 # What is not computed again; the outputs of attention are as small as what lies between layers, and dear.
@@ -40,117 +42,76 @@ POLICIES = {
 }
 
 
-class Weight(NamedTuple):
-    """Declaration of one weight: shape, the logical axis of each dimension (see `sharding`), initial value."""
-
-    shape: tuple[int, ...]
-    axes: tuple[Axis, ...]
-    init: str = "normal"  # "normal": std 1/sqrt(in); "ones"; "zeros"
-
-
-def outer_weights(config: ModelConfig) -> dict[str, Weight]:
-    """The weights outside the layers."""
-    table = {
-        "embed": Weight((config.vocab_size, config.width), ("vocab", "width")),
-        "norm": Weight((config.width,), (None,), "ones"),
-    }
-    if not config.tied:
-        table["head"] = Weight((config.vocab_size, config.width), ("vocab", "width"))
-    return table
-
-
-def layer_weights(config: ModelConfig) -> dict[str, Weight]:
-    """The weights of one layer, without the experts."""
-    D, F, H = config.width, config.mlp_width, config.head_width
-    query, key = config.heads * H, config.kv_heads * H
-    queries, keys = Heads(config.kv_heads, config.heads // config.kv_heads), Heads(config.kv_heads)
-    table = {
-        "input_norm": Weight((D,), (None,), "ones"),
-        "q": Weight((query, D), (queries, "width")),
-        "k": Weight((key, D), (keys, "width")),
-        "v": Weight((key, D), (keys, "width")),
-        "o": Weight((D, query), ("width", queries)),
-        "post_norm": Weight((D,), (None,), "ones"),
-    }
-    if config.qkv_bias:
-        table |= {
-            "q_bias": Weight((query,), (queries,), "zeros"),
-            "k_bias": Weight((key,), (keys,), "zeros"),
-            "v_bias": Weight((key,), (keys,), "zeros"),
-        }
-    if config.qk_norm:
-        table |= {"q_norm": Weight((H,), (None,), "ones"), "k_norm": Weight((H,), (None,), "ones")}
-    if config.experts:
-        table["router"] = Weight((config.experts, D), (None, "width"))
-    else:
-        table |= {
-            "gate": Weight((F, D), ("mlp", "width")),
-            "up": Weight((F, D), ("mlp", "width")),
-            "down": Weight((D, F), ("width", "mlp")),
-        }
-    return table
-
-
-def expert_weights(config: ModelConfig) -> dict[str, Weight]:
-    """The weights of one layer's experts; empty for a dense model."""
-    if not config.experts:
-        return {}
-    E, D, F = config.experts, config.width, config.expert_width
-    return {
-        "gate": Weight((E, F, D), moe.AXES["gate"]),
-        "up": Weight((E, F, D), moe.AXES["up"]),
-        "down": Weight((E, D, F), moe.AXES["down"]),
-    }
-
-
-def _parameter(weight: Weight, rngs: nnx.Rngs, dtype, stack: tuple[int, ...] = ()) -> nnx.Param:
-    shape = stack + weight.shape
-    if weight.init == "normal":
-        value = jax.random.normal(rngs.params(), shape, dtype) * (1 / math.sqrt(weight.shape[-1]))
-    else:
-        value = (jnp.ones if weight.init == "ones" else jnp.zeros)(shape, dtype)
-    return nnx.Param(value, logical_axes=(None,) * len(stack) + weight.axes)
-
-
 class Layer(nnx.Module):
     """One pre-norm block; with `stack` its weights carry leading axes and only `lax.scan` may call it."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, stack: tuple[int, ...] = ()):
         self.config = config
         for name, weight in layer_weights(config).items():
-            setattr(self, name, _parameter(weight, rngs, dtype, stack))
+            setattr(self, name, parameter(weight, rngs, dtype, stack))
 
-    def __call__(self, x, cos_sin, experts, index, *, visible, cache, start):
-        """The block's output [B, T, D] and its fresh keys and values [B, K, T, H]."""
+    def _weight(self, name: str):
+        return whole(getattr(self, name)[...], layer_weights(self.config)[name].axes)
+
+    def _heads(self, h, name: str, groups: int):
+        config, (B, T, _) = self.config, h.shape
+        K, H = config.kv_heads, config.head_width
+        y = linear(h, self._weight(name), self._weight(f"{name}_bias") if config.qkv_bias else None)
+        y = constrain(y.reshape(B, T, K, groups, H), "batch", None, "kv_heads", "groups", None)
+        y = y.reshape(B, T, K * groups, H)
+        if config.qk_norm and name != "v":
+            y = rms_norm(y, self._weight(f"{name}_norm"), config.norm_eps)
+        return y
+
+    def keys_values(self, h, cos_sin):
+        """Keys and values [B, T, K, H] of normalised rows [B, T, D]."""
+        k, v = rotate(self._heads(h, "k", 1), cos_sin), self._heads(h, "v", 1)
+        # A row alone is seen by all that follow it.
+        return with_finite_values(k, v) if h.shape[1] > 1 else (k, v)
+
+    def _convolved(self, name: str, h, visible):
+        """A sublayer's normalised input, convolved, and a function that does so with its output."""
+        config = self.config
+        if not isinstance(config, ConditionedConfig) or not config.conv_kernel:
+            return h, lambda y: y
+        base, dynamic = self._weight(f"{name}_base"), linear(h, self._weight(f"{name}_projection"))
+        dynamic = constrain(dynamic, "batch", None, None).reshape(*h.shape[:2], *base.shape[:2], -1)
+        into, after = ((base[side], dynamic[:, :, side], visible.rows) for side in (0, 1))
+        return convolve(h, *into), lambda y: convolve(y, *after)
+
+    def _attend(self, q, k, v, index, visible, cache, start, context):
+        """Attention's output; of a conditioned drafter over the cached context, or the one that is given."""
+        config = self.config
+        if not isinstance(visible, Blocks) or not isinstance(config, ConditionedConfig):
+            return attend(q, k, v, visible=visible, cache=cache, layer=index, start=start)
+        begin, inside = visible.begin(config, index), visible.inside(config, index)
+        if context is None:
+            return attend(q, k, v, visible=inside[None], cache=cache, layer=index, start=start, begin=begin)
+        k, v = (jnp.concatenate(sides, axis=1) for sides in zip(self.keys_values(*context), (k, v), strict=True))
+        real = jnp.full(visible.anchor.shape, visible.rows, jnp.int32)
+        return attend(q, k, v, visible=BlockMask(visible.anchor - 1, real, visible.rows, begin, inside))
+
+    def __call__(self, x, cos_sin, experts, index, *, visible, cache, start, context):
+        """The block's output [B, T, D] and its fresh keys and values [B, K, T, H].
+
+        context: what keys and values are made of besides the rows' own [B, S, D], and its cos and sin; or None.
+        """
         config, (B, T, _) = self.config, x.shape
-        K, G, H = config.kv_heads, config.heads // config.kv_heads, config.head_width
-        axes = {name: weight.axes for name, weight in layer_weights(config).items()}
-
-        def weight(name):
-            return whole(getattr(self, name)[...], axes[name])
-
-        def heads(name, groups):
-            y = linear(h, weight(name), weight(f"{name}_bias") if config.qkv_bias else None)
-            y = constrain(y.reshape(B, T, K, groups, H), "batch", None, "kv_heads", "groups", None)
-            y = y.reshape(B, T, K * groups, H)
-            if config.qk_norm and name != "v":
-                y = rms_norm(y, weight(f"{name}_norm"), config.norm_eps)
-            return y
-
         with jax.named_scope("attention"):
-            h = rms_norm(x, weight("input_norm"), config.norm_eps)
-            q, k, v = rotate(heads("q", G), cos_sin), rotate(heads("k", 1), cos_sin), heads("v", 1)
-            if T > 1:  # a row alone is seen by all that follow it
-                k, v = with_finite_values(k, v)
-            mixed = attend(q, k, v, visible=visible, cache=cache, layer=index, start=start)
-            x = constrain(x + linear(mixed.reshape(B, T, -1), weight("o")), "batch", None, None)
+            h = rms_norm(x, self._weight("input_norm"), config.norm_eps)
+            h, after = self._convolved("attention_conv", h, visible)
+            q = rotate(self._heads(h, "q", config.heads // config.kv_heads), cos_sin)
+            k, v = self.keys_values(h, cos_sin)
+            mixed = self._attend(q, k, v, index, visible, cache, start, context)
+            x = constrain(x + after(linear(mixed.reshape(B, T, -1), self._weight("o"))), "batch", None, None)
         with jax.named_scope("mlp"):
-            h = rms_norm(x, weight("post_norm"), config.norm_eps)
+            h = rms_norm(x, self._weight("post_norm"), config.norm_eps)
+            h, after = self._convolved("mlp_conv", h, visible)
             if config.experts:
-                out = moe.mix(h, weight("router"), experts, index, config)
+                out = moe.mix(h, self._weight("router"), experts, index, config)
             else:
-                out = gated_mlp(h, weight("gate"), weight("up"), weight("down"))
-            x = constrain(x + out, "batch", None, None)
+                out = gated_mlp(h, self._weight("gate"), self._weight("up"), self._weight("down"))
+            x = constrain(x + after(out), "batch", None, None)
         fresh = (constrain(jnp.swapaxes(side, 1, 2), "batch", "kv_heads", None, None) for side in (k, v))
         return x, tuple(fresh)
 
@@ -160,7 +121,7 @@ class Experts(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         for name, weight in expert_weights(config).items():
-            setattr(self, name, _parameter(weight, rngs, dtype, (config.layers,)))
+            setattr(self, name, parameter(weight, rngs, dtype, (config.layers,)))
 
 
 class Pass(NamedTuple):
@@ -179,7 +140,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, scan: bool = True):
         self.config, self.scan = config, scan
         for name, weight in outer_weights(config).items():
-            setattr(self, name, _parameter(weight, rngs, dtype))
+            setattr(self, name, parameter(weight, rngs, dtype))
         if scan:
             self.layers = Layer(config, rngs=rngs, dtype=dtype, stack=(config.layers,))
         else:
@@ -200,25 +161,31 @@ class Transformer(nnx.Module):
 
     def __call__(
         self, x, positions, *, visible=None, cache: KVCache | None = None, start=None, remat: Remat = "none",
-        taps: tuple[int, ...] = (),
+        taps: tuple[int, ...] = (), context=None,
     ):  # fmt: skip
         """What a pass over some rows gives.
 
         Args:
           x: embeddings [B, T, D]; positions: int [B, T].
-          visible: who sees whom among the fresh rows, see `attention.attend`; None is causal.
+          visible: who sees whom among the fresh rows, see `attention.attend`; None is causal. `Blocks`: the rows are
+            a conditioned drafter's, with the context's keys and values in the cache or the context given.
           cache: earlier keys and values, only read; start int [B]: how many slots of it exist.
           remat: what gradients compute again, see `build.Remat`.
           taps: layers whose outputs are wanted, from 0 and in this order.
+          context: [B, S, D] at positions 0..S-1, see `models.conditioned`; None: there is none, or it is cached.
         """
         config = self.config
         cos_sin = rotary(positions, config.rope, config.head_width, x.dtype)
+        if context is not None:
+            context = context, rotary(jnp.arange(context.shape[1])[None], config.rope, config.head_width, x.dtype)
         experts = None
         if config.experts:
             experts = {name: getattr(self.experts, name)[...] for name in expert_weights(config)}
 
         def layer(module, x, index):
-            return module(x, cos_sin, experts, index, visible=visible, cache=cache, start=start)
+            return module(
+                x, cos_sin, experts, index, visible=visible, cache=cache, start=start, context=context
+            )  # fmt: skip
 
         def saving(run):
             return run if remat == "none" else jax.checkpoint(run, policy=POLICIES[remat], prevent_cse=not self.scan)
@@ -241,7 +208,8 @@ class Transformer(nnx.Module):
             steps = (jnp.arange(config.layers), weights)
             (x, tapped), (keys, values) = lax.scan(saving(body), (x, tapped), steps)
         else:
-            fresh, tapped = [], [None] * len(taps)
+            fresh: list[Any] = []
+            tapped: Any = [None] * len(taps)
             for index, module in enumerate(self.layers):
                 graph, weights = nnx.split(module)
                 run = saving(lambda weights, x, graph=graph, index=index: layer(nnx.merge(graph, weights), x, index))
@@ -253,11 +221,11 @@ class Transformer(nnx.Module):
             if cache is not None:
                 keys, values = _after(x, keys), _after(x, values)
         hidden = rms_norm(x, self.norm[...], config.norm_eps)
-        if taps:
-            last = config.layers - 1
-            outputs = [hidden if tap == last else tapped[place] for place, tap in enumerate(taps)]
-            tapped = constrain(jnp.concatenate(outputs, axis=-1), "batch", None, None)
-        return Pass(hidden, KVCache(keys, values), tapped if taps else None)
+        if not taps:
+            return Pass(hidden, KVCache(keys, values), None)
+        outputs = [hidden if tap == config.layers - 1 else tapped[place] for place, tap in enumerate(taps)]
+        tapped = constrain(jnp.concatenate(outputs, axis=-1), "batch", None, None)
+        return Pass(hidden, KVCache(keys, values), tapped)
 
 
 def _after(x, fresh):
@@ -313,7 +281,7 @@ def is_stacked(params: Params) -> bool:
 
 def bind(config: ModelConfig, params: Params) -> Transformer:
     """The module around given parameters, for use inside a jitted function."""
-    graph, _ = _declared(config, is_stacked(params), jnp.dtype(params["embed"].dtype))
+    graph, _ = _declared(config, is_stacked(params), jnp.dtype(params["norm"].dtype))
     return nnx.merge(graph, params)
 
 
@@ -338,6 +306,6 @@ def read_prompts(
     so the cache is not attended to at all.
     """
     positions = start[:, None] + jnp.arange(x.shape[1], dtype=start.dtype)[None]
-    before = {} if first else {"cache": rows_of(cache, rows), "start": start}
+    before: dict[str, Any] = {} if first else {"cache": rows_of(cache, rows), "start": start}
     read = model(x, positions, taps=taps, **before)
     return write_cache(cache, read.fresh, start, rows), read.tapped
