@@ -241,7 +241,8 @@ def _local(mix: Mix, count: int, gradients: bool, terms, labels, weights, soft, 
             to_choice = choice.add_of(to_choice, rows, chosen.ids, chosen_slope) if gradients else None
         if gradients:
             to_terms = [part.add(one, rows, slope) for part, one in zip(parts, to_terms, strict=True)]
-        return loss, known.at[rows].set(jnp.concatenate(new, axis=-1)), to_terms, to_choice
+        fresh = jnp.where(weights[rows][:, None] != 0, jnp.concatenate(new, axis=-1), 0)
+        return loss, known.at[rows].set(fresh), to_terms, to_choice
 
     to_terms = [part.zeros() for part in parts] if gradients else None
     to_choice = choice.zeros() if choice is not None and gradients else None

@@ -92,13 +92,13 @@ def test_the_label_takes_the_last_place_where_it_is_not_among_the_best(count):
     chosen = candidates(scores, jnp.arange(V), label[:, None], count)
     rng = np.random.default_rng(1)
     extra = jnp.asarray(rng.normal(size=(ROWS, V)), jnp.float32)
-    for row, (ids, given, found) in enumerate(zip(chosen.ids, chosen.scores, chosen.found[:, 0], strict=True)):
-        best = np.argsort(-scores[row])[:count].tolist()
-        assert found == (label[row] in best)
-        if label[row] >= 0 and not found:
-            best[-1] = int(label[row])
+    for row, right, ids, given, found in zip(*map(np.asarray, (scores, label, *chosen[:2], chosen.found)), strict=True):
+        best = np.argsort(-row)[:count].tolist()
+        assert bool(found) == (right in best)
+        if right >= 0 and not found:
+            best[-1] = right
         assert ids.tolist() == best
-        np.testing.assert_array_equal(given, scores[row][ids])
+        np.testing.assert_array_equal(given, row[ids])
     loss, slope = choice_loss(chosen.scores + jnp.take_along_axis(extra, chosen.ids, axis=1), chosen.is_label)
     expected, pull = jax.vjp(lambda extra: naive_choice(scores, label, extra, count), extra)
     np.testing.assert_allclose(loss[:, 0], expected, rtol=1e-5, atol=1e-6)
