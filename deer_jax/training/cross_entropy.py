@@ -1,111 +1,257 @@
-"""Cross-entropy over a large vocabulary: logits for a few rows at a time, on shards of rows and vocabulary."""
+"""Losses over a large vocabulary: scores for a few rows at a time, on shards of rows and vocabulary.
 
-from typing import Any, NamedTuple
+Scores are a sum of products, see `training.scores`; what a row loses is decided in `training.losses`. Here are the
+rows, the chunks and the shards.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deer_jax.models.layers import logits, precision
-from deer_jax.sharding import gathered, here, largest, on_shards, shard_index, spread, total
+from deer_jax.errors import InputError
+from deer_jax.models.layers import logits
+from deer_jax.sharding import here, on_shards, shard_index, spread, total
+from deer_jax.training import losses
+from deer_jax.training.losses import Mix, Target, View
+from deer_jax.training.scores import OnShard, Term, at_ids, gradient_like, table_axes, table_here, term_axes
 
-CHUNK_ROWS = 512  # rows whose logits exist at one time, on each shard of the rows
+CHUNK_ROWS = 512  # rows whose scores exist at one time, on each shard of the rows
 
 
 class SoftLabels(NamedTuple):
-    """What another model says at each row, instead of one label; not differentiated."""
+    """What another model, the target, says at each row; not differentiated."""
 
     hidden: jax.Array  # [B, R, D']
-    head: jax.Array  # [V', D']
-    allowed: jax.Array  # bool [V] ids that may have probability; those from V' on have none
+    head: jax.Array  # [V', D'], a row for each of the drafter's ids, or what `sharding.spread` made of it
+    allowed: jax.Array | None = None  # bool [V] ids that may have probability; those from V' on have none
+    whole: jax.Array | None = None  # [V'', D'] the head of all the target's ids, where the drafter has fewer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selector:
+    """A choice among each row's best K ids: cross-entropy over them of their scores plus one more term.
+
+    The row's label takes the K-th place where it is not among them. Features, table and scores are all trained.
+
+    Attributes:
+      term: features [B, R, r], made of the predecessor and the state, and the table of successors [V, r].
+      count: K.
+      weight: of this loss beside the mix.
+    """
+
+    term: Term
+    count: int = dataclasses.field(metadata={"static": True})
+    weight: float = dataclasses.field(default=1.0, metadata={"static": True})
+
+
+class Rows(NamedTuple):
+    """What is known of each row of non-zero weight, float32 [B, R]; 0 at the others. Not differentiated."""
+
+    loss: jax.Array  # of the mix, not weighted
+    likelihood: jax.Array  # q of its label; 0 where it has none
+    acceptance: jax.Array  # sum of min(p, q); without soft labels the likelihood
+    agrees: jax.Array  # 1 where q's best id is the target's best, or without soft labels its label
+    entropy: jax.Array  # of the soft labels among the drafter's ids
+    choice_loss: jax.Array  # of the selector, not weighted
+    choice_agrees: jax.Array  # 1 where the selector's best is the label
+    recall: jax.Array  # 1 where the label was among the best K by itself
 
 
 def weighted_cross_entropy(hidden, head, labels, weights, soft: SoftLabels | None = None):
     """float32 []: sum of weights * -log softmax(hidden @ head.T)[label] over rows of non-zero weight.
 
     hidden [B, R, D], head [V, D] or what `sharding.spread` made of it, labels int32 [B, R], weights float32 [B, R] (not
-    differentiated). With soft labels it is the cross-entropy against their distributions, and labels are not read. Rows
-    of zero weight cost nothing and their labels may be anything: each shard moves its others to the front and takes
-    them through its part of the vocabulary in chunks, gradients in the same pass, so logits exist for one chunk at a
-    time, are computed once, and never leave their shard.
+    differentiated). With soft labels it is the cross-entropy against their distributions, and labels are not read.
     """
-    return _loss(hidden, spread(head) if head.ndim == 2 else head, labels, weights, soft)
+    if soft is None:
+        return weighted_loss([Term(hidden, head)], labels, weights, Mix(ce=1))[0]
+    loss, rows = weighted_loss([Term(hidden, head)], labels, weights, Mix(kl=1), soft)
+    return loss + jnp.sum(weights * rows.entropy)
 
 
-@jax.custom_vjp
-def _loss(hidden, head, labels, weights, soft):
-    return _cross_entropy(hidden, head, labels, weights, soft)[0]
+def weighted_loss(
+    terms: Sequence[Term], labels, weights, mix: Mix, soft: SoftLabels | None = None, selector: Selector | None = None
+) -> tuple[jax.Array, Rows]:
+    """Sum of weights * the mix's loss over rows of non-zero weight, float32 [], and what is known of these rows.
+
+    q is the softmax of the terms' sum. labels int32 [B, R] are ids of the drafter, negative where the token is none of
+    them (see `draft_labels`); None for the best of the soft labels. weights float32 [B, R] are not differentiated. A
+    selector's loss is weighted as the mix's and added.
+
+    Rows of zero weight cost nothing and their labels may be anything: each shard moves its others to the front and
+    takes them through its part of the vocabulary in chunks, gradients in the same pass, so scores exist for one chunk
+    at a time, are computed once, and never leave their shard.
+    """
+    terms, soft, selector = _ready(terms, labels, mix, soft, selector)
+    loss, rows = _loss(mix, terms, labels, weights, soft, selector)
+    return loss, lax.stop_gradient(rows)
 
 
-def _cross_entropy(hidden, head, labels, weights, soft):
-    rows = here(labels.shape, "batch", None)
-    states = here(hidden.shape, "batch", None, None)
-    table = here(head.shape, "batch", "vocab", None) if head.ndim == 3 else here(head.shape, "vocab", "width")
-    theirs: Any = None
+def measured(
+    terms: Sequence[Term], labels, weights, soft: SoftLabels | None = None, selector: Selector | None = None
+) -> Rows:
+    """What is known of each row, with cross-entropy as its loss, in a pass of its own; nothing is differentiated."""
+    terms, soft, selector = _ready(terms, labels, Mix(ce=1), soft, selector)
+    terms, soft, selector = lax.stop_gradient((terms, soft, selector))
+    return _run(Mix(ce=1), terms, labels, weights, soft, selector, gradients=False)[1]
+
+
+def draft_labels(labels, ids):
+    """int32 like labels: which of the drafter's ids each of these ids of the target is; -1 where it has none.
+
+    ids: int32 [V_draft], which id of the target each of the drafter's is, ascending.
+    """
+    at = jnp.minimum(jnp.searchsorted(ids, labels), ids.shape[0] - 1).astype(jnp.int32)
+    return jnp.where(ids[at] == labels, at, -1)
+
+
+def _ready(terms: Sequence[Term], labels, mix: Mix, soft: SoftLabels | None, selector: Selector | None):
+    """The arguments checked, with trained tables spread, so that their gradients are summed over the shards once."""
+    V = terms[0].table.shape[-2]
+    if soft is None and (mix.reads_target or labels is None):
+        raise InputError("labels other than the text's tokens, and losses other than ce, need the target's soft labels")
     if soft is not None:
-        V = head.shape[-2]
-        short = jnp.pad(soft.head[:V], ((0, V - min(V, soft.head.shape[0])), (0, 0)))  # a row for each id of ours
-        soft = SoftLabels(soft.hidden, short, soft.allowed & (jnp.arange(V) < soft.head.shape[0]))
-        specs: Any = (
-            here(soft.hidden.shape, "batch", None, None), here(soft.head.shape, "vocab", "width"),
-            here(soft.allowed.shape, "vocab"),
-        )  # fmt: skip
-        theirs = SoftLabels(*specs)
-    run = on_shards(_local, (states, table, rows, rows, theirs), (here(()), states, table))
-    loss, to_hidden, to_head = run(hidden, head, labels, weights, soft)
-    return loss, (to_hidden, to_head)
+        known = soft.head.shape[-2]
+        short = soft.head[..., :V, :]
+        short = jnp.pad(short, [(0, 0)] * (short.ndim - 2) + [(0, V - min(V, known)), (0, 0)])
+        allowed = jnp.arange(V) < known
+        soft = soft._replace(head=short, allowed=allowed if soft.allowed is None else soft.allowed & allowed)
+    if selector is not None:
+        if not 1 <= selector.count <= V:
+            raise InputError(f"a selector chooses among 1 to {V} ids, which is all there are, not {selector.count}")
+        selector = dataclasses.replace(selector, term=_spread(selector.term))
+    return tuple(_spread(term) for term in terms), soft, selector
 
 
-def _local(hidden, head, labels, weights, soft: SoftLabels | None):
-    """Of one shard's rows, with its part of the vocabulary: the loss of all rows, and both gradients of its own."""
-    (B, R, D), weights, labels = hidden.shape, weights.reshape(-1), labels.reshape(-1)
-    table = head[0] if head.ndim == 3 else head
-    V, N, chunk = table.shape[0], B * R, min(CHUNK_ROWS, B * R)
+def _spread(term: Term) -> Term:
+    return dataclasses.replace(term, table=spread(term.table)) if term.trained and term.table.ndim == 2 else term
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(mix, terms, labels, weights, soft, selector):
+    return _run(mix, terms, labels, weights, soft, selector, gradients=False)[:2]
+
+
+def _forward(mix, terms, labels, weights, soft, selector):
+    loss, rows, gradients = _run(mix, terms, labels, weights, soft, selector, gradients=True)
+    return (loss, rows), gradients
+
+
+def _backward(mix, gradients, cotangents):
+    to_terms, to_selector = jax.tree.map(lambda x: x * cotangents[0].astype(x.dtype), gradients)
+    return to_terms, None, None, None, to_selector
+
+
+_loss.defvjp(_forward, _backward)
+
+
+def _run(mix, terms, labels, weights, soft, selector, *, gradients: bool):
+    """The loss, what is known of the rows, and gradients like (terms, selector) but for frozen tables, or None."""
+    V = terms[0].table.shape[-2]
+    rows: Any = here(weights.shape, "batch", None)
+    terms_at = tuple(term_axes(term) for term in terms)
+    selector_at = None if selector is None else dataclasses.replace(selector, term=term_axes(selector.term))
+    soft_at: Any = None
+    if soft is not None:
+        hidden: Any = here(soft.hidden.shape, "batch", None, None)
+        whole = None if soft.whole is None else table_axes(soft.whole)
+        soft_at = SoftLabels(hidden, table_axes(soft.head), cast(Any, here((V,), "vocab")), whole)
+    found = None
+    if gradients:
+        to_selector = selector_at and dataclasses.replace(selector_at, term=gradient_like(selector_at.term))
+        found = tuple(gradient_like(term) for term in terms_at), to_selector
+    local = functools.partial(_local, mix, V, gradients)
+    labels_at = None if labels is None else rows
+    known = Rows(*[rows] * len(Rows._fields))
+    run = on_shards(local, (terms_at, labels_at, rows, soft_at, selector_at), (here(()), known, found))
+    return run(terms, labels, weights, soft, selector)
+
+
+class _Theirs:
+    """What the target says, on one shard and for a few rows at a time."""
+
+    def __init__(self, soft: SoftLabels):
+        self.hidden, self.head = soft.hidden.reshape(-1, soft.hidden.shape[-1]), table_here(soft.head)
+        self.allowed, self.whole = cast(jax.Array, soft.allowed), None if soft.whole is None else table_here(soft.whole)
+
+    def at(self, rows) -> Target:
+        x = self.hidden.at[rows].get(mode="clip")
+        scores = jnp.where(self.allowed[None], logits(x, self.head), -jnp.inf)
+        norm, best = losses.log_normaliser(scores)
+        if self.whole is None:
+            return Target(scores - norm, jnp.zeros_like(norm), best - norm)
+        of_all, best = losses.log_normaliser(logits(x, self.whole))
+        return Target(scores - norm, jnp.minimum(norm - of_all, 0), best - of_all)
+
+
+def _local(mix: Mix, count: int, gradients: bool, terms, labels, weights, soft, selector: Selector | None):
+    """The loss of all rows, and of one shard's rows what is known of them and the gradients of its part of the tables.
+
+    count: ids of the whole vocabulary.
+    """
+    (B, R), weights = weights.shape, weights.reshape(-1)
+    parts = [OnShard(term) for term in terms]
+    theirs = None if soft is None else _Theirs(soft)
+    choice = None if selector is None else OnShard(selector.term)
+    V, N, chunk = parts[0].table.shape[0], B * R, min(CHUNK_ROWS, B * R)
     ids = shard_index("vocab") * V + jnp.arange(V)
     order = jnp.argsort(weights == 0, stable=True)
     order = jnp.pad(order, (0, -N % chunk), constant_values=N)  # N points at a row of zeros
-    padded = jnp.pad(hidden.reshape(N, D), ((0, 1), (0, 0)))
-    labels, weights = jnp.pad(labels, (0, 1)), jnp.pad(weights, (0, 1))
-    used = jnp.sum(weights != 0)
-    if soft is not None:
-        theirs, their_head = soft.hidden.reshape(N, -1), gathered(soft.head, "width", 1)
+    weights, used = jnp.pad(weights, (0, 1)), jnp.sum(weights != 0)
+    if labels is not None:
+        labels = jnp.pad(labels.reshape(-1), (0, 1))
 
-    def normaliser(scores):
-        """log of the sum of exp(scores) over the whole vocabulary: [chunk, 1]."""
-        top = largest(jnp.max(scores, axis=-1, keepdims=True), "vocab")
-        return top + jnp.log(total(jnp.sum(jnp.exp(scores - top), axis=-1, keepdims=True), "vocab"))
-
-    def wanted(rows):
-        """float32 [chunk, V]: the distribution that each row is to have."""
-        if soft is None:
-            return (labels[rows][:, None] == ids[None]).astype(jnp.float32)
-        scores = logits(theirs.at[rows].get(mode="clip"), their_head)
-        scores = jnp.where(soft.allowed[None], scores, -jnp.inf)
-        return jnp.exp(scores - normaliser(scores))
+    def seen(rows, scores) -> tuple[View, Any]:
+        """The rows for the losses, and their labels int32 [r, 1], -1 for none."""
+        target = None if theirs is None else theirs.at(rows)
+        label = losses.best_id(cast(Target, target).log_p, ids) if labels is None else labels[rows][:, None]
+        label = jnp.where(label < count, label, -1)
+        norm, best = losses.log_normaliser(scores)
+        return View(scores - norm, best - norm, label == ids[None], (label >= 0).astype(jnp.float32), target), label
 
     def one_chunk(i, carry):
-        loss, to_hidden, to_head = carry
+        loss, known, to_terms, to_choice = carry
         rows = lax.dynamic_slice_in_dim(order, i * chunk, chunk)
-        x, weight, label = padded[rows], weights[rows][:, None], wanted(rows)
-        scores = logits(x, table)
-        norm = normaliser(scores)
-        said = total(jnp.sum(label * scores, axis=-1, keepdims=True), "vocab")
-        loss = loss + jnp.sum(weight * (norm - said))
-        error = ((jnp.exp(scores - norm) - label) * weight).astype(hidden.dtype)
-        exact = precision(hidden.dtype)
-        to_x = jnp.einsum("rv,vd->rd", error, table, precision=exact, preferred_element_type=jnp.float32)
-        to_x = total(to_x.astype(hidden.dtype), "vocab")
-        to_head = to_head + jnp.einsum("rv,rd->vd", error, x, precision=exact, preferred_element_type=jnp.float32)
-        return loss, to_hidden.at[rows].set(to_x), to_head
+        weight, scores = weights[rows][:, None], functools.reduce(jnp.add, [part.scores(rows) for part in parts])
+        view, label = seen(rows, scores)
+        row_loss, slope = losses.mixed(mix, view)
+        loss, slope = loss + jnp.sum(weight * row_loss), slope * weight
+        likelihood = jnp.exp(losses.log_likelihood(view)) * view.has_label
+        none = jnp.zeros_like(likelihood)
+        accepted, entropy = (likelihood, none) if theirs is None else (losses.acceptance(view)[0], losses.entropy(view))
+        new = [row_loss, likelihood, accepted, losses.agreement(view), entropy]
+        if choice is None or selector is None:
+            new += [none, none, none]
+        else:
+            chosen = losses.candidates(scores, ids, label, selector.count)
+            chosen_scores = chosen.scores + choice.scores_of(rows, chosen.ids)
+            chosen_loss, chosen_slope = losses.choice_loss(chosen_scores, chosen.is_label)
+            new += [chosen_loss, losses.chosen_right(chosen_scores, chosen.is_label), chosen.found]
+            loss, chosen_slope = (
+                loss + jnp.sum(weight * selector.weight * chosen_loss),
+                chosen_slope * weight * selector.weight,
+            )
+            slope = slope + at_ids(chosen_slope, chosen.ids - ids[0], V)
+            to_choice = choice.add_of(to_choice, rows, chosen.ids, chosen_slope) if gradients else None
+        if gradients:
+            to_terms = [part.add(one, rows, slope) for part, one in zip(parts, to_terms, strict=True)]
+        fresh = jnp.where(weights[rows][:, None] != 0, jnp.concatenate(new, axis=-1), 0)
+        return loss, known.at[rows].set(fresh), to_terms, to_choice
 
-    start = (jnp.zeros(()), jnp.zeros((N + 1, D), hidden.dtype), jnp.zeros(table.shape, jnp.float32))
-    loss, to_hidden, to_head = lax.fori_loop(0, -(-used // chunk), one_chunk, start)
-    return total(loss, "batch"), to_hidden[:N].reshape(B, R, D), to_head.astype(head.dtype).reshape(head.shape)
-
-
-def _backward(gradients, cotangent):
-    to_hidden, to_head = gradients
-    return to_hidden * cotangent.astype(to_hidden.dtype), to_head * cotangent.astype(to_head.dtype), None, None, None
-
-
-_loss.defvjp(_cross_entropy, _backward)
+    to_terms = [part.zeros() for part in parts] if gradients else None
+    to_choice = choice.zeros() if choice is not None and gradients else None
+    start = jnp.zeros(()), jnp.zeros((N + 1, len(Rows._fields))), to_terms, to_choice
+    loss, known, to_terms, to_choice = lax.fori_loop(0, -(-used // chunk), one_chunk, start)
+    found: Any = None
+    if gradients:
+        found = (
+            tuple(part.done(one) for part, one in zip(parts, cast(list, to_terms), strict=True)),
+            None if choice is None else dataclasses.replace(cast(Selector, selector), term=choice.done(to_choice)),
+        )
+    return total(loss, "batch"), Rows(*(known[:N, i].reshape(B, R) for i in range(known.shape[1]))), found

@@ -1,0 +1,32 @@
+"""How much the slots of a block count beside each other: factors of a loss weight, for NumPy and JAX arrays.
+
+DEER's own weights, 1/t and alpha^(R-i), are `diffusion.corruption`'s, and so is what the summed loss is divided by: the
+slots that count in stage I (as published for these drafters: all slots of a block masked, t = 1), the sum of the
+weights in stage II. The factors here are multiplied on and leave that divisor as it is, so a slot with a factor of 1
+counts as much as it would without.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+def decay(count: int, gamma: float) -> np.ndarray:
+    """float32 [count]: exp(-i / gamma) for the i-th drafted token of a block, from 0.
+
+    In slots of a block: the fill-in layout drafts its first token at slot 1, the next-token layout at slot 0.
+    """
+    return np.exp(-np.arange(count) / gamma).astype(np.float32)
+
+
+def hanging_length(likelihood, counts, least: float = 0.5) -> jax.Array:
+    """float32 [..., k]: how much of a block's expected accepted length hangs on each draft (D-PACE, arXiv 2605.18810).
+
+    For draft j the sum over i >= j of the product over m <= i of (1 - least) * likelihood_m + least; 0 where it does
+    not count. likelihood float32 [..., k]: the drafter's probability of the right token, not differentiated. counts
+    bool [..., k]: others (given, or behind the end) are taken as right and as adding no length.
+    """
+    sure = jnp.where(counts, (1 - least) * likelihood + least, 1.0)
+    reached = jnp.where(counts, jnp.cumprod(sure, axis=-1), 0.0)
+    return lax.stop_gradient(jnp.where(counts, lax.cumsum(reached, axis=reached.ndim - 1, reverse=True), 0.0))
