@@ -67,7 +67,7 @@ from deer_jax.planning.hlo import Memory, Program
 from deer_jax.sharding import batch_placement, bytes_per_device, make_mesh, on_mesh, placements, replicated
 from deer_jax.training import step as training
 from deer_jax.training.cross_entropy import CHUNK_ROWS
-from deer_jax.training.objectives import drafter_loss
+from deer_jax.training.objectives import CROSS_ENTROPY, Objective, drafter_loss
 
 LIBTPU = Path(os.environ["TPU_LIBRARY_PATH"])
 
@@ -296,10 +296,10 @@ def compile_training(case: Training):
     }
     fixed, teacher = {}, MODELS.get(case.teacher)
     if teacher:
-        fixed = placed(mesh, abstract_params(teacher, jnp.bfloat16), logical_axes(teacher))
+        fixed = {"target": placed(mesh, abstract_params(teacher, jnp.bfloat16), logical_axes(teacher))}
     build = Build.of("tpu")
     run = training.make_step(
-        drafter_loss(method, teacher, build.remat), optimizer, steps, build=build,
+        drafter_loss(method, teacher, Objective(ce=0, kl=1) if teacher else CROSS_ENTROPY, build.remat), optimizer, steps, build=build,
         shardings=jax.tree.map(lambda x: x.sharding, state),
     )  # fmt: skip
     args = (state, batch, fixed)

@@ -14,7 +14,7 @@ from deer_jax.checkpoints.drafters import place_drafter
 from deer_jax.diffusion.corruption import Corruption, corrupt_blocks, corrupt_cut
 from deer_jax.models.transformer import logical_axes, unstack_layers
 from deer_jax.sharding import batch_placement, make_mesh, on_mesh, placements
-from deer_jax.training.objectives import drafter_loss
+from deer_jax.training.objectives import CROSS_ENTROPY, Objective, drafter_loss
 from deer_jax.training.step import OptimizerConfig, init_state, make_step
 from tests.tiny import random_params, tiny
 
@@ -65,11 +65,12 @@ def begun(family: str, mesh: Mesh, attention: str, labels: str, steps: int):
     target = made(family, mesh, scan=True)
     drafter = drafter_from_target(target, DrafterConfig(attention=attention, draft_length=W))
     taught = labels == "target"
-    loss = drafter_loss(drafter.method, target.config if taught else None, remat=SCANNED.remat)
+    objective = Objective(ce=0, kl=1) if taught else CROSS_ENTROPY
+    loss = drafter_loss(drafter.method, target.config, objective, remat=SCANNED.remat)
     state = init_state(place_drafter(drafter, mesh), OPTIMIZER, steps)
     where = jax.tree.map(lambda x: x.sharding, state)
     step = make_step(loss, OPTIMIZER, steps, build=SCANNED, shardings=where)
-    return drafter, state, step, target.params if taught else {}
+    return drafter, state, step, {"target": target.params} if taught else {}
 
 
 def placed(batch, mesh: Mesh):

@@ -27,13 +27,14 @@ from deer_jax.checkpoints.huggingface import (
 )
 from deer_jax.checkpoints.records import DRAFTER
 from deer_jax.checkpoints.runs import is_run, read_best
-from deer_jax.config import DrafterConfig, ModelConfig, from_mapping
+from deer_jax.config import DrafterConfig, from_mapping
 from deer_jax.data.tokenizer import Tokenizer, differing_ids
 from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.protocol import Trainable
 from deer_jax.drafters.standalone import MASK, StandaloneMethod, drafter_from_target, new_entries
 from deer_jax.errors import InputError, named, shown
 from deer_jax.models.target import Target
-from deer_jax.models.transformer import Params, abstract_params, is_stacked, logical_axes, stack_layers, unstack_layers
+from deer_jax.models.transformer import Params, is_stacked, stack_layers, unstack_layers
 from deer_jax.sharding import placements
 
 SECTION, SPECIAL = "deer_jax", "deer_jax.mask_and_separator"
@@ -88,7 +89,7 @@ def load_drafter(
     method = StandaloneMethod(model, found, target.config.vocab_size)
     drafter = Drafter(method=method, params={}, name=model_name(source), tokenizer=tokenizer)
     if run is not None:
-        return usable_drafter(drafter, read_best(run, drafter_shapes(model, target.mesh)), target, dtype)
+        return usable_drafter(drafter, read_best(run, drafter_shapes(method, target.mesh)), target, dtype)
     options: dict[str, Any] = {"scan": target.build.scan, "mesh": target.mesh, "progress": progress}
     if read_values(folder).get(SECTION) is not None:
         params, extra = load_params(folder, model, dtype, extra={SPECIAL: (2, model.width)}, **options)
@@ -131,38 +132,51 @@ def save_drafter(folder: str | Path, drafter: Drafter, **options) -> None:
     tokenizer = drafter.tokenizer
     save_folder(
         Path(folder),
-        drafter.method.shape,
+        drafter.method.shape,  # pyrefly: ignore
         {name: value for name, value in drafter.params.items() if name != "special"},
         tokenizer_source=tokenizer.folder if isinstance(tokenizer, Tokenizer) else None,
         extra={SPECIAL: np.asarray(drafter.params["special"])},
-        extra_config={SECTION: dataclasses.asdict(drafter.method.reading)},
+        extra_config={SECTION: section_of(drafter)},
         **options,
     )
 
 
 def describe_drafter(folder: Path, drafter: Drafter, stop_ids: Sequence[int] = ()) -> None:
     """Write everything of `save_drafter` but the weights; stop_ids: of the target."""
-    tokenizer = drafter.tokenizer
+    tokenizer, method = drafter.tokenizer, trainable(drafter)
     write_description(
-        folder, drafter.method.shape, jnp.dtype("float32"),
+        folder, method.shape, jnp.dtype("float32"),
         tokenizer_source=tokenizer.folder if isinstance(tokenizer, Tokenizer) else None,
-        stop_ids=stop_ids, extra_config={SECTION: dataclasses.asdict(drafter.method.reading)},
+        stop_ids=stop_ids, extra_config={SECTION: section_of(drafter)},
     )  # fmt: skip
 
 
-def drafter_shapes(model: ModelConfig, mesh: Mesh | None) -> Params:
+def section_of(drafter: Drafter) -> dict[str, Any]:
+    """A drafter's part of config.json: what its method says, and the ids of a reduced vocabulary."""
+    ids = drafter.shared.get("ids")
+    return trainable(drafter).section() | ({} if ids is None else {"ids": np.asarray(ids).tolist()})
+
+
+def trainable(drafter: Drafter) -> Trainable:
+    """Its method; InputError for a drafter that has nothing to train or to keep."""
+    if not isinstance(drafter.method, Trainable):
+        raise InputError(f"{drafter.name}: has nothing that could be trained or written")
+    return drafter.method
+
+
+def drafter_shapes(method: Trainable, mesh: Mesh | None) -> Params:
     """A drafter's parameters as training holds them, float32 and stacked: shapes with their places on the mesh."""
-    shapes = abstract_params(model) | {"special": jax.ShapeDtypeStruct((2, model.width), jnp.float32)}
+    shapes = method.shapes()
     if mesh is None:
         return shapes
-    where = placements(mesh, shapes, logical_axes(model) | {"special": (None, "width")})
+    where = placements(mesh, shapes, method.axes())
     return jax.tree.map(lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), shapes, where)
 
 
 def place_drafter(drafter: Drafter, mesh: Mesh, dtype=jnp.float32) -> Params:
     """The parameters stacked and sharded over the mesh; training holds them in float32."""
     params = drafter.params if is_stacked(drafter.params) else stack_layers(drafter.params)
-    shapes = drafter_shapes(drafter.method.shape, mesh)
+    shapes = drafter_shapes(trainable(drafter), mesh)
     return jax.tree.map(lambda x, like: jax.device_put(x.astype(dtype), like.sharding), params, shapes)
 
 
@@ -174,7 +188,7 @@ def usable_drafter(drafter: Drafter, params: Params, target: Target, dtype=None)
     else:
         params = jax.tree.map(lambda x: x.astype(dtype), params)
     if not target.build.scan:
-        params = unstack_layers(params, drafter.method.shape.layers)
+        params = unstack_layers(params, params["layers"]["input_norm"].shape[0])
     return dataclasses.replace(drafter, params=params)
 
 

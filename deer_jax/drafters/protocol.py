@@ -4,13 +4,16 @@ A drafter has two halves: a `Method`, a hashable object of pure functions that i
 that these functions read, `params` (its own) and `shared` (the target's). `drafter.Drafter` holds both.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from deer_jax.build import Build
+from deer_jax.build import Build, Remat
+from deer_jax.config import ModelConfig
+from deer_jax.diffusion.corruption import Corruption
 from deer_jax.models.transformer import Params
 
 
@@ -114,4 +117,94 @@ class Method:
 
     def propose(self, params: Params, shared: Params, state: Any, row: Row, k: int, pick: Pick) -> tuple[Draft, Any]:
         """k drafted tokens after each row's committed ones, and the next state."""
+        raise NotImplementedError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A part of the scores, features @ table.T.
+
+    Attributes:
+      features: [B, R, d], differentiated.
+      table: [V, d], or what `sharding.spread` made of it.
+      trained: whether the table has a gradient; where not, nothing is computed or held for one.
+    """
+
+    features: jax.Array
+    table: jax.Array
+    trained: bool = dataclasses.field(default=True, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selector:
+    """A choice among each row's best K ids: cross-entropy over them of their scores plus one more term.
+
+    The row's label takes the K-th place where it is not among them. Features, table and scores are all trained.
+
+    Attributes:
+      term: features [B, R, r], made of the predecessor and the state, and the table of successors [V, r].
+      count: K.
+      weight: of this loss beside the others.
+    """
+
+    term: Term
+    count: int = dataclasses.field(metadata={"static": True})
+    weight: float = dataclasses.field(default=1.0, metadata={"static": True})
+
+
+class Predictions(NamedTuple):
+    """What a drafter says about a batch of training examples: R predictions for each text.
+
+    A prediction's predecessor is the text's token before the one it is of, whether the drafter saw that or a mask.
+    """
+
+    place: jax.Array  # int32 [B, R] position in the text of the token that is predicted
+    weight: jax.Array  # float32 [B, R] of its loss; 0 where nothing is predicted
+    terms: tuple[Term, ...]  # whose sum are the scores, over the drafter's ids
+    ids: jax.Array | None = (
+        None  # int32 [V'], ascending: which id of the target each of the drafter's is; None: the same
+    )
+    allowed: jax.Array | None = None  # bool [V'] ids that may be proposed; None: all
+    selector: Selector | None = None
+    confidence: jax.Array | None = None  # float32 [B, R] logits of the probability that the token is accepted
+
+
+class Trainable(Method):
+    """A method that can be trained: what `training` and `checkpoints` ask of it besides.
+
+    Attributes:
+      examples: how a text becomes an example, see `diffusion.corruption`: `blocks`, or `cut`.
+      shape: of its backbone; its `context` is the longest text that it reads.
+    """
+
+    if TYPE_CHECKING:
+
+        @property
+        def examples(self) -> Literal["blocks", "cut"]: ...
+        @property
+        def shape(self) -> ModelConfig: ...
+
+    def shapes(self) -> Params:
+        """Its parameters as training holds them, float32 and stacked, as shapes."""
+        raise NotImplementedError
+
+    def axes(self) -> Params:
+        """The logical axes of these, as tuples in a tree like it."""
+        raise NotImplementedError
+
+    def check(self, corruption: Corruption) -> None:
+        """InputError for a stage that it cannot have."""
+
+    def predict(self, params: Params, shared: Params, batch: dict[str, jax.Array], tapped, remat: Remat) -> Predictions:
+        """What it says about a batch of examples.
+
+        batch: see `diffusion.corruption.Blocks` and `Cut`, with `tokens` int32 [B, T]. tapped [B, T, n*D]: the outputs
+        of the target layers that it taps, of the clean texts.
+        """
+        raise NotImplementedError
+
+    def section(self) -> dict[str, Any]:
+        """What its part of config.json says beside the backbone's shape: plain values."""
         raise NotImplementedError

@@ -5,29 +5,39 @@ separate input-only parameter: no id of the target is shadowed and neither can b
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deer_jax.build import Build
+from deer_jax.build import Build, Remat
 from deer_jax.config import DrafterConfig, ModelConfig
+from deer_jax.diffusion.corruption import Corruption
 from deer_jax.drafters.drafter import Drafter
-from deer_jax.drafters.protocol import Draft, Method, Pick, Row, Seen
+from deer_jax.drafters.protocol import Draft, Pick, Predictions, Row, Seen, Term, Trainable
 from deer_jax.errors import InputError
 from deer_jax.models.cache import KVCache, empty_cache, write_cache, write_rows
-from deer_jax.models.piecewise import Before
+from deer_jax.models.piecewise import Before, BlockMask
 from deer_jax.models.target import Target
-from deer_jax.models.transformer import Params, Transformer, bind, is_stacked, read_prompts
+from deer_jax.models.transformer import (
+    Params,
+    Transformer,
+    abstract_params,
+    bind,
+    is_stacked,
+    logical_axes,
+    read_prompts,
+)
 from deer_jax.sharding import constrain
 
 MASK, SEPARATOR = 0, 1  # rows of params["special"] [2, D]
 
 
 @dataclasses.dataclass(frozen=True)
-class StandaloneMethod(Method):
+class StandaloneMethod(Trainable):
     """The static half: shapes, reading conventions, and the target's vocabulary that drafts must fit."""
 
     shape: ModelConfig
@@ -109,56 +119,65 @@ class StandaloneMethod(Method):
         read, width = state["read"], k + 1
         fresh = row.length - read  # tokens not read yet, 1..k+1 for rows still running
         tokens = _gather_rows(row.tokens, read, width)
-        tail = jnp.array([MASK] * k + [SEPARATOR] * self.reading.separator)
-        special = jnp.broadcast_to(params["special"][tail][None], (tokens.shape[0], tail.size, self.shape.width))
-        x = constrain(jnp.concatenate([self.embed(model, params, tokens), special], axis=1), "batch", None, None)
+        B, tail = tokens.shape[0], k + self.reading.separator
+        nothing = jnp.zeros((B, tail, self.shape.width), params["special"].dtype)
+        masks = self._with_entries(params, nothing, jnp.arange(tail)[None] < k, jnp.full((B,), k))
+        x = constrain(jnp.concatenate([self.embed(model, params, tokens), masks], axis=1), "batch", None, None)
 
         steps = jnp.arange(width)[None]
-        tail_positions = row.length[:, None] + jnp.arange(tail.size)[None]
+        tail_positions = row.length[:, None] + jnp.arange(tail)[None]
         positions = jnp.concatenate([read[:, None] + steps, tail_positions], axis=1)
-        prefix_to_prefix = jnp.broadcast_to(jnp.tril(jnp.ones((1, width, width), bool)), (x.shape[0], width, width))
-        tail_to_prefix = jnp.broadcast_to((steps < fresh[:, None])[:, None], (x.shape[0], tail.size, width))
+        prefix_to_prefix = jnp.broadcast_to(jnp.tril(jnp.ones((1, width, width), bool)), (B, width, width))
+        tail_to_prefix = jnp.broadcast_to((steps < fresh[:, None])[:, None], (B, tail, width))
         visible = jnp.concatenate(
             [
-                jnp.pad(prefix_to_prefix, ((0, 0), (0, 0), (0, tail.size))),
-                jnp.pad(tail_to_prefix, ((0, 0), (0, 0), (0, tail.size)), constant_values=True),
+                jnp.pad(prefix_to_prefix, ((0, 0), (0, 0), (0, tail))),
+                jnp.pad(tail_to_prefix, ((0, 0), (0, 0), (0, tail)), constant_values=True),
             ],
             axis=1,
         )
         hidden, new, _ = model(x, positions, visible=visible, cache=state["cache"], start=read)
         prefix = KVCache(new.keys[:, :, :, :width], new.values[:, :, :, :width])
         cache = write_cache(state["cache"], prefix, read)
-        masks = hidden[:, width : width + k]
-        if self.reading.head == "shifted":
-            anchor = jnp.take_along_axis(hidden, jnp.maximum(fresh - 1, 0)[:, None, None], axis=1, mode="clip")
-            masks = jnp.concatenate([anchor, masks[:, :-1]], axis=1)
-        return masks, {"cache": cache, "read": row.length}
+        at = self._read_at(jnp.maximum(fresh - 1, 0), jnp.full((B,), width), k)
+        return _rows_at(hidden, at), {"cache": cache, "read": row.length}
 
     def _draft_bidirectional(self, model: Transformer, params: Params, state: Any, row: Row, k: int):
         """One pass over the whole buffer, every committed token and k masks and the separator seeing each other."""
-        length = row.length
         B, S = row.tokens.shape
         positions = jnp.broadcast_to(jnp.arange(S)[None], (B, S))
-        x = self.embed(model, params, row.tokens)
-        special = params["special"]
-        x = jnp.where((positions >= length[:, None])[..., None], special[MASK][None, None], x)
-        end = length + k
-        if self.reading.separator:
-            x = jnp.where((positions == end[:, None])[..., None], special[SEPARATOR][None, None], x)
-            end = end + 1
+        end = row.length + k
+        x = self._with_entries(params, self.embed(model, params, row.tokens), positions >= row.length[:, None], end)
         # Rows behind the end see only real entries too, so that nothing of theirs can be NaN; nobody sees them.
-        hidden = model(x, positions, visible=Before(end)).hidden
-        first = row.length - (1 if self.reading.head == "shifted" else 0)
-        return jnp.take_along_axis(
-            hidden, (first[:, None] + jnp.arange(k)[None])[..., None], axis=1, mode="clip"
-        ), state
+        hidden = model(x, positions, visible=Before(end + self.reading.separator)).hidden
+        return _rows_at(hidden, self._read_at(row.length - 1, row.length, k)), state
+
+    def _with_entries(self, params: Params, x, masked, size):
+        """Embeddings [.., n, D] with the mask where masked [.., n] says so, and the separator at `size` int [..]."""
+        x = jnp.where(masked[..., None], params["special"][MASK], x)
+        if not self.reading.separator:
+            return x
+        at = jnp.arange(x.shape[-2]) == size[..., None]
+        return jnp.where(at[..., None], params["special"][SEPARATOR], x)
+
+    def _read_at(self, anchor, first, width: int):
+        """int [.., width]: the rows at which a block's tokens are read; anchor, first int [..]: the row of its anchor,
+        and that of its first token."""
+        rows = first[..., None] + jnp.arange(width)
+        if self.reading.head == "in_place":
+            return rows
+        return jnp.concatenate([anchor[..., None], rows[..., :-1]], axis=-1)
 
     def embed(self, model: Transformer, params: Params, tokens):
         """Embeddings of the target's ids; an id this drafter does not share is read as a mask."""
-        unknown = tokens >= self.shape.vocab_size
+        return jnp.where(self._unknown(tokens)[..., None], params["special"][MASK], model.lookup(tokens))
+
+    def _unknown(self, ids):
+        """bool like ids: those that this drafter does not share with its target."""
+        unknown = ids >= self.shape.vocab_size
         for differing in self.reading.differing_ids:
-            unknown = unknown | (tokens == differing)
-        return jnp.where(unknown[..., None], params["special"][MASK][None, None], model.lookup(tokens))
+            unknown = unknown | (ids == differing)
+        return unknown
 
     def _fit_vocabulary(self, logits):
         """Logits over the target's vocabulary: cut or padded, and -inf at ids that mean something else there."""
@@ -173,6 +192,81 @@ class StandaloneMethod(Method):
             logits = jnp.where(forbidden, -jnp.inf, logits)
         return logits
 
+    # Training
+
+    @property
+    def examples(self) -> Literal["blocks", "cut"]:
+        return "blocks" if self.cached else "cut"
+
+    def shapes(self) -> Params:
+        return abstract_params(self.shape) | {"special": jax.ShapeDtypeStruct((2, self.shape.width), jnp.float32)}
+
+    def axes(self) -> Params:
+        return logical_axes(self.shape) | {"special": (None, "width")}
+
+    def section(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.reading)
+
+    def check(self, corruption: Corruption) -> None:
+        if self.cached and corruption.next_token and self.reading.head != "shifted":
+            raise InputError(
+                f"next_token {corruption.next_token:g} trains the shifted head, and this drafter reads in place; set "
+                "next_token: 0"
+            )
+
+    def predict(self, params: Params, shared: Params, batch: dict[str, jax.Array], tapped, remat: Remat) -> Predictions:
+        read = self._read_blocks if self.cached else self._read_cut
+        hidden, place, weight = read(params, batch, remat)
+        ids = jnp.arange(self.shape.vocab_size)
+        term = Term(hidden, params["embed" if self.shape.tied else "head"])
+        return Predictions(place, weight, (term,), allowed=~self._unknown(ids))
+
+    def _read_blocks(self, params: Params, batch: dict[str, jax.Array], remat: Remat):
+        """Hidden states [B, T + M*W, D] of the text's rows, which predict the token after them, and of those where each
+        block token is read; places and weights.
+
+        batch: tokens int32 [B, T] (clean texts, padded), anchor and size int32 [B, M], masked bool [B, M, W], weight
+        float32 [B, M, W], text_weight float32 [B, T]; see `diffusion.corruption.Blocks`.
+
+        Block rows stand behind the text's rows at their true positions: they see the text up to their anchor and their
+        own block with its separator, nothing else.
+        """
+        tokens, anchor, size, masked = (batch[name] for name in ("tokens", "anchor", "size", "masked"))
+        (B, T), (M, W) = tokens.shape, masked.shape[1:]
+        model, rows = bind(self.shape, backbone(params)), M * (W + 1)
+        place = anchor[..., None] + 1 + jnp.arange(W + 1)[None, None]  # [B, M, W+1] true positions
+        following = jnp.take_along_axis(tokens, place.reshape(B, -1), axis=1, mode="clip").reshape(B, M, W + 1)
+        # Looked up together: on a mesh the gradient of a table is summed over the shards for each look-up.
+        looked_up = self.embed(model, params, jnp.concatenate([tokens, following.reshape(B, rows)], axis=1))
+        block = looked_up[:, T:].reshape(B, M, W + 1, -1)
+        block = self._with_entries(params, block, jnp.pad(masked, ((0, 0), (0, 0), (0, 1))), size)
+        x = jnp.concatenate([looked_up[:, :T], block.reshape(B, rows, -1)], axis=1)
+        text = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
+        positions = jnp.concatenate([text, place.reshape(B, rows)], axis=1)
+        visible = BlockMask(anchor, size + self.reading.separator, W + 1)
+        hidden = model(constrain(x, "batch", None, None), positions, visible=visible, remat=remat).hidden
+        first = jnp.broadcast_to(T + jnp.arange(M)[None] * (W + 1), (B, M))
+        read = _rows_at(hidden, self._read_at(anchor, first, W).reshape(B, M * W))
+        places = jnp.concatenate([text + 1, place[..., :W].reshape(B, M * W)], axis=1)
+        weights = jnp.concatenate([batch["text_weight"], batch["weight"].reshape(B, -1)], axis=1)
+        return jnp.concatenate([hidden[:, :T], read], axis=1), places, weights
+
+    def _read_cut(self, params: Params, batch: dict[str, jax.Array], remat: Remat):
+        """Hidden states where each token of the texts is read, their places and weights.
+
+        batch: tokens int32 [B, T], length int32 [B], masked bool [B, T], weight float32 [B, T]; see
+        `diffusion.corruption.Cut`. T leaves room for the separator, which stands at `length`.
+        """
+        tokens, length = batch["tokens"], batch["length"]
+        model = bind(self.shape, backbone(params))
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        x = self._with_entries(params, self.embed(model, params, tokens), batch["masked"], length)
+        visible = Before(length + self.reading.separator)
+        hidden = model(constrain(x, "batch", None, None), positions, visible=visible, remat=remat).hidden
+        if self.reading.head == "shifted":
+            return hidden[:, :-1], positions[:, 1:], batch["weight"][:, 1:]
+        return hidden, positions, batch["weight"]
+
 
 def backbone(params: Params) -> Params:
     """The parameters without the drafter's own two entries."""
@@ -183,6 +277,11 @@ def _gather_rows(tokens, start, width: int):
     """tokens [B, S] -> [B, width] from start [B] on."""
     columns = start[:, None] + jnp.arange(width)[None]
     return jnp.take_along_axis(tokens, columns, axis=1, mode="clip")
+
+
+def _rows_at(hidden, at):
+    """Rows at int [B, n] of hidden [B, T, D]."""
+    return jnp.take_along_axis(hidden, at[..., None], axis=1, mode="clip")
 
 
 def new_entries(embed: jax.Array, seed: int = 0) -> jax.Array:
@@ -204,17 +303,24 @@ def drafter_from_target(
     """An untrained drafter with the target's weights, of all layers or the chosen ones, in the given order."""
     model, params = target.config, dict(target.params)
     if layers is not None:
-        wrong = [i for i in layers if not 0 <= i < model.layers]
-        if wrong or not layers:
-            raise InputError(f"layers {list(layers)}: the target has layers 0..{model.layers - 1}")
+        own = chosen_layers(target, layers)
         model = dataclasses.replace(model, layers=len(layers))
-        if is_stacked(params):
-            chosen = np.array(layers)
-            params["layers"] = {key: value[chosen] for key, value in params["layers"].items()}
-        else:
-            params["layers"] = {new: params["layers"][old] for new, old in enumerate(layers)}
+        if not is_stacked(params):
+            own = {i: {name: w[i] for name, w in own.items()} for i in range(len(layers))}
+        params["layers"] = own
         if "experts" in params:
             params["experts"] = {key: value[np.array(layers)] for key, value in params["experts"].items()}
     params["special"] = new_entries(params["embed"], seed)
     method = StandaloneMethod(model, config or DrafterConfig(), model.vocab_size)
     return Drafter(method=method, params=params, name=name, tokenizer=target.tokenizer)
+
+
+def chosen_layers(target: Target, layers: Sequence[int]) -> Params:
+    """The weights of some layers of a target, without experts, stacked in this order."""
+    wrong = [i for i in layers if not 0 <= i < target.config.layers]
+    if wrong or not layers:
+        raise InputError(f"layers {list(layers)}: the target has layers 0..{target.config.layers - 1}")
+    own = target.params["layers"]
+    if is_stacked(target.params):
+        return {name: w[np.array(layers)] for name, w in own.items()}
+    return {name: jnp.stack([own[i][name] for i in layers]) for name in own[layers[0]]}

@@ -17,6 +17,7 @@ from deer_jax.checkpoints.drafters import (
     drafter_shapes,
     load_drafter,
     place_drafter,
+    trainable,
     usable_drafter,
 )
 from deer_jax.checkpoints.hub import resolve_folder
@@ -35,7 +36,7 @@ from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params
 from deer_jax.training.acceptance import Acceptance, measure, read_held_out, survey
 from deer_jax.training.loop import Batches, Progress, StagePlan, Trainer, TrainReport, Work, run_mesh, stage_seed
-from deer_jax.training.objectives import drafter_loss
+from deer_jax.training.objectives import drafter_loss, reads_target
 from deer_jax.training.recipe import INESSENTIAL, Recipe, Stage, as_recipe, recipe_from, to_mapping
 
 
@@ -145,7 +146,7 @@ def read_inputs(recipe: Recipe, claim: Claim, say: Callable[[str], Any]) -> Inpu
         raise RunError(f"{recipe.drafter}: of its weights these are not finite: {', '.join(broken[:NAMED])}")
     say("reading the training rows")
     prompts = read_held_out(target, recipe.evaluation, claim.begun) if recipe.evaluation else []
-    room = recipe.length if drafter.method.cached else recipe.length - 1  # for the separator
+    room = recipe.length if trainable(drafter).examples == "blocks" else recipe.length - 1  # for the separator
     held_out = survey_rows(recipe, records, prompts, room)
     return Inputs(target, drafter, start, records, held_out)
 
@@ -183,22 +184,21 @@ def identity(inputs: Inputs, digests: Digests) -> dict[str, Any]:
 def work_of(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> Work:
     """What the loop trains."""
     target, drafter, evaluation = inputs.target, inputs.drafter, recipe.evaluation
+    method = trainable(drafter)
     assert target.mesh is not None
 
     def plan(number: int, stage: Stage) -> StagePlan:
         def examples(first: int, rows: np.ndarray) -> Batches:
             return example_batches(
-                inputs.records, stage.corruption, bidirectional=not drafter.method.cached, length=recipe.length,
+                inputs.records, stage.corruption, bidirectional=method.examples == "cut", length=recipe.length,
                 batch=recipe.batch, seed=stage_seed(recipe.seed, number), first=first, rows=rows,
             )  # fmt: skip
 
-        taught = stage.labels == "target"
+        read = reads_target(method, stage.loss)
         return StagePlan(
             name=stage.corruption.stage, steps=stage.steps, optimizer=stage.optimizer,
-            loss=drafter_loss(
-                drafter.method, target.config if taught else None, remat=recipe.remat or target.build.remat
-            ),
-            examples=examples, fixed=target.params if taught else {},
+            loss=drafter_loss(method, target.config, stage.loss, recipe.remat or target.build.remat),
+            examples=examples, fixed={"target": target.params if read else {}, "shared": drafter.shared},
         )  # fmt: skip
 
     def evaluate(params: Params, show: Callable[[str], Any]) -> _Measured:
@@ -208,7 +208,7 @@ def work_of(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> Work:
 
     return Work(
         mesh=target.mesh, build=target.build, stages=[plan(*each) for each in enumerate(stages)],
-        params=drafter_shapes(drafter.method.shape, target.mesh), start=lambda: place_drafter(drafter, target.mesh),
+        params=drafter_shapes(method, target.mesh), start=lambda: place_drafter(drafter, target.mesh),
         evaluate=evaluate, evaluate_every=None if evaluation is None else evaluation.every,
     )  # fmt: skip
 
@@ -245,19 +245,26 @@ def essential(recipe: Mapping[str, Any], where: str) -> dict[str, Any]:
 def check(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> None:
     """InputError for settings of the recipe that this drafter or these answers cannot have."""
     target, drafter, records = inputs.target, inputs.drafter, inputs.records
-    context, method = drafter.method.shape.context, drafter.method
+    method = trainable(drafter)
+    context = method.shape.context
     if recipe.length > context:
         raise InputError(f"length {recipe.length} exceeds the drafter's context of {context}; lower length")
     if len(records) < recipe.batch:  # before the output becomes a run, whose batch could not be changed
         raise InputError(f"{records}: {len(records)} records are fewer than a batch of {recipe.batch}; lower batch")
     for number, stage in enumerate(stages):
         where, width = f"stages[{number}]", stage.corruption.width
-        if stage.labels == "target" and recipe.length > target.config.context:
+        if reads_target(method, stage.loss) and recipe.length > target.config.context:
             raise InputError(
-                f"{where}: labels: target needs length {recipe.length} within the target's context of "
+                f"{where}: the target reads the texts, so length {recipe.length} must be within its context of "
                 f"{target.config.context}; lower length"
             )
-        if not method.cached:
+        try:
+            method.check(stage.corruption)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        if method.examples == "cut":
+            if stage.loss.decay is not None or stage.loss.pace:
+                raise InputError(f"{where}: loss: decay and pace are for blocks, which this drafter is not trained on")
             continue
         assert width is not None
         if width >= recipe.length:
@@ -269,9 +276,4 @@ def check(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> None:
             raise InputError(
                 f"{where}: width {width} is less than the draft length {drafter.draft_length}, so the later tokens of "
                 "a draft would not be trained; raise width or lower reading.draft_length"
-            )
-        if stage.corruption.next_token and method.reading.head != "shifted":
-            raise InputError(
-                f"{where}: next_token {stage.corruption.next_token:g} trains the shifted head, and this drafter reads "
-                "in place; set next_token: 0"
             )

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deer_jax.drafters.protocol import Selector, Term
 from deer_jax.errors import InputError
 from deer_jax.models.layers import logits
 from deer_jax.sharding import here, on_shards, shard_index, spread, total
 from deer_jax.training import losses
 from deer_jax.training.losses import Mix, Target, View
-from deer_jax.training.scores import OnShard, Term, at_ids, gradient_like, table_axes, table_here, term_axes
+from deer_jax.training.scores import OnShard, at_ids, gradient_like, table_axes, table_here, term_axes
 
 CHUNK_ROWS = 512  # rows whose scores exist at one time, on each shard of the rows
 
@@ -30,24 +31,6 @@ class SoftLabels(NamedTuple):
     head: jax.Array  # [V', D'], a row for each of the drafter's ids, or what `sharding.spread` made of it
     allowed: jax.Array | None = None  # bool [V] ids that may have probability; those from V' on have none
     whole: jax.Array | None = None  # [V'', D'] the head of all the target's ids, where the drafter has fewer
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Selector:
-    """A choice among each row's best K ids: cross-entropy over them of their scores plus one more term.
-
-    The row's label takes the K-th place where it is not among them. Features, table and scores are all trained.
-
-    Attributes:
-      term: features [B, R, r], made of the predecessor and the state, and the table of successors [V, r].
-      count: K.
-      weight: of this loss beside the mix.
-    """
-
-    term: Term
-    count: int = dataclasses.field(metadata={"static": True})
-    weight: float = dataclasses.field(default=1.0, metadata={"static": True})
 
 
 class Rows(NamedTuple):

@@ -1,10 +1,10 @@
-"""What is minimised: cross-entropy on the target's tokens at masked positions, and logits computed only there.
+"""What is minimised: losses of what a drafter says at masked positions, and scores computed only there.
 
-With a teacher the labels are the target's distributions instead of the tokens it happened to say.
-
-DEER (arXiv 2512.15176) equations 1 and 4; what is masked and weighted how is decided in `diffusion.corruption`.
+DEER (arXiv 2512.15176) equations 1 and 4, and what drafters that read the target are trained with; what is masked and
+weighted how is decided in `diffusion.corruption`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,29 +13,140 @@ import jax.numpy as jnp
 from jax import lax
 
 from deer_jax.build import Remat
-from deer_jax.config import ModelConfig
-from deer_jax.drafters.standalone import MASK, SEPARATOR, StandaloneMethod, backbone
-from deer_jax.models.piecewise import Before, BlockMask
+from deer_jax.config import ModelConfig, check_flag, check_number
+from deer_jax.drafters.protocol import Predictions, Trainable
 from deer_jax.models.transformer import Params, bind
-from deer_jax.sharding import constrain, spread
-from deer_jax.training.cross_entropy import SoftLabels, weighted_cross_entropy
+from deer_jax.sharding import spread
+from deer_jax.training.cross_entropy import SoftLabels, draft_labels, measured, weighted_cross_entropy, weighted_loss
+from deer_jax.training.losses import Mix, confidence_loss
+from deer_jax.training.slot_weights import decay, hanging_length
+
+MOST_WEIGHT = 1e6  # of a loss
 
 # (parameters, batch, fixed parameters) -> the summed weighted cross-entropy, and the number of tokens predicted
 Loss = Callable[[Params, dict[str, jax.Array], Params], tuple[jax.Array, jax.Array]]
 
 
-def drafter_loss(method: StandaloneMethod, teacher: ModelConfig | None = None, remat: Remat = "none") -> Loss:
-    """The loss of a drafter's stages. teacher: the target's shape, for soft labels; the fixed parameters are its.
+class View(NamedTuple):
+    """The target's view of a batch: what it says after each text position, and what its tapped layers give."""
 
-    remat: what its gradients compute again, see `build.Remat`.
+    hidden: jax.Array  # [B, T, D'] final hidden states over the clean texts
+    head: jax.Array  # [V', D']
+    tapped: jax.Array | None  # [B, T, n*D']
+
+
+def read_text(config: ModelConfig, params: Params, tokens, taps: tuple[int, ...] = ()) -> View:
+    """The target reads clean texts int32 [B, T]; nothing is differentiated."""
+    model = bind(config, params)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    read = lax.stop_gradient(model(model.lookup(tokens), positions, taps=taps))
+    return View(read.hidden, params["embed" if config.tied else "head"], read.tapped)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What a stage minimises: a sum of losses, each with a weight, at the tokens that are to be predicted.
+
+    Attributes:
+      ce, kl, tv, lk_alpha, lk_lambda: weights of a row's losses, see `losses.Mix`. `ce` alone reads nothing but the
+        texts (the paper); the others read the target's distributions, which it computes anew in every step.
+      selector: weight of the choice that a path selector makes, for drafters that have one.
+      confidence: weight of the confidence head's loss, for drafters that have one; it needs the target as well.
+      decay: the i-th token of a block, from 0, weighs exp(-i / decay); None: all the same. Blocks only.
+      pace: tokens weigh as much as of the expected accepted length hangs on them (D-PACE). Blocks only.
     """
-    loss = block_loss if method.cached else cut_loss
 
-    def of(params: Params, batch: dict[str, jax.Array], target: Params):
-        view = None if teacher is None else teach(teacher, target, batch["tokens"])
-        return loss(method, spread_vocabulary(params), batch, view, remat=remat)
+    ce: float = 1.0
+    kl: float = 0.0
+    tv: float = 0.0
+    lk_alpha: float = 0.0
+    lk_lambda: float = 0.0
+    selector: float = 1.0
+    confidence: float = 0.0
+    decay: float | None = None
+    pace: bool = False
+
+    def __post_init__(self):
+        for name in ("selector", "confidence"):
+            check_number(name, getattr(self, name), 0, MOST_WEIGHT)
+        if self.decay is not None:
+            check_number("decay", self.decay, 0, MOST_WEIGHT, above=True)
+        check_flag("pace", self.pace)
+        _ = self.mix
+
+    @property
+    def mix(self) -> Mix:
+        return Mix(ce=self.ce, kl=self.kl, tv=self.tv, lk_alpha=self.lk_alpha, lk_lambda=self.lk_lambda)
+
+    @property
+    def reads_target(self) -> bool:
+        """Whether the target's distributions are needed."""
+        return self.mix.reads_target or self.confidence > 0
+
+
+CROSS_ENTROPY = Objective()
+
+
+def drafter_loss(
+    method: Trainable,
+    target: ModelConfig | None = None,
+    objective: Objective = CROSS_ENTROPY,
+    remat: Remat = "none",
+) -> Loss:
+    """The loss of a drafter's stages. Its fixed parameters: `target`, the target's own where it is read (see
+    `reads_target`), and `shared`, what the drafter has of it.
+
+    target: its shape, where it is read. remat: what its gradients compute again, see `build.Remat`.
+    """
+
+    def of(params: Params, batch: dict[str, jax.Array], fixed: Params):
+        tokens, view = batch["tokens"], None
+        if reads_target(method, objective):
+            assert target is not None
+            view = read_text(target, fixed["target"], tokens, method.taps)
+        if objective.decay is not None:
+            batch = batch | {"weight": batch["weight"] * decay(batch["weight"].shape[-1], objective.decay)}
+        tapped = None if view is None else view.tapped
+        said = method.predict(spread_vocabulary(params), fixed.get("shared", {}), batch, tapped, remat)
+        loss = loss_of(said, tokens, objective, view if objective.reads_target else None, batch["masked"].shape)
+        return loss, jnp.sum(batch["masked"])
 
     return of
+
+
+def reads_target(method: Trainable, objective: Objective) -> bool:
+    """Whether the target reads the texts in every step."""
+    return bool(method.taps) or objective.reads_target
+
+
+def loss_of(said: Predictions, tokens, objective: Objective, view: View | None, masked: tuple[int, ...]):
+    """float32 []: the summed weighted loss of predictions about texts int32 [B, T]; masked: shape of the masks."""
+    labels = jnp.take_along_axis(tokens, said.place, axis=1, mode="clip")
+    labels = labels if said.ids is None else draft_labels(labels, said.ids)
+    V = said.terms[0].table.shape[-2]
+    known = (labels >= 0) & (labels < V)
+    if said.allowed is not None:
+        known &= said.allowed.at[labels].get(mode="clip")
+    labels = jnp.where(known, labels, -1)
+    weights = said.weight if objective.mix.reads_target else jnp.where(known, said.weight, 0)
+    soft = None
+    if view is not None:
+        before = (said.place - 1)[..., None]  # the target says the token at `place` one position earlier
+        theirs = jnp.take_along_axis(view.hidden, before, axis=1, mode="clip")
+        head, whole = (view.head, None) if said.ids is None else (said.terms[0].table, view.head)
+        soft = SoftLabels(theirs, head, said.allowed, whole)
+    selector = said.selector and dataclasses.replace(said.selector, weight=objective.selector)
+    if objective.pace:
+        B, M, W = masked
+        rows = measured(said.terms, labels, weights, soft, selector)
+        text = weights.shape[1] - M * W  # predictions of the text itself, if any, come before those of the blocks
+        likelihood, counts = (x[:, text:].reshape(B, M, W) for x in (rows.likelihood, weights != 0))
+        factor = hanging_length(likelihood, counts)
+        weights = weights * jnp.pad(factor.reshape(B, M * W), ((0, 0), (text, 0)), constant_values=1)
+    loss, rows = weighted_loss(said.terms, labels, weights, objective.mix, soft, selector)
+    if said.confidence is not None and objective.confidence:
+        loss = loss + objective.confidence * confidence_loss(said.confidence, rows.acceptance, weights)
+    return loss
 
 
 def next_token_loss(config: ModelConfig, remat: Remat = "none") -> Loss:
@@ -61,124 +172,3 @@ def next_token_loss(config: ModelConfig, remat: Remat = "none") -> Loss:
 def spread_vocabulary(params: Params) -> Params:
     """The parameters with the tables of the vocabulary as every shard of the rows has them; see `sharding.spread`."""
     return params | {name: spread(params[name]) for name in ("embed", "head") if name in params}
-
-
-class Teacher(NamedTuple):
-    """The target's view of a batch, for soft labels: what it says after each text position."""
-
-    hidden: jax.Array  # [B, T, D'] final hidden states over the clean texts
-    head: jax.Array  # [V', D']
-
-
-def teach(config: ModelConfig, params: Params, tokens) -> Teacher:
-    """The target reads clean texts int32 [B, T]; nothing is differentiated."""
-    model = bind(config, params)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-    hidden = model(model.lookup(tokens), positions).hidden
-    return Teacher(lax.stop_gradient(hidden), params["embed" if config.tied else "head"])
-
-
-def block_loss(
-    method: StandaloneMethod, params: Params, batch: dict[str, jax.Array], teacher: Teacher | None = None, *,
-    remat: Remat = "none",
-):  # fmt: skip
-    """Summed weighted cross-entropy of block-causal examples, and the number of masked positions.
-
-    batch: tokens int32 [B, T] (clean texts, padded), anchor and size int32 [B, M], masked bool [B, M, W], weight
-    float32 [B, M, W], text_weight float32 [B, T]; see `diffusion.corruption.Blocks`. Labels are the texts' tokens, or
-    with a teacher its distributions there.
-    """
-    tokens, anchor, masked = batch["tokens"], batch["anchor"], batch["masked"]
-    (B, T), (M, W) = tokens.shape, masked.shape[1:]
-    hidden = read_blocks(method, params, tokens, anchor, batch["size"], masked, remat)
-    # Text rows predict the token after them, blocks their own.
-    blocks = (anchor[..., None] + 1 + jnp.arange(W)[None, None]).reshape(B, M * W)
-    place = jnp.concatenate([jnp.broadcast_to(1 + jnp.arange(T)[None], (B, T)), blocks], axis=1)
-    weights = jnp.concatenate([batch["text_weight"], batch["weight"].reshape(B, -1)], axis=1)
-    return _loss(method, params, hidden, tokens, place, weights, teacher), jnp.sum(masked)
-
-
-def read_blocks(method: StandaloneMethod, params: Params, tokens, anchor, size, masked, remat: Remat = "none"):
-    """Final hidden states [B, T + M*W, D] of the text's rows, and of those where each block token is read.
-
-    Block rows stand behind the text's rows at their true positions: they see the text up to their anchor and their own
-    block with its separator, nothing else. The first token of a block is read at the anchor's own text row (shifted
-    head). Shapes as in `block_loss`.
-    """
-    (B, T), (M, W) = tokens.shape, masked.shape[1:]
-    model = bind(method.shape, backbone(params))
-    steps = jnp.arange(W + 1)
-    place = anchor[..., None] + 1 + steps[None, None]  # [B, M, W+1] true positions
-    following = jnp.take_along_axis(tokens, place.reshape(B, -1), axis=1, mode="clip").reshape(B, M, W + 1)
-    is_mask = jnp.pad(masked, ((0, 0), (0, 0), (0, 1)))
-    # Looked up together: on a mesh the gradient of a table is summed over the shards for each look-up.
-    rows = M * (W + 1)
-    looked_up = method.embed(model, params, jnp.concatenate([tokens, following.reshape(B, rows)], axis=1))
-    text_rows, block = looked_up[:, :T], looked_up[:, T:].reshape(B, M, W + 1, -1)
-    block = jnp.where(is_mask[..., None], params["special"][MASK][None, None, None], block)
-    real = size
-    if method.reading.separator:
-        at = steps[None, None] == size[..., None]
-        block = jnp.where(at[..., None], params["special"][SEPARATOR][None, None, None], block)
-        real = real + 1
-
-    x = jnp.concatenate([text_rows, block.reshape(B, rows, -1)], axis=1)
-    x = constrain(x, "batch", None, None)
-    text = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
-    positions = jnp.concatenate([text, place.reshape(B, rows)], axis=1)
-    hidden = model(x, positions, visible=BlockMask(anchor, real, W + 1), remat=remat).hidden
-
-    if method.reading.head == "shifted":
-        in_block = T + (jnp.arange(M) * (W + 1))[None, :, None] + steps[None, None, : W - 1]
-        at = jnp.concatenate([anchor[..., None], jnp.broadcast_to(in_block, (B, M, W - 1))], axis=-1)
-    else:
-        in_block = T + (jnp.arange(M) * (W + 1))[None, :, None] + steps[None, None, :W]
-        at = jnp.broadcast_to(in_block, (B, M, W))
-    read = jnp.take_along_axis(hidden, at.reshape(B, -1, 1), axis=1, mode="clip")
-    return jnp.concatenate([hidden[:, :T], read], axis=1)
-
-
-def cut_loss(
-    method: StandaloneMethod, params: Params, batch: dict[str, jax.Array], teacher: Teacher | None = None, *,
-    remat: Remat = "none",
-):  # fmt: skip
-    """Summed weighted cross-entropy of bidirectional examples, and the number of masked positions.
-
-    batch: tokens int32 [B, T], length int32 [B], masked bool [B, T], weight float32 [B, T]; see
-    `diffusion.corruption.Cut`. T leaves room for the separator, which stands at `length`. Labels as in `block_loss`.
-    """
-    tokens, length, masked = batch["tokens"], batch["length"], batch["masked"]
-    B, T = tokens.shape
-    model = bind(method.shape, backbone(params))
-    positions = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
-    x = jnp.where(masked[..., None], params["special"][MASK][None, None], method.embed(model, params, tokens))
-    end = length
-    if method.reading.separator:
-        x = jnp.where((positions == end[:, None])[..., None], params["special"][SEPARATOR][None, None], x)
-        end = end + 1
-    hidden = model(constrain(x, "batch", None, None), positions, visible=Before(end), remat=remat).hidden
-    place, weights = positions, batch["weight"]
-    if method.reading.head == "shifted":
-        hidden, place, weights = hidden[:, :-1], place[:, 1:], weights[:, 1:]
-    return _loss(method, params, hidden, tokens, place, weights, teacher), jnp.sum(masked)
-
-
-def _loss(method: StandaloneMethod, params: Params, hidden, tokens, place, weights, teacher: Teacher | None):
-    """Weighted cross-entropy of hidden [B, R, D] for the tokens at `place` int [B, R] of the texts [B, T]."""
-    labels = jnp.take_along_axis(tokens, place, axis=1, mode="clip")
-    weights = _without_unknown(method, labels, weights)
-    head, V = params["embed" if method.shape.tied else "head"], method.shape.vocab_size
-    if teacher is None:
-        return weighted_cross_entropy(hidden, head, labels, weights)
-    before = (place - 1)[..., None]  # the target says the token at `place` one position earlier
-    theirs = jnp.take_along_axis(teacher.hidden, before, axis=1, mode="clip")
-    allowed = _without_unknown(method, jnp.arange(V), jnp.ones(V)) > 0
-    return weighted_cross_entropy(hidden, head, labels, weights, SoftLabels(theirs, teacher.head, allowed))
-
-
-def _without_unknown(method: StandaloneMethod, labels, weights):
-    """The weights, 0 where the label is an id that the drafter does not share and can never propose."""
-    unknown = labels >= method.shape.vocab_size
-    for differing in method.reading.differing_ids:
-        unknown = unknown | (labels == differing)
-    return jnp.where(unknown, jnp.float32(0), weights)

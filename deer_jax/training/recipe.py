@@ -14,6 +14,7 @@ from deer_jax.diffusion.corruption import Corruption
 from deer_jax.errors import InputError, shown
 from deer_jax.formats import mapping, parse_yaml, read_yaml
 from deer_jax.sharding import MeshShape
+from deer_jax.training.objectives import CROSS_ENTROPY, Objective
 from deer_jax.training.step import OptimizerConfig
 from deer_jax.training.values import build, check_keys, placed
 
@@ -23,12 +24,11 @@ class Stage:
     """One stage: its corruption, its optimiser, and how long it runs.
 
     Attributes:
-      labels: "tokens": what the answers say (the paper); "target": the target's distributions at these places, which
-        it computes anew in every step.
+      loss: what is minimised, see `objectives.Objective`: by default cross-entropy on what the answers say (the paper).
     """
 
     steps: int
-    labels: Literal["tokens", "target"] = "tokens"
+    loss: Objective = CROSS_ENTROPY
     corruption: Corruption
     optimizer: OptimizerConfig
 
@@ -209,7 +209,7 @@ def _parameters(model: ModelConfig) -> int:
 
 CORRUPTION = {field.name for field in dataclasses.fields(Corruption)}
 OPTIMIZER = {field.name for field in dataclasses.fields(OptimizerConfig)}
-OWN = {"steps", "labels"}
+OWN = {"steps", "loss"}
 MODEL, MESH = ({field.name for field in dataclasses.fields(kind)} for kind in (ModelConfig, MeshShape))
 # Where keys belong that a recipe does not have itself; the last one counts.
 PLACES = {
@@ -297,7 +297,9 @@ def _stage(values: Any, where: str) -> Stage:
         "corruption": build(Corruption, corruption, where),
         "optimizer": build(OptimizerConfig, optimizer, where),
     }
-    return build(Stage, parts | {key: value for key, value in values.items() if key in OWN}, where)
+    if "loss" in values:
+        parts["loss"] = build(Objective, {"ce": 0.0, **mapping(values["loss"], f"{where}: loss")}, f"{where}: loss")
+    return build(Stage, {"steps": values["steps"]} | parts if "steps" in values else parts, where)
 
 
 def to_mapping(recipe: Recipe | PretrainRecipe) -> dict[str, Any]:
@@ -306,7 +308,7 @@ def to_mapping(recipe: Recipe | PretrainRecipe) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, Stage):
             parts = (dataclasses.asdict(value.corruption), dataclasses.asdict(value.optimizer))
-            return {name: getattr(value, name) for name in sorted(OWN, reverse=True)} | parts[0] | parts[1]
+            return {"steps": value.steps, "loss": plain(value.loss)} | parts[0] | parts[1]
         if dataclasses.is_dataclass(value):
             values = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
             return values | values.pop("optimizer", {})

@@ -4,27 +4,11 @@ import dataclasses
 import functools
 from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 
+from deer_jax.drafters.protocol import Term
 from deer_jax.models.layers import logits, precision
 from deer_jax.sharding import gathered, here, shard_index, total
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Term:
-    """A part of the scores, features @ table.T.
-
-    Attributes:
-      features: [B, R, d], differentiated.
-      table: [V, d], or what `sharding.spread` made of it.
-      trained: whether the table has a gradient; where not, nothing is computed or held for one.
-    """
-
-    features: jax.Array
-    table: jax.Array
-    trained: bool = dataclasses.field(default=True, metadata={"static": True})
 
 
 def table_axes(table) -> Any:

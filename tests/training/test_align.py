@@ -18,7 +18,6 @@ from deer_jax.formats import differences
 from deer_jax.sharding import make_mesh
 from deer_jax.training.acceptance import survey
 from deer_jax.training.metrics import read_metrics
-from deer_jax.training.objectives import read_blocks
 from tests.training import runs
 
 
@@ -102,11 +101,12 @@ def test_replayed_rounds_accept_what_live_decoding_accepts(whole, folder):
     B, T = text.shape
     anchors = np.arange(4, 4 + new)
     anchor = np.broadcast_to(anchors, (B, new)).astype(np.int32)
-    hidden = jax.jit(read_blocks, static_argnums=0)(
-        drafter.method, drafter.params, text, anchor, np.full((B, new), k, np.int32), np.ones((B, new, k), bool)
-    )
-    head = drafter.params["embed" if drafter.method.shape.tied else "head"]
-    drafts = np.asarray(hidden[:, T:] @ head.T).argmax(axis=-1).reshape(B, new, k)
+    batch = {
+        "tokens": text, "anchor": anchor, "size": np.full((B, new), k, np.int32), "masked": np.ones((B, new, k), bool),
+        "weight": np.ones((B, new, k), np.float32), "text_weight": np.zeros((B, T), np.float32),
+    }  # fmt: skip
+    (term,) = jax.jit(lambda batch: drafter.method.predict(drafter.params, {}, batch, None, "none").terms)(batch)
+    drafts = np.asarray(term.features[:, T:] @ term.table.T).argmax(axis=-1).reshape(B, new, k)
     counts = set()
     for b in range(B):
         place, histogram = 4, [0] * (k + 1)
@@ -276,7 +276,7 @@ def test_differences_of_plain_values():
     [
         ({"answers": ["{folder}/none.jsonl"]}, "{folder}/none.jsonl: no such file"),
         ({"stage": {"width": 3}}, "stages[1]: width 3 is less than the draft length 4, so the later tokens of a draft"),
-        ({"stage": {"labels": "target"}, "length": 65}, "length 65 exceeds the drafter's context of 64; lower length"),
+        ({"stage": {"loss": {"kl": 1}}, "length": 65}, "length 65 exceeds the drafter's context of 64; lower length"),
         (
             {"batch": 41, "accumulate": 1},
             "{folder}/answers.jsonl: 40 records are fewer than a batch of 41; lower batch",

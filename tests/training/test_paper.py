@@ -21,7 +21,7 @@ from deer_jax.formats import read_yaml
 from deer_jax.models.transformer import abstract_params, logical_axes
 from deer_jax.sharding import MeshShape, bytes_per_device, factored, make_mesh, spec
 from deer_jax.training import step
-from deer_jax.training.objectives import drafter_loss
+from deer_jax.training.objectives import CROSS_ENTROPY, Objective, drafter_loss
 from deer_jax.training.recipe import Recipe, read_recipe, recipe_from, with_settings
 from deer_jax.training.step import TrainState, make_optimizer, make_step
 from tests.tiny import REAL
@@ -124,8 +124,8 @@ def test_its_steps_trace(attention, labels):
     assert recipe.reading is not None
     method = StandaloneMethod(DRAFTER, dataclasses.replace(recipe.reading, attention=attention), target.vocab_size)
     params = with_entries(abstract_params(DRAFTER), jnp.float32)
-    loss = drafter_loss(method, target if labels == "target" else None)
-    target_params = abstract_params(target, jnp.bfloat16) if labels == "target" else {}
+    loss = drafter_loss(method, target, Objective(ce=0, kl=1) if labels == "target" else CROSS_ENTROPY)
+    target_params = {"target": abstract_params(target, jnp.bfloat16)} if labels == "target" else {}
     for stage in recipe.stages:
         optimizer = jax.eval_shape(make_optimizer(stage.optimizer, stage.steps).init, params)
         state = TrainState(params=params, average={}, optimizer=optimizer)
@@ -192,7 +192,7 @@ def trace_step(recipe: Recipe):
     mesh, stage, build = abstract_mesh(recipe.mesh), recipe.stages[-1], Build.of("tpu")
     method = StandaloneMethod(DRAFTER, recipe.reading, DRAFTER.vocab_size)
     state = step.abstract_state(placed_drafter(mesh, jnp.float32), stage.optimizer, stage.steps)
-    run = make_step(drafter_loss(method, None, recipe.remat or build.remat), stage.optimizer, stage.steps, build=build)
+    run = make_step(drafter_loss(method, remat=recipe.remat or build.remat), stage.optimizer, stage.steps, build=build)
     with jax.sharding.use_abstract_mesh(mesh):
         after, metrics = jax.eval_shape(run, state, batch_of(recipe, stage.corruption, method.cached), {})
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)

@@ -12,7 +12,7 @@ from deer_jax import DrafterConfig, InputError, Target, drafter_from_target
 from deer_jax.build import Build
 from deer_jax.diffusion.corruption import Corruption, corrupt_blocks, corrupt_cut
 from deer_jax.training import objectives
-from deer_jax.training.objectives import block_loss, drafter_loss
+from deer_jax.training.objectives import drafter_loss
 from deer_jax.training.step import OptimizerConfig, init_state, make_optimizer, make_step, schedule
 from tests.tiny import random_params, tiny
 from tests.training.naive import naive_cross_entropy
@@ -101,7 +101,7 @@ def test_steps_are_those_of_plain_adamw(monkeypatch, drafter, whole):
     batch = {name: x[0] for name, x in make_batch(1).items()}
     total = float(batch.pop("total").sum())
     monkeypatch.setattr(objectives, "weighted_cross_entropy", naive_cross_entropy)
-    gradient = jax.jit(jax.value_and_grad(lambda params: block_loss(drafter.method, params, batch), has_aux=True))
+    gradient = jax.jit(jax.value_and_grad(lambda params: drafter_loss(drafter.method)(params, batch, {}), has_aux=True))
     flat, structure = jax.tree_util.tree_flatten_with_path(jax.device_get(drafter.params))
     names = [path[-1].key for path, _ in flat]
     params = [np.asarray(x, np.float64) for _, x in flat]

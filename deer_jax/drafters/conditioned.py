@@ -1,0 +1,313 @@
+"""The conditioned drafter: a block drafter that also reads the target's hidden states (DFlash, DFlash 2, DSpark).
+
+Its embedding and head are the target's, and so is its mask: a row of the target's embedding that texts do not contain.
+A block is the anchor and masks behind it, at their true positions. Every layer sees the context, that is the target's
+hidden states of what it has read, and the block. The anchor is not among what the target has read.
+
+    text        def  f  (  x        the anchor is (, W = 3
+    context     c0   c1             of the positions before the anchor
+    fill-in     ( [M] [M] [M]       a row predicts its own token: x is read at the first mask, nothing at the anchor
+    next-token  ( [M] [M]           a row predicts the token behind it: x is read at the anchor
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deer_jax.build import Build, Remat
+from deer_jax.config import (
+    MOST_DRAFT_LENGTH,
+    ConditionedConfig,
+    check_choice,
+    check_number,
+    check_token_ids,
+    check_whole,
+)
+from deer_jax.diffusion.corruption import Corruption
+from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.heads import HEADS, INDEPENDENT, Block, Head, PathSelector, initial
+from deer_jax.drafters.protocol import Draft, Pick, Predictions, Row, Seen, Term, Trainable
+from deer_jax.drafters.standalone import chosen_layers
+from deer_jax.errors import InputError
+from deer_jax.models.blocks import Blocks
+from deer_jax.models.cache import empty_cache, write_cache
+from deer_jax.models.conditioned import context_kv, draft_block, read_blocks
+from deer_jax.models.layers import logits, look_up
+from deer_jax.models.target import Target
+from deer_jax.models.transformer import Params, abstract_params, bind, init_params, logical_axes, unstack_layers
+from deer_jax.sharding import constrain, on_mesh, placement, whole
+
+HEAD = "draft_head"  # among the parameters: those of the drafter's head; the others are the backbone's
+MOST_FACTOR = 1e6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConditionedReading:
+    """How a conditioned drafter reads and is read.
+
+    Attributes:
+      taps: layers of the target whose outputs it reads, from 0; of the last one after the final norm.
+      mask: the id of the target whose embedding is the mask; it is never proposed.
+      draft_length: k it was trained for.
+      layout: `fill_in`: a row predicts its own token; `next_token`: the one behind it.
+      draft_vocab: how many ids it proposes; None: all of the target's.
+      input_scale, output_scale, softcap: factors on the block's embeddings and on its scores, and the bound that these
+        approach (cap * tanh(scores / cap)); None has none.
+    """
+
+    taps: tuple[int, ...]
+    mask: int
+    draft_length: int = 8
+    layout: Literal["fill_in", "next_token"] = "fill_in"
+    draft_vocab: int | None = None
+    input_scale: float = 1.0
+    output_scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self):
+        check_token_ids("taps", self.taps)
+        if not self.taps or len(set(self.taps)) != len(self.taps):
+            raise InputError(f"taps must be different layers of the target, one or more, got {list(self.taps)}")
+        check_token_ids("mask", (self.mask,))
+        check_whole("draft_length", self.draft_length, 1, MOST_DRAFT_LENGTH)
+        check_choice("layout", self.layout, ("fill_in", "next_token"))
+        if self.draft_vocab is not None:
+            check_whole("draft_vocab", self.draft_vocab, 2, 2**31)
+        for name in ("input_scale", "output_scale"):
+            check_number(name, getattr(self, name), 0, MOST_FACTOR, above=True)
+        if self.softcap is not None:
+            check_number("softcap", self.softcap, 0, MOST_FACTOR, above=True)
+
+    @property
+    def first(self) -> int:
+        """The first row of a block that predicts."""
+        return 1 if self.layout == "fill_in" else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ConditionedMethod(Trainable):
+    """The static half. What it shares with the target: `embed` and `head`, and `ids` int32 [V'] of a reduced
+    vocabulary, whose `head` has a row for each of these."""
+
+    shape: ConditionedConfig
+    reading: ConditionedReading
+    head: Head = INDEPENDENT
+
+    def __post_init__(self):
+        V, reading = self.shape.vocab_size, self.reading
+        if reading.mask >= V:
+            raise InputError(f"the mask is id {reading.mask}, the target's vocabulary ends at {V - 1}")
+        if reading.draft_vocab is not None and reading.draft_vocab > V:
+            raise InputError(f"draft_vocab {reading.draft_vocab} is more than the target's {V} ids")
+        if self.shape.tapped_width % len(reading.taps):
+            raise InputError(f"{len(reading.taps)} taps do not make a context of width {self.shape.tapped_width}")
+        if isinstance(self.head, PathSelector) and self.head.candidates > self.draft_vocab:
+            raise InputError(
+                f"the selector chooses among {self.head.candidates} ids, more than the vocabulary of {self.draft_vocab}"
+            )
+
+    def __str__(self) -> str:
+        shape = self.shape
+        return f"conditioned, draft length {self.draft_length}, {shape.layers} layers of width {shape.width}"
+
+    @property
+    def target_vocab(self) -> int:
+        return self.shape.vocab_size
+
+    @property
+    def draft_vocab(self) -> int:
+        return self.reading.draft_vocab or self.shape.vocab_size
+
+    @property
+    def draft_length(self) -> int:
+        return self.reading.draft_length
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self.reading.taps
+
+    @property
+    def examples(self) -> Literal["blocks", "cut"]:
+        return "blocks"
+
+    def state(self, params: Params, shared: Params, batch: int, capacity: int, build: Build) -> Any:
+        build = dataclasses.replace(build, dtype=params["fc"].dtype)
+        return empty_cache(self.shape, batch, capacity, build)
+
+    def state_axes(self, state: Any) -> Any:
+        return state.axes
+
+    def observe(self, params: Params, shared: Params, state: Any, seen: Seen, rows) -> Any:
+        """Keys and values of what the target has read; of what does not stay, they are written over later."""
+        fresh = context_kv(self._bind(params), seen.hidden, seen.start)
+        return write_cache(state, fresh, seen.start, rows)
+
+    def propose(self, params: Params, shared: Params, state: Any, row: Row, k: int, pick: Pick) -> tuple[Draft, Any]:
+        with jax.named_scope("draft"):
+            start = row.length - 1
+            anchor = jnp.take_along_axis(row.tokens, start[:, None], axis=1)
+            tokens = jnp.pad(anchor, ((0, 0), (0, k - 1 + self.reading.first)))
+            x = self._embed(shared, tokens, jnp.arange(tokens.shape[1])[None] > 0)
+            hidden = draft_block(self._bind(params), x, state, start)
+            scores = self._scores(shared, hidden[:, self.reading.first :])
+        block = Block(hidden, scores, anchor[:, 0], shared.get("ids"))
+        return self.head.draft(params.get(HEAD, {}), block, pick), state
+
+    def _bind(self, params: Params):
+        return bind(self.shape, {name: value for name, value in params.items() if name != HEAD})
+
+    def _embed(self, shared: Params, tokens, is_mask):
+        """Embeddings [B, n, D] of rows of blocks: tokens int32 [B, n], masks where it says so."""
+        x = look_up(shared["embed"], jnp.where(is_mask, self.reading.mask, tokens))
+        return constrain(x * jnp.asarray(self.reading.input_scale, x.dtype), "batch", None, None)
+
+    def _scores(self, shared: Params, hidden):
+        """float32 [B, n, V'] of final states."""
+        scores = constrain(logits(hidden, whole(shared["head"], ("vocab", "width"))), "batch", None, "vocab")
+        scores = scores * self.reading.output_scale
+        if self.reading.softcap is not None:
+            scores = self.reading.softcap * jnp.tanh(scores / self.reading.softcap)
+        ids = shared.get("ids", jnp.arange(scores.shape[-1], dtype=jnp.int32))
+        return jnp.where((ids == self.reading.mask)[None, None], -jnp.inf, scores)
+
+    # Training
+
+    def head_weights(self):
+        return self.head.weights(self.shape.width, self.target_vocab, self.draft_vocab)
+
+    def shapes(self) -> Params:
+        shapes = abstract_params(self.shape)
+        head = {name: jax.ShapeDtypeStruct(w.shape, jnp.float32) for name, w in self.head_weights().items()}
+        return shapes | ({HEAD: head} if head else {})
+
+    def axes(self) -> Params:
+        axes, head = logical_axes(self.shape), {name: weight.axes for name, weight in self.head_weights().items()}
+        return axes | ({HEAD: head} if head else {})
+
+    def check(self, corruption: Corruption) -> None:
+        if self.reading.softcap is not None:
+            raise InputError("drafters whose scores have a softcap can be used, but not trained")
+
+    def predict(self, params: Params, shared: Params, batch: dict[str, jax.Array], tapped, remat: Remat) -> Predictions:
+        """Shapes of the batch as in `corruption.Blocks`: W places behind each anchor, of which those masked count."""
+        tokens, anchor, masked = batch["tokens"], batch["anchor"], batch["masked"]
+        (B, M, W), first = masked.shape, self.reading.first
+        rows = W + first
+        place = (anchor[..., None] + jnp.arange(rows)[None, None]).reshape(B, M * rows)
+        following = jnp.take_along_axis(tokens, place, axis=1, mode="clip")
+        hidden_from_it = masked | (jnp.arange(W)[None, None] >= batch["size"][..., None])  # behind a text are masks
+        is_mask = jnp.pad(hidden_from_it, ((0, 0), (0, 0), (1, 0)))[..., :rows].reshape(B, M * rows)
+        x = self._embed(shared, following, is_mask)
+        states = read_blocks(self._bind(params), x, tapped, Blocks(anchor, rows), remat).reshape(B, M, rows, -1)
+
+        predicted = (anchor[..., None] + 1 + jnp.arange(W)[None, None]).reshape(B, M * W)
+        before = jnp.take_along_axis(tokens, predicted - 1, axis=1, mode="clip").reshape(B, M, W)
+        head = params.get(HEAD, {})
+        features = states[:, :, first:].reshape(B, M * W, -1) * jnp.asarray(self.reading.output_scale, states.dtype)
+        ids, confidence = shared.get("ids"), self.head.confidence(head, states, before)
+        every = jnp.arange(self.draft_vocab, dtype=jnp.int32) if ids is None else ids
+        return Predictions(
+            place=predicted,
+            weight=batch["weight"].reshape(B, M * W),
+            terms=(Term(features, shared["head"], trained=False), *self.head.terms(head, states, before)),
+            ids=ids,
+            allowed=every != self.reading.mask,
+            selector=self.head.selector(head, states, before),
+            confidence=None if confidence is None else confidence.reshape(B, M * W),
+        )
+
+    def section(self) -> dict[str, Any]:
+        shape = self.shape
+        names = ("tapped_width", "windows", "causal", "window_from", "conv_kernel", "conv_group")
+        kind = next(name for name, kind in HEADS.items() if kind is type(self.head))
+        return {
+            "kind": "conditioned", "reading": dataclasses.asdict(self.reading),
+            "shape": {name: getattr(shape, name) for name in names},
+            "head": {"kind": kind} | dataclasses.asdict(self.head),
+        }  # fmt: skip
+
+
+def shared_of(method: ConditionedMethod, target: Target, ids: Sequence[int] | None = None) -> Params:
+    """What such a drafter reads of its target; ids: those it proposes, where they are not all.
+
+    The head of a reduced vocabulary is gathered, everything else are the target's own arrays.
+    """
+    config = target.config
+    check_target(method, target)
+    head = target.params["embed" if config.tied else "head"]
+    shared = {"embed": target.params["embed"], "head": head}
+    if ids is None:
+        return shared
+    chosen = np.asarray(ids, np.int32)
+    where = placement(target.mesh, (len(chosen), config.width), ("vocab", "width"))
+    with on_mesh(target.mesh):
+        rows = jax.jit(lambda head, ids: head[ids], out_shardings=where)(head, chosen)
+    return shared | {"head": rows, "ids": jnp.asarray(chosen)}
+
+
+def check_target(method: ConditionedMethod, target: Target) -> None:
+    """InputError unless a drafter of this method is for a target of such sizes."""
+    config, shape = target.config, method.shape
+    for name, ours, theirs in (
+        ("width", shape.width, config.width),
+        ("vocabulary", shape.vocab_size, config.vocab_size),
+        ("tapped width", shape.tapped_width, len(method.taps) * config.width),
+    ):
+        if ours != theirs:
+            raise InputError(f"the drafter is for another target: one of {name} {ours}, and {target.name} has {theirs}")
+    for tap in method.taps:
+        if tap >= config.layers:
+            raise InputError(f"the drafter reads layer {tap} of its target, {target.name} has 0..{config.layers - 1}")
+
+
+def default_taps(layers: int, count: int) -> tuple[int, ...]:
+    """`count` layers of a target with so many, from its second to its third last (DFlash)."""
+    if count == 1:
+        return (layers // 2,)
+    return tuple(round(1 + i * (layers - 4) / (count - 1)) for i in range(count))
+
+
+def conditioned_drafter(
+    target: Target,
+    reading: ConditionedReading,
+    *,
+    layers: int | Sequence[int] = 2,
+    head: Head | None = None,
+    ids: Sequence[int] | None = None,
+    seed: int = 0,
+    name: str = "conditioned",
+    **shape: Any,
+) -> Drafter:
+    """An untrained conditioned drafter for a target.
+
+    Args:
+      layers: how many random layers, or those of the target that it starts from.
+      ids: the ids that it proposes, ascending; their number is `reading.draft_vocab`.
+      shape: of its backbone, where it differs from the target's, see `ConditionedConfig`.
+    """
+    config = target.config
+    own = None if isinstance(layers, int) else chosen_layers(target, layers)
+    count = layers if isinstance(layers, int) else len(layers)
+    normed = own is None or config.qk_norm
+    values: dict[str, Any] = vars(config) | {
+        "family": "qwen3" if normed else config.family, "qk_norm": normed, "layers": count, "windows": (0,) * count,
+        "causal": (False,) * count, "experts": 0, "experts_per_token": 0, "expert_width": 0,
+        "tapped_width": len(reading.taps) * config.width,
+    } | ({"qkv_bias": False} if own is None else {}) | shape  # fmt: skip
+    method = ConditionedMethod(ConditionedConfig(**values), reading, head or INDEPENDENT)
+    shared = shared_of(method, target, ids)
+    params = init_params(method.shape, seed)
+    for name, weight in params["layers"].items() if own is not None else ():
+        if name in own and own[name].shape != weight.shape:
+            raise InputError(f"a drafter of other sizes than {target.name} cannot start from its layers: see {name}")
+        params["layers"][name] = own.get(name, weight)
+    if found := method.head_weights():
+        params[HEAD] = initial(found, seed + 1)
+    params = jax.tree.map(lambda x: x.astype(target.dtype), params)
+    if not target.build.scan:
+        params = unstack_layers(params, count)
+    return Drafter(method=method, params=params, shared=shared, name=name, tokenizer=target.tokenizer)
