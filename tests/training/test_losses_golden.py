@@ -10,7 +10,7 @@ import pytest
 from deer_jax.training.cross_entropy import Selector, SoftLabels, measured, weighted_loss
 from deer_jax.training.losses import Mix, confidence_loss
 from deer_jax.training.scores import Term
-from deer_jax.training.slot_weights import decay, hanging_length
+from deer_jax.training.slot_weights import decay, length_at_stake
 
 FILE = Path(__file__).resolve().parent.parent / "drafters" / "golden" / "losses.npz"
 MIXES = {"kl_div": "kl", "ce": "ce", "tv": "tv", "nla": "lk_alpha", "lk_hybrid": "lk_lambda"}
@@ -39,7 +39,7 @@ def slot_weights(golden, layout, kind, likelihood=None):
         np.testing.assert_allclose(factor, golden[f"weights_{layout}_4"][0], **CLOSE)
         weights = jnp.asarray(counts * factor)
     else:
-        weights = hanging_length(likelihood, counts)
+        weights = length_at_stake(likelihood, counts)
     return weights / np.float32(counts.sum())
 
 
