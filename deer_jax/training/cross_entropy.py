@@ -29,9 +29,7 @@ class SoftLabels(NamedTuple):
     hidden: jax.Array  # [B, R, D']
     head: jax.Array  # [V', D'], a row for each of the drafter's ids, or what `sharding.spread` made of it
     allowed: jax.Array | None = None  # bool [V] ids that may have probability; those from V' on have none
-    whole: jax.Array | None = (
-        None  # [V'', D'] the head of all the target's ids; None: p is normalised over the drafter's
-    )
+    whole: jax.Array | None = None  # [V'', D'] the head of all its ids; None: its p is normalised over the drafter's
 
 
 @jax.tree_util.register_dataclass
