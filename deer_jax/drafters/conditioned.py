@@ -216,7 +216,7 @@ class ConditionedMethod(Trainable):
             terms=(Term(features, shared["head"], trained=False), *self.head.terms(head, states, before)),
             ids=ids,
             allowed=every != self.reading.mask,
-            selector=self.head.selector(head, states, before),
+            choice=self.head.choice(head, states, before),
             confidence=None if confidence is None else confidence.reshape(B, M * W),
         )
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deer_jax.config import check_choice, check_flag, check_whole
-from deer_jax.drafters.protocol import Draft, Pick, Selector, Term, join
+from deer_jax.drafters.protocol import Choice, Draft, Pick, Term, join
 from deer_jax.models.layers import linear, logits, look_up
 from deer_jax.models.transformer import Params
 from deer_jax.models.weights import Weight
@@ -66,7 +66,7 @@ class Independent:
         their predecessors."""
         return ()
 
-    def selector(self, params: Params, hidden, before) -> Selector | None:
+    def choice(self, params: Params, hidden, before) -> Choice | None:
         """The choice that training trains beside the scores; arguments as for `terms`."""
         return None
 
@@ -111,10 +111,10 @@ class PathSelector(Independent):
             token = parts[-1].tokens[:, 0]
         return join(parts)
 
-    def selector(self, params: Params, hidden, before) -> Selector:
+    def choice(self, params: Params, hidden, before) -> Choice:
         states = self._project(params, hidden[:, :, hidden.shape[2] - before.shape[2] :])
         key = look_up(params["predecessor"], _flat(before)) * _flat(states)
-        return Selector(Term(key, params["successor"]), self.candidates)
+        return Choice(Term(key, params["successor"]), self.candidates)
 
     def _project(self, params: Params, hidden):
         return linear(hidden, whole(params["projection"], (None, "width")))

@@ -136,22 +136,11 @@ class Term:
     trained: bool = dataclasses.field(default=True, metadata={"static": True})
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Selector:
-    """A choice among each row's best K ids: cross-entropy over them of their scores plus one more term.
+class Choice(NamedTuple):
+    """A choice among each prediction's best `count` ids: by their scores plus one more term."""
 
-    The row's label takes the K-th place where it is not among them. Features, table and scores are all trained.
-
-    Attributes:
-      term: features [B, R, r], made of the predecessor and the state, and the table of successors [V, r].
-      count: K.
-      weight: of this loss beside the others.
-    """
-
-    term: Term
-    count: int = dataclasses.field(metadata={"static": True})
-    weight: float = dataclasses.field(default=1.0, metadata={"static": True})
+    term: Term  # features made of predecessor and state, and the table of successors
+    count: int
 
 
 class Predictions(NamedTuple):
@@ -167,7 +156,7 @@ class Predictions(NamedTuple):
         None  # int32 [V'], ascending: which id of the target each of the drafter's is; None: the same
     )
     allowed: jax.Array | None = None  # bool [V'] ids that may be proposed; None: all
-    selector: Selector | None = None
+    choice: Choice | None = None
     confidence: jax.Array | None = None  # float32 [B, R] logits of the probability that the token is accepted
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deer_jax.drafters.protocol import Selector, Term
+from deer_jax.drafters.protocol import Term
 from deer_jax.errors import InputError
 from deer_jax.models.layers import logits
 from deer_jax.sharding import here, on_shards, shard_index, spread, total
@@ -30,11 +30,29 @@ class SoftLabels(NamedTuple):
     hidden: jax.Array  # [B, R, D']
     head: jax.Array  # [V', D'], a row for each of the drafter's ids, or what `sharding.spread` made of it
     allowed: jax.Array | None = None  # bool [V] ids that may have probability; those from V' on have none
-    whole: jax.Array | None = None  # [V'', D'] the head of all the target's ids, where the drafter has fewer
+    whole: jax.Array | None = None  # [V'', D'] the head of all its ids; None: its p is normalised over the drafter's
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selector:
+    """A choice among each row's best K ids: cross-entropy over them of their scores plus one more term.
+
+    The row's label takes the K-th place where it is not among them. Features, table and scores are all trained.
+
+    Attributes:
+      term: features [B, R, r], made of the predecessor and the state, and the table of successors [V, r].
+      weights: float32 [B, R] of this loss, not differentiated.
+      count: K.
+    """
+
+    term: Term
+    weights: jax.Array
+    count: int = dataclasses.field(metadata={"static": True})
 
 
 class Rows(NamedTuple):
-    """What is known of each row of non-zero weight, float32 [B, R]; 0 at the others. Not differentiated."""
+    """What is known of each row that has a weight, float32 [B, R]; 0 at the others. Not differentiated."""
 
     loss: jax.Array  # of the mix, not weighted
     likelihood: jax.Array  # q of its label; 0 where it has none
@@ -61,15 +79,15 @@ def weighted_cross_entropy(hidden, head, labels, weights, soft: SoftLabels | Non
 def weighted_loss(
     terms: Sequence[Term], labels, weights, mix: Mix, soft: SoftLabels | None = None, selector: Selector | None = None
 ) -> tuple[jax.Array, Rows]:
-    """Sum of weights * the mix's loss over rows of non-zero weight, float32 [], and what is known of these rows.
+    """Sum of weights * the mix's loss, float32 [], and what is known of the rows.
 
     q is the softmax of the terms' sum. labels int32 [B, R] are ids of the drafter, negative where the token is none of
     them (see `draft_labels`); None for the best of the soft labels. weights float32 [B, R] are not differentiated. A
-    selector's loss is weighted as the mix's and added.
+    selector's loss, with weights of its own, is added.
 
-    Rows of zero weight cost nothing and their labels may be anything: each shard moves its others to the front and
-    takes them through its part of the vocabulary in chunks, gradients in the same pass, so scores exist for one chunk
-    at a time, are computed once, and never leave their shard.
+    Rows of zero weight, a selector's too, cost nothing and their labels may be anything: each shard moves its others to
+    the front and takes them through its part of the vocabulary in chunks, gradients in the same pass, so scores exist
+    for one chunk at a time, are computed once, and never leave their shard.
     """
     terms, soft, selector = _ready(terms, labels, mix, soft, selector)
     loss, rows = _loss(mix, terms, labels, weights, soft, selector)
@@ -138,22 +156,26 @@ def _run(mix, terms, labels, weights, soft, selector, *, gradients: bool):
     """The loss, what is known of the rows, and gradients like (terms, selector) but for frozen tables, or None."""
     V = terms[0].table.shape[-2]
     rows: Any = here(weights.shape, "batch", None)
-    terms_at = tuple(term_axes(term) for term in terms)
-    selector_at = None if selector is None else dataclasses.replace(selector, term=term_axes(selector.term))
-    soft_at: Any = None
+    terms_at, soft_at, selector_at = tuple(term_axes(term) for term in terms), None, None
     if soft is not None:
-        hidden: Any = here(soft.hidden.shape, "batch", None, None)
+        hidden, allowed = here(soft.hidden.shape, "batch", None, None), here((V,), "vocab")
         whole = None if soft.whole is None else table_axes(soft.whole)
-        soft_at = SoftLabels(hidden, table_axes(soft.head), cast(Any, here((V,), "vocab")), whole)
-    found = None
-    if gradients:
-        to_selector = selector_at and dataclasses.replace(selector_at, term=gradient_like(selector_at.term))
-        found = tuple(gradient_like(term) for term in terms_at), to_selector
+        soft_at = SoftLabels(cast(Any, hidden), table_axes(soft.head), cast(Any, allowed), whole)
+    found = (tuple(gradient_like(term) for term in terms_at), None) if gradients else None
+    if selector is not None:
+        selector_at = dataclasses.replace(selector, term=term_axes(selector.term), weights=rows)
+        if found is not None:
+            found = found[0], _like_gradient(selector_at, gradient_like(selector_at.term))
     local = functools.partial(_local, mix, V, gradients)
     labels_at = None if labels is None else rows
     known = Rows(*[rows] * len(Rows._fields))
     run = on_shards(local, (terms_at, labels_at, rows, soft_at, selector_at), (here(()), known, found))
     return run(terms, labels, weights, soft, selector)
+
+
+def _like_gradient(selector: Selector, term: Term) -> Selector:
+    """A selector's like with what has a gradient."""
+    return dataclasses.replace(selector, term=term, weights=cast(Any, None))
 
 
 class _Theirs:
@@ -184,9 +206,13 @@ def _local(mix: Mix, count: int, gradients: bool, terms, labels, weights, soft, 
     choice = None if selector is None else OnShard(selector.term)
     V, N, chunk = parts[0].table.shape[0], B * R, min(CHUNK_ROWS, B * R)
     ids = shard_index("vocab") * V + jnp.arange(V)
-    order = jnp.argsort(weights == 0, stable=True)
+    counts = weights != 0
+    if selector is not None:
+        choice_weights = selector.weights.reshape(-1)
+        counts, choice_weights = counts | (choice_weights != 0), jnp.pad(choice_weights, (0, 1))
+    order = jnp.argsort(~counts, stable=True)
     order = jnp.pad(order, (0, -N % chunk), constant_values=N)  # N points at a row of zeros
-    weights, used = jnp.pad(weights, (0, 1)), jnp.sum(weights != 0)
+    weights, counts, used = jnp.pad(weights, (0, 1)), jnp.pad(counts, (0, 1)), jnp.sum(counts)
     if labels is not None:
         labels = jnp.pad(labels.reshape(-1), (0, 1))
 
@@ -216,15 +242,13 @@ def _local(mix: Mix, count: int, gradients: bool, terms, labels, weights, soft, 
             chosen_scores = chosen.scores + choice.scores_of(rows, chosen.ids)
             chosen_loss, chosen_slope = losses.choice_loss(chosen_scores, chosen.is_label)
             new += [chosen_loss, losses.chosen_right(chosen_scores, chosen.is_label), chosen.found]
-            loss, chosen_slope = (
-                loss + jnp.sum(weight * selector.weight * chosen_loss),
-                chosen_slope * weight * selector.weight,
-            )
+            weight = choice_weights[rows][:, None]
+            loss, chosen_slope = loss + jnp.sum(weight * chosen_loss), chosen_slope * weight
             slope = slope + at_ids(chosen_slope, chosen.ids - ids[0], V)
             to_choice = choice.add_of(to_choice, rows, chosen.ids, chosen_slope) if gradients else None
         if gradients:
             to_terms = [part.add(one, rows, slope) for part, one in zip(parts, to_terms, strict=True)]
-        fresh = jnp.where(weights[rows][:, None] != 0, jnp.concatenate(new, axis=-1), 0)
+        fresh = jnp.where(counts[rows][:, None], jnp.concatenate(new, axis=-1), 0)
         return loss, known.at[rows].set(fresh), to_terms, to_choice
 
     to_terms = [part.zeros() for part in parts] if gradients else None
@@ -233,8 +257,7 @@ def _local(mix: Mix, count: int, gradients: bool, terms, labels, weights, soft, 
     loss, known, to_terms, to_choice = lax.fori_loop(0, -(-used // chunk), one_chunk, start)
     found: Any = None
     if gradients:
-        found = (
-            tuple(part.done(one) for part, one in zip(parts, cast(list, to_terms), strict=True)),
-            None if choice is None else dataclasses.replace(cast(Selector, selector), term=choice.done(to_choice)),
-        )
+        found = tuple(part.done(one) for part, one in zip(parts, cast(list, to_terms), strict=True)), None
+        if selector is not None and choice is not None:
+            found = found[0], _like_gradient(selector, choice.done(to_choice))
     return total(loss, "batch"), Rows(*(known[:N, i].reshape(B, R) for i in range(known.shape[1]))), found

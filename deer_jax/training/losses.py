@@ -1,8 +1,10 @@
-"""What a row loses: pure functions of the drafter's q, the text's token and the target's p, with their derivatives.
+"""What a row loses: pure functions of the drafter's q, the row's label and the target's p, with their derivatives.
 
 Each takes a `View` of some rows and returns the loss float32 [r, 1] and its derivative by the drafter's scores float32
 [r, V]. On shards of the vocabulary a view is of one part of it, and only numbers of rows cross between the shards.
 Derivatives are written out because a sum over shards would not be differentiated as it is meant.
+
+The label is the text's token, or as some methods have it the id that the target finds best.
 
 A drafter may have fewer ids than the target. Its q is 0 for the others, so what p has there is lost whatever it says:
 total variation and acceptance are against the target's whole p, and only KL, which would be infinite, is against p
@@ -37,9 +39,9 @@ class View(NamedTuple):
 
     log_q: jax.Array  # float32 [r, V]
     log_best: jax.Array  # float32 [r, 1] the largest log q of all parts
-    is_label: jax.Array  # bool [r, V]; nowhere true in all parts for a row whose token is none of the drafter's
+    is_label: jax.Array  # bool [r, V]; nowhere true in all parts for a row whose label is none of the drafter's
     has_label: jax.Array  # float32 [r, 1] 1, or 0 for such a row
-    target: Target | None  # None where nothing but the token is known
+    target: Target | None  # None where nothing but the label is known
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class Mix:
     """How much each loss counts in a row's loss.
 
     Attributes:
-      ce: cross-entropy on the text's token; 0 at rows whose token is none of the drafter's.
+      ce: cross-entropy on the label; 0 at rows whose label is none of the drafter's.
       kl: KL(p || q), p as it is among the drafter's ids.
       tv: total variation, 1/2 sum |p - q| = 1 - acceptance.
       lk_alpha: -log of the acceptance sum min(p, q) (arXiv 2602.23881).
@@ -89,13 +91,13 @@ def mixed(mix: Mix, view: View):
 
 
 def cross_entropy(view: View):
-    """-log q of the text's token."""
+    """-log q of the label."""
     slope = (jnp.exp(view.log_q) - view.is_label.astype(jnp.float32)) * view.has_label
     return -log_likelihood(view), slope
 
 
 def log_likelihood(view: View):
-    """float32 [r, 1]: log q of the text's token; 0 where it is none of the drafter's."""
+    """float32 [r, 1]: log q of the label; 0 where it is none of the drafter's."""
     return _sum(jnp.where(view.is_label, view.log_q, 0))
 
 
@@ -140,7 +142,7 @@ def divergence_then_variation(view: View):
 
 
 def agreement(view: View):
-    """float32 [r, 1]: 1 where q's best id is the target's best, or without a target the text's token.
+    """float32 [r, 1]: 1 where q's best id is the target's best, or without a target the label.
 
     Two ids whose probabilities are within 0.01 % of each other are both the target's best.
     """

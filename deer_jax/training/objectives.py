@@ -17,7 +17,7 @@ from deer_jax.config import ModelConfig, check_flag, check_number
 from deer_jax.drafters.protocol import Predictions, Trainable
 from deer_jax.models.transformer import Params, bind
 from deer_jax.sharding import spread
-from deer_jax.training.cross_entropy import SoftLabels, draft_labels, measured, weighted_cross_entropy, weighted_loss
+from deer_jax.training.cross_entropy import Selector, SoftLabels, draft_labels, measured, weighted_cross_entropy, weighted_loss
 from deer_jax.training.losses import Mix, confidence_loss
 from deer_jax.training.slot_weights import decay, hanging_length
 
@@ -135,7 +135,9 @@ def loss_of(said: Predictions, tokens, objective: Objective, view: View | None, 
         theirs = jnp.take_along_axis(view.hidden, before, axis=1, mode="clip")
         head, whole = (view.head, None) if said.ids is None else (said.terms[0].table, view.head)
         soft = SoftLabels(theirs, head, said.allowed, whole)
-    selector = said.selector and dataclasses.replace(said.selector, weight=objective.selector)
+    selector = None
+    if said.choice is not None and objective.selector:
+        selector = Selector(said.choice.term, objective.selector * weights, said.choice.count)
     if objective.pace:
         B, M, W = masked
         rows = measured(said.terms, labels, weights, soft, selector)

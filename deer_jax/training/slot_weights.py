@@ -20,12 +20,12 @@ def decay(count: int, gamma: float) -> np.ndarray:
     return np.exp(-np.arange(count) / gamma).astype(np.float32)
 
 
-def hanging_length(likelihood, counts, least: float = 0.5) -> jax.Array:
-    """float32 [..., k]: how much of a block's expected accepted length hangs on each draft (D-PACE, arXiv 2605.18810).
+def length_at_stake(likelihood, counts, least: float = 0.5) -> jax.Array:
+    """float32 [..., k]: how much of a block's expected accepted length is at stake at each draft (D-PACE).
 
-    For draft j the sum over i >= j of the product over m <= i of (1 - least) * likelihood_m + least; 0 where it does
-    not count. likelihood float32 [..., k]: the drafter's probability of the right token, not differentiated. counts
-    bool [..., k]: others (given, or behind the end) are taken as right and as adding no length.
+    arXiv 2605.18810. For draft j the sum over i >= j of the product over m <= i of (1 - least) * likelihood_m + least;
+    0 where it does not count. likelihood float32 [..., k]: the drafter's probability of the right token, not
+    differentiated. counts bool [..., k]: others (given, or behind the end) are taken as right and add no length.
     """
     sure = jnp.where(counts, (1 - least) * likelihood + least, 1.0)
     reached = jnp.where(counts, jnp.cumprod(sure, axis=-1), 0.0)

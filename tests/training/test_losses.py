@@ -20,7 +20,7 @@ from deer_jax.training.losses import (
     log_normaliser,
     mixed,
 )
-from deer_jax.training.slot_weights import decay, hanging_length
+from deer_jax.training.slot_weights import decay, length_at_stake
 from tests.training.naive import naive_choice, naive_losses
 
 V, ROWS = 11, 7
@@ -126,15 +126,15 @@ def test_decay_begins_at_the_first_draft():
     np.testing.assert_allclose(decay(4, 2.0), [1, math.exp(-0.5), math.exp(-1), math.exp(-1.5)], rtol=1e-6)
 
 
-def test_hanging_length():
+def test_length_at_stake():
     """Slot by slot, from the formula; slots that do not count are stepped over; nothing is differentiated."""
     rng = np.random.default_rng(0)
     likelihood, counts = rng.random((3, 6)).astype(np.float32), rng.random((3, 6)) < 0.7
-    found = np.asarray(hanging_length(jnp.asarray(likelihood), jnp.asarray(counts), 0.4))
+    found = np.asarray(length_at_stake(jnp.asarray(likelihood), jnp.asarray(counts), 0.4))
     for sure, real, weights in zip(likelihood, counts, found, strict=True):
         at = np.flatnonzero(real)
         assert not weights[~real].any()
         for j, place in enumerate(at):
             expected = sum(np.prod(0.6 * sure[at[: i + 1]] + 0.4) for i in range(j, len(at)))
             assert weights[place] == pytest.approx(expected, rel=1e-5)
-    assert not jax.grad(lambda x: hanging_length(x, counts).sum())(jnp.asarray(likelihood)).any()
+    assert not jax.grad(lambda x: length_at_stake(x, counts).sum())(jnp.asarray(likelihood)).any()

@@ -57,14 +57,17 @@ def arrays(dtype=jnp.float32):
     weights = np.where(rng.random((B, R)) < 0.4, rng.uniform(0.1, 3, (B, R)), 0).astype(np.float32)
     weights[0] = 0  # a shard without rows
     tokens = jnp.asarray(rng.integers(0, V + OTHERS, (B, R)), jnp.int32)
-    return trained, fixed | {"weights": jnp.asarray(weights), "tokens": tokens}
+    # Rows of a selector that are none of the mix's, and the other way round.
+    choice = np.where(rng.random((B, R)) < 0.2, 0.7 - weights, 0.5 * weights).astype(np.float32)
+    choice[0] = 0
+    return trained, fixed | {"weights": jnp.asarray(weights), "tokens": tokens, "choice_weights": jnp.asarray(choice)}
 
 
 def parts(case: Case, x, fixed):
     """The arguments of `weighted_loss` without the mix."""
     terms = [Term(x["hidden"], x["head"], trained=case.trained_head), Term(x["step"], x["w2"])]
     soft = SoftLabels(fixed["target"], fixed["whole"][IDS], whole=fixed["whole"] if case.whole else None)
-    selector = Selector(Term(x["query"], x["successor"]), case.count, weight=0.7) if case.count else None
+    selector = Selector(Term(x["query"], x["successor"]), fixed["choice_weights"], case.count) if case.count else None
     labels = draft_labels(fixed["tokens"], jnp.asarray(IDS)) if case.labels else None
     return terms, labels, fixed["weights"], soft, selector
 
@@ -88,7 +91,7 @@ def naive_loss_of(case: Case, x, fixed):
         label = jnp.argmax(theirs, axis=-1)
     by_name = naive_losses(scores, label, theirs, rest)
     row = sum((weight * by_name[name] for name, weight in dataclasses.asdict(case.mix).items()), jnp.zeros((B, R)))
-    real = (fixed["weights"] != 0).astype(jnp.float32)
+    real = (fixed["weights"] != 0) | ((fixed["choice_weights"] != 0) & bool(case.count))
     q, p = jax.nn.softmax(scores), jax.nn.softmax(jnp.concatenate([theirs, rest], axis=-1))
     best = jnp.take_along_axis(p, jnp.argmax(q, axis=-1)[..., None], axis=-1)[..., 0]
     rows = {
@@ -98,10 +101,12 @@ def naive_loss_of(case: Case, x, fixed):
     if case.count:
         extra = x["query"] @ x["successor"].T
         rows["choice_loss"] = naive_choice(scores, label, extra, case.count)
-        row = row + 0.7 * rows["choice_loss"]
         order = jnp.argsort(-scores, axis=-1)[..., : case.count]
         rows["recall"] = jnp.any(order == label[..., None], axis=-1).astype(jnp.float32)
-    return jnp.sum(fixed["weights"] * row), {name: value * real for name, value in rows.items()}
+    loss = jnp.sum(fixed["weights"] * row)
+    if case.count:
+        loss = loss + jnp.sum(fixed["choice_weights"] * rows["choice_loss"])
+    return loss, {name: jnp.where(real, value, 0.0) for name, value in rows.items()}
 
 
 def both(function, case: Case, dtype=jnp.float32):
@@ -129,7 +134,7 @@ def test_loss_rows_and_gradients(monkeypatch, name, shape):
         np.testing.assert_allclose(getattr(found, what), value, rtol=1e-4, atol=1e-6, err_msg=what)
     for what, value in gradients.items():
         np.testing.assert_allclose(ours[what], value, rtol=1e-4, atol=1e-5, err_msg=what)
-    assert not ours["hidden"][arrays()[1]["weights"] == 0].any()
+    assert not ours["step"][0].any()
     assert bool(ours["head"].any()) == CASES[name].trained_head
 
 
@@ -185,7 +190,7 @@ def test_only_numbers_of_rows_cross_between_shards_of_the_vocabulary(monkeypatch
     hidden, table = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 32, D), (ids, D)))
 
     def loss(hidden, table):
-        soft, selector = SoftLabels(hidden, table), Selector(Term(hidden, table), 4)
+        soft, selector = SoftLabels(hidden, table), Selector(Term(hidden, table), jnp.ones((1, 32)), 4)
         return weighted_loss([Term(hidden, table)], None, jnp.ones((1, 32)), EVERYTHING, soft, selector)[0]
 
     with on_mesh(make_mesh(tensor=ways)):
