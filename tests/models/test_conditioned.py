@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -272,6 +273,31 @@ def test_a_mesh_gives_the_same(mesh, kind):
     for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(spread), jax.tree.leaves(alone), strict=True):
         scale = max(1.0, float(jnp.max(jnp.abs(other))))
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-5 * scale, err_msg=str(path))
+
+
+def test_devices_that_share_a_draft_sum_twice_per_layer_and_once_per_context():
+    config = conditioned("row causal", heads=8, kv_heads=4, mlp_width=64, width=64)
+    mesh = make_mesh(tensor=4)
+
+    def of(shape, axes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placement(mesh, shape, axes))
+
+    params = abstract_params(config, scan=False)
+    stacked = logical_axes(config)
+    axes = stacked | {"layers": {i: {k: v[1:] for k, v in stacked["layers"].items()} for i in range(config.layers)}}
+    params = jax.tree.map(lambda x, names: of(x.shape, names), params, axes)
+    side = of((config.layers, B, config.kv_heads, S + W, config.head_width), (None, "batch", "kv_heads", None, None))
+    rows, at = of((B, W, config.width), ("batch", None, None)), of((B,), ("batch",), jnp.int32)
+
+    def talk(run, *arguments):
+        with on_mesh(mesh):
+            text = str(jax.jit(run).lower(params, *arguments, at).compile().as_text())
+        return re.findall(r"= .* (all-[a-z]+|reduce-scatter|collective-[a-z]+)(?:-start)?\(", text)
+
+    drafting = talk(lambda *a: draft_block(bind(config, a[0]), a[1], KVCache(*a[2:4]), a[4]), rows, side, side)
+    assert drafting == ["all-reduce"] * 2 * config.layers
+    tapped = of((B, W, TAPPED), ("batch", None, None))
+    assert talk(lambda *a: context_kv(bind(config, a[0]), *a[1:]), tapped) == ["all-reduce"]
 
 
 @pytest.mark.parametrize(
