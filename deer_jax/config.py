@@ -185,6 +185,7 @@ class ConditionedConfig(ModelConfig):
       window_from: `row`: a row sees what is less than the window away from it, rows of its block included (dflash);
         `anchor`: all rows see the last so many positions before the anchor, and all of their block (speculators).
       causal: for each layer whether a row sees only those of its block that are not behind it.
+      o_bias: a bias on attention's output projection.
       conv_kernel: rows that a layer's convolutions (DFlash 2) sum, each with itself; 0 has none.
       conv_group: channels that share a kernel's dynamic part.
     """
@@ -193,6 +194,7 @@ class ConditionedConfig(ModelConfig):
     windows: tuple[int, ...]
     causal: tuple[bool, ...]
     window_from: Literal["row", "anchor"] = "row"
+    o_bias: bool = False
     conv_kernel: int = 0
     conv_group: int = 16
 
@@ -211,6 +213,7 @@ class ConditionedConfig(ModelConfig):
             for i, value in enumerate(values):
                 check(f"{name} of layer {i}", value)
         check_choice("window_from", self.window_from, ("row", "anchor"))
+        check_flag("o_bias", self.o_bias)
         check_whole("conv_kernel", self.conv_kernel, 0, MOST_DRAFT_LENGTH)
         check_whole("conv_group", self.conv_group, 1, MOST["width"])
         if self.conv_kernel and self.width % self.conv_group:

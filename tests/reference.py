@@ -167,7 +167,7 @@ def conditioned(config, params, x, tapped):
     positions = np.arange(S + W)
 
     def split(w, name, rows, heads, at):
-        y = (rows @ w[name].T).reshape(1, len(rows), heads, H)
+        y = (rows @ w[name].T + w.get(f"{name}_bias", 0)).reshape(1, len(rows), heads, H)
         if config.qk_norm and name != "v":
             y = rms_norm(y, w[f"{name}_norm"], config.norm_eps)
         return y if name == "v" else rotate(y, at[None], config.rope)
@@ -194,7 +194,7 @@ def conditioned(config, params, x, tapped):
             q = split(w, "q", h, config.heads, positions[S:])
             both = np.concatenate([c, h])
             k, v = split(w, "k", both, K, positions), split(w, "v", both, K, positions)
-            return attention(q, k, v, visible).reshape(W, -1) @ w["o"].T
+            return attention(q, k, v, visible).reshape(W, -1) @ w["o"].T + w.get("o_bias", 0)
 
         def mlp(h, w=w):
             return np.stack([gated_mlp(row, w["gate"], w["up"], w["down"]) for row in h])

@@ -62,7 +62,7 @@ def draft_block(model: Transformer, x, cache: KVCache, start) -> jax.Array:
 
     cache: the context's keys and values, of which rows see the slots before their start.
     """
-    blocks = Blocks(start[:, None], x.shape[1])
+    blocks, x = Blocks(start[:, None], x.shape[1]), constrain(x, "batch", None, None)
     return model(x, blocks.positions, visible=blocks, cache=cache, start=start).hidden
 
 
@@ -71,5 +71,5 @@ def read_blocks(model: Transformer, x, tapped, blocks: Blocks, remat: Remat = "n
 
     x: their embeddings [B, M*W, D]; tapped [B, S, n*D'] at positions 0..S-1. Sorted anchors are faster.
     """
-    context = context_of(model, tapped)
+    context, x = context_of(model, tapped), constrain(x, "batch", None, None)
     return model(x, blocks.positions, visible=blocks, context=context, remat=remat).hidden

@@ -103,7 +103,9 @@ class Layer(nnx.Module):
             q = rotate(self._heads(h, "q", config.heads // config.kv_heads), cos_sin)
             k, v = self.keys_values(h, cos_sin)
             mixed = self._attend(q, k, v, index, visible, cache, start, context)
-            x = constrain(x + after(linear(mixed.reshape(B, T, -1), self._weight("o"))), "batch", None, None)
+            o_bias = self._weight("o_bias") if isinstance(config, ConditionedConfig) and config.o_bias else None
+            out = linear(mixed.reshape(B, T, -1), self._weight("o"), o_bias)
+            x = constrain(x + after(out), "batch", None, None)
         with jax.named_scope("mlp"):
             h = rms_norm(x, self._weight("post_norm"), config.norm_eps)
             h, after = self._convolved("mlp_conv", h, visible)

@@ -78,6 +78,8 @@ def layer_weights(config: ModelConfig) -> dict[str, Weight]:
             "up": Weight((F, D), ("mlp", "width")),
             "down": Weight((D, F), ("width", "mlp")),
         }
+    if isinstance(config, ConditionedConfig) and config.o_bias:
+        table["o_bias"] = Weight((D,), (None,), "zeros")
     if isinstance(config, ConditionedConfig) and config.conv_kernel:
         kernel, groups = config.conv_kernel, D // config.conv_group
         for name in ("attention_conv", "mlp_conv"):

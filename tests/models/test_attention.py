@@ -29,9 +29,16 @@ def test_causal(qkv):
 
 # block: the whole cache at once; by pieces that do not divide it (the last one is moved back); one slot at a time
 @pytest.mark.parametrize(
-    ("shared", "block"), representing([(True, None), (False, None), (False, 3), (True, 1), (False, 99)], (False, 3))
-)
-def test_any_visibility_over_a_ragged_cache(qkv, shared, block):
+    ("shared", "block", "windows"),
+    representing(
+        [
+            (True, None, False), (False, None, True), (False, 3, False), (False, 3, True), (True, 1, True),
+            (False, 99, False),
+        ],
+        (False, 3, True),
+    ),
+)  # fmt: skip
+def test_any_visibility_over_a_ragged_cache(qkv, shared, block, windows):
     q, k, v = qkv
     rng = np.random.default_rng(3)
     visible = rng.random((1 if shared else B, T, T)) < 0.5
@@ -40,6 +47,9 @@ def test_any_visibility_over_a_ragged_cache(qkv, shared, block):
     keys, values = normal(B, K, S, H, seed=4), normal(B, K, S, H, seed=5)
     everything = np.broadcast_to(visible, (B, T, T))
     exists = np.broadcast_to((np.arange(S) < start[:, None])[:, None], (B, T, S))
+    begin = np.array([[0, 0, 0, 0], [5, 3, 6, 4], [2, 3, 2, 1]], np.int32) if windows else None
+    if begin is not None:  # no slot of the first row, and none for one query of the last
+        exists = exists & (np.arange(S)[None, None] >= begin[..., None])
     expected = reference.attention(
         q,
         np.concatenate([np.swapaxes(keys, 1, 2), k], axis=1),
@@ -50,7 +60,7 @@ def test_any_visibility_over_a_ragged_cache(qkv, shared, block):
         keys[row, :, length:], values[row, :, length:] = 1e4, -1e4
     layers = (jnp.stack([jnp.full_like(side, 7.0), side]) for side in (keys, values))  # the other layer is not read
     cache = KVCache(*layers, block)
-    out = attend(q, k, v, visible=jnp.asarray(visible), cache=cache, layer=1, start=jnp.asarray(start))
+    out = attend(q, k, v, visible=jnp.asarray(visible), cache=cache, layer=1, start=jnp.asarray(start), begin=begin)
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
 
 

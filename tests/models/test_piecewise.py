@@ -27,10 +27,12 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(piecewise, "SCORES", 1)
 
 
-def example(rows, *, batch=B, heads=N, kv_heads=K):
-    """q, k, v and a gradient of the output."""
+def example(rows, *, batch=B, heads=N, kv_heads=K, keys=None):
+    """q, k, v and a gradient of the output; keys: as many as rows, unless told."""
     rng = np.random.default_rng(rows)
-    return [rng.normal(size=(batch, rows, n, H)).astype(np.float32) for n in (heads, kv_heads, kv_heads, heads)]
+    keys = rows if keys is None else keys
+    sizes = (rows, heads), (keys, kv_heads), (keys, kv_heads), (rows, heads)
+    return [rng.normal(size=(batch, *size, H)).astype(np.float32) for size in sizes]
 
 
 def block_mask(text, batch=B):
@@ -43,32 +45,46 @@ def block_mask(text, batch=B):
     return BlockMask(anchor, real, R)
 
 
+def windows(text, batch=B):
+    """A block mask whose rows see the last few positions of their stretch, and what of their block is not ahead."""
+    mask = block_mask(text, batch)
+    begin = np.maximum(np.repeat(mask.anchor, R, axis=1) - np.tile(np.arange(3, 3 + R), M)[None], 0).astype(np.int32)
+    return mask._replace(begin=begin, inside=np.tril(np.ones((R, R), bool)))
+
+
 def masks(text):
-    """Every kind over a text, and how many rows there are."""
+    """Every kind over a text, and how many rows there are; of "alone", the text has keys but no rows."""
     return {
         "causal": (text, None),
         "before": (text, Before(np.array([text + 50, text // 3], np.int32))),
         "nothing": (text, Before(np.array([0, 1], np.int32))),
         "blocks": (text + M * R, block_mask(text)),
+        "windows": (text + M * R, windows(text)),
+        "alone": (M * R, windows(text)),
     }
 
 
-def sees(mask, b, row, key, rows):
+def sees(mask, b, row, key, rows, keys):
     """Whether a row sees a key, said anew."""
     if isinstance(mask, Before):
         return key < mask.end[b]
-    text = rows if mask is None else rows - M * R
-    if row < text:
+    text, rows_text = (keys, rows) if mask is None else (keys - M * R, rows - M * R)
+    if row < rows_text:
         return key <= row
-    block = (row - text) // R
-    first = text + block * R
-    return key <= mask.anchor[b, block] if key < text else first <= key < first + mask.real[b, block]
+    block, step = divmod(row - rows_text, R)
+    if key < text:
+        begin = 0 if mask.begin is None else mask.begin[b, row - rows_text]
+        return begin <= key <= mask.anchor[b, block]
+    other, ahead = divmod(key - text, R)
+    return other == block and ahead < mask.real[b, block] and (mask.inside is None or mask.inside[step, ahead])
 
 
-def plain(mask, rows):
+def plain(mask, rows, keys=None):
     """Attention from the scores of all rows with all keys; rows that see nothing are 0."""
-    everything = np.ndindex(B, rows, rows)
-    visible = np.array([sees(mask, b, row, key, rows) for b, row, key in everything]).reshape(B, 1, rows, rows)
+    keys = rows if keys is None else keys
+    everything = np.ndindex(B, rows, keys)
+    visible = [sees(mask, b, row, key, rows, keys) for b, row, key in everything]
+    visible = np.array(visible).reshape(B, 1, rows, keys)
 
     def attention(q, k, v):
         k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
@@ -97,12 +113,17 @@ def with_gradients(attention, q, k, v, to_out):
 # In one piece, in whole pieces, and with a remainder of rows and keys.
 @pytest.mark.parametrize(
     ("kind", "text"),
-    representing([("causal", 32), ("before", 37), ("nothing", 20), ("blocks", 5), ("blocks", 37)], ("blocks", 37)),
-)
+    representing(
+        [("causal", 32), ("before", 37), ("nothing", 20), ("blocks", 5), ("blocks", 37), ("windows", 37), ("alone", 5),
+         ("alone", 37)],
+        ("blocks", 37),
+    ),
+)  # fmt: skip
 def test_pieces_equal_whole_scores(kind, text, small_pieces):
     rows, mask = masks(text)[kind]
-    inputs = example(rows)
-    found, expected = with_gradients(by_pieces(mask), *inputs), with_gradients(plain(mask, rows), *inputs)
+    keys = text + M * R if kind == "alone" else rows
+    inputs = example(rows, keys=keys)
+    found, expected = with_gradients(by_pieces(mask), *inputs), with_gradients(plain(mask, rows, keys), *inputs)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
@@ -152,6 +173,21 @@ def test_keys_that_no_row_of_a_piece_sees_are_not_read(kind, small_pieces):
     assert kind == "before" or not np.isfinite(out).all()
 
 
+def test_keys_before_all_that_a_piece_sees_are_not_read(small_pieces):
+    """Neither by rows that see a later stretch, nor by those that see nothing."""
+    text = 48
+    mask = windows(text)
+    anchor = np.maximum(mask.anchor, 40)
+    anchor[0, 0] = -1
+    mask = mask._replace(anchor=anchor, begin=np.full_like(mask.begin, 35))
+    q, k, v, to_out = example(M * R, keys=text + M * R)
+    v[:, :32] = np.nan
+    for x in with_gradients(by_pieces(mask), q, k, v, to_out):
+        assert np.isfinite(x).all()
+    v[:, 32] = np.nan  # of a piece that is read
+    assert not np.isfinite(with_gradients(by_pieces(mask), q, k, v, to_out)[0]).all()
+
+
 def test_bfloat16_keeps_its_dtype_and_is_close(small_pieces):
     rows, mask = masks(37)["blocks"]
     half = [jnp.asarray(x, jnp.bfloat16) for x in example(rows)]
@@ -161,7 +197,7 @@ def test_bfloat16_keeps_its_dtype_and_is_close(small_pieces):
         np.testing.assert_allclose(one.astype(jnp.float32), other, rtol=0.02, atol=0.06)
 
 
-@pytest.mark.parametrize("kind", ["before", "blocks"])
+@pytest.mark.parametrize("kind", ["before", "blocks", "windows"])
 def test_memory_grows_with_the_text_and_not_with_its_square(kind):
     def temporaries(text):
         rows, mask = masks(text)[kind]
@@ -192,19 +228,19 @@ def test_memory_grows_with_the_text_and_not_with_its_square(kind):
 def test_devices_of_a_mesh_do_not_talk(shape, batch, heads, kv_heads, apart, small_pieces):
     text = 19
     inputs = example(text + M * R, batch=batch, heads=heads, kv_heads=kv_heads)
-    anchor, real, *_ = block_mask(text, batch)
+    anchor, real, _, begin, inside = windows(text, batch)
 
-    def run(q, k, v, to_out, anchor, real):
-        out, pull = jax.vjp(by_pieces(BlockMask(anchor, real, R)), q, k, v)
+    def run(q, k, v, to_out, anchor, real, begin):
+        out, pull = jax.vjp(by_pieces(BlockMask(anchor, real, R, begin, inside)), q, k, v)
         return out, *pull(to_out)
 
-    alone = jax.jit(run)(*inputs, anchor, real)
+    alone = jax.jit(run)(*inputs, anchor, real, begin)
     mesh = make_mesh(*shape)
     queries, keys = Heads(kv_heads, heads // kv_heads), Heads(kv_heads)
-    axes: list = [("batch", None, x, None) for x in (queries, keys, keys, queries)] + [("batch", None)] * 2
+    axes: list = [("batch", None, x, None) for x in (queries, keys, keys, queries)] + [("batch", None)] * 3
     placed = [
         jax.device_put(x, placement(mesh, x.shape, names))
-        for x, names in zip((*inputs, anchor, real), axes, strict=True)
+        for x, names in zip((*inputs, anchor, real, begin), axes, strict=True)
     ]
     with on_mesh(mesh):
         program = jax.jit(run).lower(*placed).compile()
