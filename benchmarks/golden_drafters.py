@@ -60,10 +60,9 @@ def zlab(kinds: str, draft: dict[str, Any], second: bool = False, **keys: Any) -
 
     model_class = dflash.DFlash2DraftModel if second else dflash.DFlashDraftModel
     config = Qwen3Config(
-        num_target_layers=8,
         dflash_config={"mask_token_id": MASK, **draft},
         architectures=[model_class.__name__],
-        **(LAYER | layers(kinds) | keys),
+        **({"num_target_layers": 8} | LAYER | layers(kinds) | keys),
     )
     return model_class(config)
 
