@@ -17,9 +17,16 @@ from deer_jax.config import ModelConfig, check_flag, check_number
 from deer_jax.drafters.protocol import Predictions, Trainable
 from deer_jax.models.transformer import Params, bind
 from deer_jax.sharding import spread
-from deer_jax.training.cross_entropy import Selector, SoftLabels, draft_labels, measured, weighted_cross_entropy, weighted_loss
+from deer_jax.training.cross_entropy import (
+    Selector,
+    SoftLabels,
+    draft_labels,
+    measured,
+    weighted_cross_entropy,
+    weighted_loss,
+)
 from deer_jax.training.losses import Mix, confidence_loss
-from deer_jax.training.slot_weights import decay, hanging_length
+from deer_jax.training.slot_weights import decay, length_at_stake
 
 MOST_WEIGHT = 1e6  # of a loss
 
@@ -143,7 +150,7 @@ def loss_of(said: Predictions, tokens, objective: Objective, view: View | None, 
         rows = measured(said.terms, labels, weights, soft, selector)
         text = weights.shape[1] - M * W  # predictions of the text itself, if any, come before those of the blocks
         likelihood, counts = (x[:, text:].reshape(B, M, W) for x in (rows.likelihood, weights != 0))
-        factor = hanging_length(likelihood, counts)
+        factor = length_at_stake(likelihood, counts)
         weights = weights * jnp.pad(factor.reshape(B, M * W), ((0, 0), (text, 0)), constant_values=1)
     loss, rows = weighted_loss(said.terms, labels, weights, objective.mix, soft, selector)
     if said.confidence is not None and objective.confidence:
