@@ -280,6 +280,7 @@ def conditioned_drafter(
     ids: Sequence[int] | None = None,
     seed: int = 0,
     name: str = "conditioned",
+    dtype=None,
     **shape: Any,
 ) -> Drafter:
     """An untrained conditioned drafter for a target.
@@ -287,6 +288,7 @@ def conditioned_drafter(
     Args:
       layers: how many random layers, or those of the target that it starts from.
       ids: the ids that it proposes, ascending; their number is `reading.draft_vocab`.
+      dtype: of its parameters; None: the target's.
       shape: of its backbone, where it differs from the target's, see `ConditionedConfig`.
     """
     config = target.config
@@ -307,7 +309,7 @@ def conditioned_drafter(
         params["layers"][name] = own.get(name, weight)
     if found := method.head_weights():
         params[HEAD] = initial(found, seed + 1)
-    params = jax.tree.map(lambda x: x.astype(target.dtype), params)
+    params = jax.tree.map(lambda x: x.astype(target.dtype if dtype is None else dtype), params)
     if not target.build.scan:
         params = unstack_layers(params, count)
     return Drafter(method=method, params=params, shared=shared, name=name, tokenizer=target.tokenizer)
