@@ -1,12 +1,12 @@
-"""Kinds of drafters on stories260k, with the same answers and text tokens: each with its published loss, and with DEER's.
+"""Kinds of drafters on stories260k, with the same answers and text tokens: with their published losses, with DEER's.
 
     python benchmarks/align_stories.py data   --target FOLDER/stories260k --output stories
     python benchmarks/drafter_kinds.py run    --target FOLDER/stories260k --data stories --output kinds
     python benchmarks/drafter_kinds.py table  --output kinds
 
-`run` trains and measures one cell, a row of the table with a seed, after the other; a cell that is finished is skipped,
-one that was interrupted goes on. `--rows` and `--seeds` choose. `published`: every block wholly masked, the loss and the
-weights of the kind's authors. `stages`: DEER's continuation (random masks, 1/t) and then refinement (masked suffixes,
+`run` trains and measures one cell, a row of the table with a seed, after the other; a cell that is finished is
+skipped, one that was interrupted goes on. `--rows` and `--seeds` choose. `published`: every block wholly masked, the
+loss and the weights of the kind's authors. `stages`: DEER's continuation (random masks, 1/t) and then refinement (masked suffixes,
 alpha), with the same loss per token. What is counted: weights that are multiplied for each drafted row, the output head
 included, look-ups not; predicted tokens and seconds of training.
 
