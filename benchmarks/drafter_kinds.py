@@ -6,9 +6,9 @@
 
 `run` trains and measures one cell, a row of the table with a seed, after the other; a cell that is finished is
 skipped, one that was interrupted goes on. `--rows` and `--seeds` choose. `published`: every block wholly masked, the
-loss and the weights of the kind's authors. `stages`: DEER's continuation (random masks, 1/t) and then refinement (masked suffixes,
-alpha), with the same loss per token. What is counted: weights that are multiplied for each drafted row, the output head
-included, look-ups not; predicted tokens and seconds of training.
+loss and the weights of the kind's authors. `stages`: DEER's continuation (random masks, 1/t) and then refinement
+(masked suffixes, alpha), with the same loss per token. What is counted: weights that are multiplied for each drafted
+row, the output head included, look-ups not; predicted tokens and seconds of training.
 
 Expected: about seven minutes for a cell on two quiet cores.
 """

@@ -22,6 +22,7 @@ from deer_jax.build import Build, Remat
 from deer_jax.config import (
     MOST_DRAFT_LENGTH,
     ConditionedConfig,
+    ModelConfig,
     check_choice,
     check_number,
     check_token_ids,
@@ -222,7 +223,10 @@ class ConditionedMethod(Trainable):
 
     def section(self) -> dict[str, Any]:
         shape = self.shape
-        names = ("tapped_width", "windows", "causal", "window_from", "conv_kernel", "conv_group")
+        names = (
+            "tapped_width", "windows", "causal", "window_from", "conv_kernel", "conv_group", "qk_norm", "qkv_bias",
+            "o_bias",
+        )  # fmt: skip
         kind = next(name for name, kind in HEADS.items() if kind is type(self.head))
         return {
             "kind": "conditioned", "reading": dataclasses.asdict(self.reading),
@@ -237,7 +241,7 @@ def shared_of(method: ConditionedMethod, target: Target, ids: Sequence[int] | No
     The head of a reduced vocabulary is gathered, everything else are the target's own arrays.
     """
     config = target.config
-    check_target(method, target)
+    check_target(method, config, target.name)
     head = target.params["embed" if config.tied else "head"]
     shared = {"embed": target.params["embed"], "head": head}
     if ids is None:
@@ -249,19 +253,19 @@ def shared_of(method: ConditionedMethod, target: Target, ids: Sequence[int] | No
     return shared | {"head": rows, "ids": jnp.asarray(chosen)}
 
 
-def check_target(method: ConditionedMethod, target: Target) -> None:
-    """InputError unless a drafter of this method is for a target of such sizes."""
-    config, shape = target.config, method.shape
+def check_target(method: ConditionedMethod, config: ModelConfig, target: str) -> None:
+    """InputError unless a drafter of this method is for a target of such sizes, which is called `target`."""
+    shape = method.shape
     for name, ours, theirs in (
         ("width", shape.width, config.width),
         ("vocabulary", shape.vocab_size, config.vocab_size),
         ("tapped width", shape.tapped_width, len(method.taps) * config.width),
     ):
         if ours != theirs:
-            raise InputError(f"the drafter is for another target: one of {name} {ours}, and {target.name} has {theirs}")
+            raise InputError(f"the drafter is for another target: one of {name} {ours}, and {target} has {theirs}")
     for tap in method.taps:
         if tap >= config.layers:
-            raise InputError(f"the drafter reads layer {tap} of its target, {target.name} has 0..{config.layers - 1}")
+            raise InputError(f"the drafter reads layer {tap} of its target, {target} has 0..{config.layers - 1}")
 
 
 def default_taps(layers: int, count: int) -> tuple[int, ...]:

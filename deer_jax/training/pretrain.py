@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from deer_jax import processes
 from deer_jax.build import Build
 from deer_jax.checkpoints.claims import claimed
+from deer_jax.checkpoints.families import write_config
 from deer_jax.checkpoints.huggingface import write_description
 from deer_jax.checkpoints.records import TARGET
 from deer_jax.data.bpe import train_bpe
@@ -171,7 +171,7 @@ def describe(folder: Path, recipe: PretrainRecipe, corpus: Corpus, show: Progres
     """
     show(0, recipe.steps, "learning the tokenizer")
     train_bpe((each.text for each in corpus.training), recipe.model.vocab_size, folder)
-    write_description(folder, recipe.model, jnp.dtype("float32"), stop_ids=(0,), bos_id=0)
+    write_description(folder, write_config(recipe.model, "float32", stop_ids=(0,), bos_id=0))
     tokenizer, tokens = Tokenizer.load(folder), 0
     assert tokenizer is not None
     for each in corpus.training:
