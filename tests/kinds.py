@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,7 +17,6 @@ from tests.tiny import random_params, tiny
 
 V, K, MASK = 12, 4, 11
 SHAPE = {"vocab_size": V, "width": 16, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 24}
-FOLLOWS = np.random.default_rng(2).permutation(MASK)  # [MASK] what follows each other token in most texts
 WEAK = 0.3  # of what layers write
 IDS = (0, 2, 3, 5, 6, 8, 9, MASK)  # of a reduced vocabulary
 
@@ -59,13 +57,18 @@ STANDALONE = {
 KINDS = (*STANDALONE, *CONDITIONED)
 
 
+def follows(V: int) -> np.ndarray:
+    """[V - 1] what follows each token in most texts; the last id is the mask."""
+    return np.random.default_rng(2).permutation(V - 1)
+
+
 @functools.cache
 def target_of(scan: bool = False) -> Target:
-    """A target that mostly says FOLLOWS of its last token, and never the mask."""
+    """A target that mostly says what follows its last token, and never the mask."""
     config = tiny("qwen3", **SHAPE)
     params = random_params(config, 8)
     params["layers"] |= {name: WEAK * params["layers"][name] for name in ("o", "down")}
-    params["head"] = jnp.zeros((V, config.width)).at[FOLLOWS].set(params["embed"][:MASK])
+    params["head"] = jnp.zeros((V, config.width)).at[follows(V)].set(params["embed"][:MASK])
     return Target(config=config, params=params if scan else unstack_layers(params, config.layers))
 
 
@@ -77,7 +80,7 @@ def backbone_of(config: ModelConfig, taps: int, **changes) -> ConditionedConfig:
 
 
 def random_head(method: ConditionedMethod, ids, state) -> Params:
-    """Weights that all matter, unlike fresh ones, of a head that has an idea of FOLLOWS.
+    """Weights that all matter, unlike fresh ones, of a head that has an idea of what follows a token.
 
     ids: those it proposes; state: a final state [D] like those where it predicts.
     """
@@ -86,8 +89,9 @@ def random_head(method: ConditionedMethod, ids, state) -> Params:
         name: rng.normal(size=w.shape) * (0.3 if name.endswith("bias") else w.shape[-1] ** -0.5)
         for name, w in method.head_weights().items()
     }
+    V = method.target_vocab
     before = np.zeros(V, int)
-    before[FOLLOWS] = np.arange(MASK)
+    before[follows(V)] = np.arange(V - 1)
     if isinstance(method.head, PathSelector):
         head["projection"] *= 0.3
         head["projection"] += state / (state @ state)
@@ -100,8 +104,9 @@ def random_head(method: ConditionedMethod, ids, state) -> Params:
     return {name: jnp.asarray(w, jnp.float32) for name, w in head.items()}
 
 
-def conditioned(target: Target, kind: Kind, *, ids=IDS, mask: int = MASK, k: int = K, scan: bool = False) -> Drafter:
-    """The drafter of a kind for a target."""
+def conditioned(target: Target, kind: Kind, *, ids=IDS, k: int = K, scan: bool = False) -> Drafter:
+    """The drafter of a kind for a target, whose last id is the mask. ids: those of a reduced vocabulary."""
+    mask = target.config.vocab_size - 1
     reading = ConditionedReading(
         taps=kind.taps, mask=mask, draft_length=k, layout=kind.layout,
         draft_vocab=len(ids) if kind.reduced else None, **dict(kind.reading),

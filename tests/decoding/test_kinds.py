@@ -7,7 +7,7 @@ from deer_jax import decode
 from deer_jax.decoding import programs
 from tests.decoding.agreement import assert_greedy, assert_same_greedy
 from tests.fast import representing
-from tests.kinds import K, KINDS, V, drafter_of, target_of
+from tests.kinds import KINDS, K, V, drafter_of, target_of
 
 # Of one token, of one prefill pass and of several; more than slots.
 LENGTHS, LIMITS, SLOTS = (1, 33, 5, 1, 16, 17, 40, 2), (24, 9, 30, 17, 40, 12, 26, 21), 3
