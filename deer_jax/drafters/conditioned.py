@@ -307,10 +307,10 @@ def conditioned_drafter(
     method = ConditionedMethod(ConditionedConfig(**values), reading, head or INDEPENDENT)
     shared = shared_of(method, target, ids)
     params = init_params(method.shape, seed)
-    for name, weight in params["layers"].items() if own is not None else ():
-        if name in own and own[name].shape != weight.shape:
-            raise InputError(f"a drafter of other sizes than {target.name} cannot start from its layers: see {name}")
-        params["layers"][name] = own.get(name, weight)
+    for key, weight in params["layers"].items() if own is not None else ():
+        if key in own and own[key].shape != weight.shape:
+            raise InputError(f"a drafter of other sizes than {target.name} cannot start from its layers: see {key}")
+        params["layers"][key] = own.get(key, weight)
     if found := method.head_weights():
         params[HEAD] = initial(found, seed + 1)
     params = jax.tree.map(lambda x: x.astype(target.dtype if dtype is None else dtype), params)
