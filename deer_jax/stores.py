@@ -61,6 +61,9 @@ class Entry(NamedTuple):
     generation: str
 
 
+Wanted = Callable[[Mapping[str, Entry]], Mapping[str, Entry]]  # some of the objects in a folder, by their path there
+
+
 def is_store(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a URL, of whatever store."""
     return STORE.match(os.fspath(path)) is not None
@@ -186,9 +189,7 @@ def local_file(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     return _copied(found.parent, {found.name: entry}) / found.name
 
 
-def local_folder(
-    path: str | os.PathLike[str], wanted: Callable[[Mapping[str, Entry]], Mapping[str, Entry]] = dict
-) -> Path:
+def local_folder(path: str | os.PathLike[str], wanted: Wanted = dict) -> Path:
     """The folder itself, or a copy here of what is `wanted` of one on a store; MissingError where it holds nothing.
 
     A copy is known by names, sizes and generations: what has changed there is copied again, and only that.
@@ -259,7 +260,7 @@ class Spool:
       folder: as it is named. path: where to write.
     """
 
-    def __init__(self, folder: Path, wanted: Callable[[str], bool]):
+    def __init__(self, folder: Path, wanted: Wanted):
         """wanted: which files of a folder on a store are to be here from the beginning."""
         self.folder, self.path, self._wanted = folder, folder, wanted
         self._put: dict[Path, tuple[int, int, int]] = {}
@@ -272,7 +273,7 @@ class Spool:
     def pull(self) -> None:
         """Bring here what is on the store."""
         if is_store(self.folder):
-            entries = {name: entry for name, entry in listing(self.folder).items() if self._wanted(name)}
+            entries = self._wanted(listing(self.folder))
             _fetch(self.folder, entries, self.path)
             self._put |= {self.path / name: _state(self.path / name) for name in entries}
 
