@@ -16,12 +16,12 @@ MAX_LINES = 400
 
 # Lowest first; a module imports from its own layer and from earlier ones.
 LAYERS = (
-    "errors", "files", "stores", "formats", "digests", "config", "sharding", "build", "processes", "models",
+    "errors", "files", "stores", "spools", "formats", "digests", "config", "sharding", "build", "processes", "models",
     "diffusion", "data", "drafters", "checkpoints", "decoding", "training", "planning", "bench", "demo", "cli",
 )  # fmt: skip
 PUBLIC = "__init__"  # the top: imports anything, and only the command line imports it
 HOST_ONLY = ("diffusion", "data")  # work without jax, so of the package they see the lowest layers and each other only
-WITHOUT_JAX = ("errors", "files", "stores", "formats", "digests", "config")
+WITHOUT_JAX = ("errors", "files", "stores", "spools", "formats", "digests", "config")
 DEVICE_PACKAGES = {"jax", "jaxlib", "flax", "optax", "orbax"}
 MESH_AXES = {"data", "fsdp", "tensor"}
 COLLECTIVES = {"psum", "pmax", "pmin", "pmean", "psum_scatter", "all_gather", "all_to_all", "ppermute", "axis_index",

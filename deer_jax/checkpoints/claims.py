@@ -11,21 +11,21 @@ trained. What is there after the first or second is known by identity.json, and 
 import contextlib
 import datetime
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from deer_jax import processes, stores
+from deer_jax import processes, spools, stores
 from deer_jax.checkpoints.records import DRAFTER, TARGET
 from deer_jax.checkpoints.runs import IDENTITY, RECIPE, check_path, is_run
 from deer_jax.digests import Digests
 from deer_jax.errors import InputError
 from deer_jax.files import new_folder, sweep, write_file
 from deer_jax.formats import differences, json_bytes, read_json, read_yaml, unreadable
-from deer_jax.stores import Entry, Guard, Spool, is_store
+from deer_jax.spools import Guard, Spool
+from deer_jax.stores import is_store
 
 FORMAT = 1  # of a run's folder
 MODELS = ("target", "start drafter")  # inputs that are files of a model
@@ -55,7 +55,7 @@ def claimed(
     """
     check_path(folder)
     processes.same({"recipe": recipe})
-    lock, made = stores.lock(folder, inside=True), []
+    lock, made = spools.lock(folder, inside=True), []
     if processes.lead() and not is_store(folder):
         made = [path for path in (folder.absolute(), *folder.absolute().parents) if not os.path.lexists(path)]
     try:
@@ -90,11 +90,18 @@ class Claim:
         """The arguments of `claimed`."""
         self.lock = lock
         self._folder, self._recipe, self._kind = folder, recipe, kind
-        self.spool = processes.together(lambda: Spool(folder, _kept))
+        self.spool = Spool(folder, lock)
+        processes.every(self._pull)
         self.begun = datetime.datetime.fromisoformat(processes.led(lambda: self._check(essential)))
         self._before = self._read_identity()
         self._goes_on = is_run(self.spool.path, kind)
         self.digests = Digests(self._before.get("files"), verify=verify)
+
+    def _pull(self) -> None:
+        """Of a run that is on a store, bring what is read when it goes on."""
+        self.spool.pull(IDENTITY, RECIPE)
+        if self._read_identity() and (self.spool.path / RECIPE).exists():
+            self.spool.pull(DRAFTER, TARGET)
 
     def _check(self, essential: Callable[[Mapping[str, Any], str], Mapping[str, Any]]) -> str:
         """Whether the folder may become that of this run, or is; when the run began."""
@@ -153,7 +160,7 @@ class Claim:
         """
         processes.same({"inputs": inputs})
         processes.led(lambda: self._settle(inputs, describe))
-        processes.every(lambda: None if processes.lead() else self.spool.pull())
+        processes.every(lambda: None if processes.lead() else self._pull())
 
     def _settle(self, inputs: Mapping[str, Any], describe: Callable[[Path], None]) -> None:
         self.lock.check()
@@ -189,13 +196,6 @@ class Claim:
         if not sound:
             raise InputError(f"{self._folder / IDENTITY}: is not as a run writes it; name another output")
         return found
-
-
-def _kept(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Of a run's folder on a store, what is to be read when it goes on; nothing of one that is no run's."""
-    kinds = (f"{DRAFTER}/", f"{TARGET}/") if RECIPE in entries else ()
-    found = {name: each for name, each in entries.items() if re.match(r"[^/.][^/]*$", name) or name.startswith(kinds)}
-    return found if IDENTITY in entries else {}
 
 
 def _listed(changes: Sequence[str]) -> str:

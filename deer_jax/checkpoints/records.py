@@ -16,7 +16,7 @@ from typing import Any
 from deer_jax.digests import sha256_of
 from deer_jax.errors import InputError, RunError
 from deer_jax.formats import json_bytes, parse_json
-from deer_jax.stores import Entry, MissingError, is_store, listing, local_file, read, write
+from deer_jax.stores import Entry, MissingError, is_store, listing, local_file, md5_of, read, write
 
 RECORD = "checkpoint.json"
 DRAFTER, TARGET = "drafter", "target"  # what a run trains, and the folder that describes it
@@ -165,8 +165,7 @@ def _digest(path: Path, like: str, entry: Entry | None = None) -> str:
         local = Path(local_file(path))
         if not like.startswith(MD5):
             return sha256_of(local)
-        with open(local, "rb") as stream:
-            return MD5 + hashlib.file_digest(stream, "md5").hexdigest()
+        return MD5 + md5_of(local)
     except OSError as error:
         raise _not_now(path, error) from None
 

@@ -42,7 +42,8 @@ from deer_jax.checkpoints.shelves import CHECKPOINTS, STEP, shelf_of, steps_in
 from deer_jax.errors import InputError, RunError, one_line
 from deer_jax.files import disk_error
 from deer_jax.models.transformer import Params
-from deer_jax.stores import Entry, Guard, is_store, place
+from deer_jax.spools import Guard
+from deer_jax.stores import Entry, is_store, place
 
 RECIPE, IDENTITY = "recipe.yaml", "identity.json"
 PATTERN = re.compile(r"[*?\[\]\\]")  # tensorstore takes such names for patterns, and finds nothing

@@ -19,7 +19,8 @@ from deer_jax.checkpoints.runs import Checkpoints, best_of
 from deer_jax.errors import InputError, RunError
 from deer_jax.models.transformer import Params
 from deer_jax.sharding import batch_placement, make_mesh, on_mesh
-from deer_jax.stores import Guard, place
+from deer_jax.spools import Guard
+from deer_jax.stores import place
 from deer_jax.training.metrics import MetricsLog
 from deer_jax.training.objectives import Loss
 from deer_jax.training.recipe import RunSettings

@@ -12,7 +12,8 @@ from typing import Any
 from deer_jax.errors import InputError, RunError
 from deer_jax.files import disk_error, write_file
 from deer_jax.formats import json_bytes, parse_json, read_bytes
-from deer_jax.stores import Guard, Spool, local_file
+from deer_jax.spools import Guard, Spool
+from deer_jax.stores import local_file
 
 FILE, FOLDER = "metrics.jsonl", "tensorboard"
 MOST_BYTES = 2**32  # of metrics.jsonl: some ten million lines
@@ -37,7 +38,8 @@ class MetricsLog:
 
         self.path, self._lock = folder / FILE, lock
         lock.check()
-        self._spool = Spool(folder, lambda entries: {name: each for name, each in entries.items() if name == FILE})
+        self._spool = Spool(folder, lock)
+        self._spool.pull(FILE)
         local, board = self._spool.path / FILE, self._spool.path / FOLDER
         kept: list[dict[str, Any]] = []
         if os.path.lexists(local):
@@ -78,7 +80,6 @@ class MetricsLog:
     def put(self) -> None:
         """See to it that all that was written is there, also on a store: before a checkpoint, so that who goes on from
         it finds the lines before it."""
-        self._lock.check()
         self._spool.put(FILE, FOLDER)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:

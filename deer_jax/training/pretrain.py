@@ -8,7 +8,6 @@ run has (see `checkpoints.runs`), beginnings of paragraphs as prompt files: `pro
 import dataclasses
 import hashlib
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -39,7 +38,8 @@ from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.errors import InputError
 from deer_jax.models.transformer import Params, abstract_params, init_params, logical_axes
 from deer_jax.sharding import on_mesh, placements
-from deer_jax.stores import Spool, place
+from deer_jax.spools import Spool
+from deer_jax.stores import names, place
 from deer_jax.training.loop import Batches, Progress, StagePlan, Trainer, TrainReport, Work, run_mesh, stage_seed
 from deer_jax.training.objectives import next_token_loss
 from deer_jax.training.recipe import INESSENTIAL, PretrainRecipe, as_pretrain_recipe, pretrain_recipe_from, to_mapping
@@ -130,12 +130,12 @@ def pretrain(
 
 def write_openings(spool: Spool, recipe: PretrainRecipe, corpus: Corpus, tokenizer: Tokenizer) -> None:
     """The prompt files, where they are not there yet."""
-    room = PROMPT_SHARE * recipe.model.context
+    room, there = PROMPT_SHARE * recipe.model.context, names(spool.folder)
     for name, texts, count in (
         (PROMPTS, corpus.training, recipe.prompts),
         (HELD_OUT, corpus.held_out, HELD_OUT_PROMPTS),
     ):
-        if texts and not os.path.lexists(spool.path / name):
+        if texts and name not in there:
             found = passages(
                 texts, count=count, most=PROMPT_LINES, seed=recipe.seed,
                 fits=lambda text: len(tokenizer.encode(text)) <= room,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import deer_jax
-from deer_jax import load_drafter, load_target, stores
+from deer_jax import load_drafter, load_target, spools
 from tests.training import runs
 
 
@@ -25,8 +25,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(stores, "SIGN", 0.1)
-    monkeypatch.setattr(stores, "DEAD", 0.4)
+    monkeypatch.setattr(spools, "SIGN", 0.1)
+    monkeypatch.setattr(spools, "DEAD", 0.4)
 
 
 @pytest.fixture(scope="module")
