@@ -53,6 +53,13 @@ class Bucket:
             if path.is_file():
                 self.put(f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
+    def get_tree(self, name: str, folder: Path) -> Path:
+        """A copy here of one of its folders."""
+        for path, content in self.contents(f"{name}/").items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
+        return folder / name
+
     def names(self, prefix: str = "") -> list[str]:
         return sorted(name for name in list(self.objects) if name.startswith(prefix))
 

@@ -24,7 +24,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLoc
 from deer_jax.bench.curves import Curve
 from deer_jax.bench.report import BenchReport, MethodReport
 from deer_jax.errors import InputError
-from deer_jax.files import check_file, disk_error, write_file
+from deer_jax.files import check_file, check_local, disk_error, write_file
 
 DPI = 150
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -194,6 +194,7 @@ def curve(curves: Sequence[Curve]) -> Figure:
 
 def check_folder(folder: Path) -> None:
     """Refuse a folder for pictures before any work is done for them; it need not exist yet."""
+    check_local(folder)
     parent = folder.absolute().parent
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; name a folder")

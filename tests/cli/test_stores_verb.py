@@ -1,0 +1,85 @@
+"""gs:// on the command line: every verb reads and writes what is there, and refuses in one line what it cannot."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deer_jax import spools
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(spools, "SIGN", 0.1)
+    monkeypatch.setattr(spools, "DEAD", 0.4)
+
+
+@pytest.fixture
+def target(bucket, folder) -> str:
+    bucket.put_tree(Path(folder), "target")
+    return f"{bucket.url}/target"
+
+
+ONLY = "this output is written to a folder only, not to an object store: name one here"
+PROMPTS = b'{"tokens": [1, 2]}\n{"tokens": [3]}\n{"tokens": [4, 5, 6]}\n'
+
+
+def test_answers_and_decode_and_bench(bucket, target, run, tmp_path, folder):
+    bucket.put("prompts.jsonl", PROMPTS)
+    (tmp_path / "prompts.jsonl").write_bytes(PROMPTS)
+    common = ["--target", target, "--prompts", f"{bucket.url}/prompts.jsonl", "--max-new-tokens", "4"]
+    status, _, err = run("answers", *common, "--output", f"{bucket.url}/out/answers.jsonl")
+    assert (status, f"{bucket.url}/out/answers.jsonl: 3 answers" in err) == (0, True), err
+    local = ["--target", folder, "--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "4"]
+    assert run("answers", *local, "--output", str(tmp_path / "answers.jsonl"))[0] == 0
+    assert bucket.read("out/answers.jsonl") == (tmp_path / "answers.jsonl").read_bytes()
+    status, _, err = run("answers", *common, "--output", f"{bucket.url}/out/answers.jsonl")
+    assert (status, "is complete, 3 answers, nothing to do" in err) == (0, True), err
+    outputs = ["--output", f"{bucket.url}/decoded.jsonl", "--json", f"{bucket.url}/report.json"]
+    status, _, err = run("decode", *common, *outputs, "--drafter", "from-target", "--draft-length", "2")
+    assert status == 0, err
+    assert len(bucket.read("decoded.jsonl").splitlines()) == 3
+    assert json.loads(bucket.read("report.json"))["prompts"] == 3
+    assert {name for name in bucket.names() if name.startswith(("out/", "decoded", "report", "."))} == {
+        "out/answers.jsonl", "out/answers.jsonl.state.json", "decoded.jsonl", "decoded.jsonl.state.json", "report.json",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output", "gs://nobody/a.jsonl"], "gs://nobody/.a.jsonl.partial-"),
+        (["--output", "s3://bucket/a.jsonl"], "the one that is known is gs://BUCKET/PATH"),
+        (["--output", "{prompts}"], "is read or written under another option too; name another file"),
+        (["--output", "{closed}"], "permission denied ("),
+        (["--target", "{none}"], "no such folder on the store, or it is empty"),
+    ],
+)
+def test_what_cannot_be_is_one_line_before_any_work(bucket, object_store, target, run, options, message):
+    bucket.put("prompts.jsonl", PROMPTS)
+    other = object_store.new_bucket()
+    other.forbidden = 403
+    places = {
+        "prompts": f"{bucket.url}/prompts.jsonl", "closed": f"{other.url}/a.jsonl", "none": f"{bucket.url}/none",
+    }  # fmt: skip
+    given = {"--target": target, "--prompts": places["prompts"], "--output": f"{bucket.url}/a.jsonl"}
+    given |= {options[0]: options[1].format(**places)}
+    before = bucket.contents()
+    status, out, err = run("answers", *(word for pair in given.items() for word in pair))
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert message in err
+    assert bucket.contents() == before
+    assert other.contents() == {}
+
+
+def test_a_pipeline_and_pictures_need_a_folder(bucket, target, run, tmp_path):
+    bucket.put("prompts.jsonl", PROMPTS)
+    steps = tmp_path / "steps.yaml"
+    steps.write_text(f"steps: [{{answers: {{target: {target}, output: '{{output}}/a.jsonl'}}}}]\n")
+    status, _, err = run("pipeline", "--steps", str(steps), "--output", f"{bucket.url}/pipeline")
+    assert (status, ONLY in err) == (2, True), err
+    plot = ["--plot", f"{bucket.url}/pictures"]
+    prompts = f"{bucket.url}/prompts.jsonl"
+    status, _, err = run("bench", "--target", target, "--drafter", "from-target", "--prompts", prompts, *plot)
+    assert (status, ONLY in err) == (2, True), err
+    assert not [name for name in bucket.names() if name.startswith("pi")]
