@@ -96,12 +96,12 @@ def new_tree(folder: Path, lock: "Guard", *, last: str) -> Iterator[Path]:
         return
     if (found := names(folder)) and UNFINISHED not in found:
         raise InputError(f"{folder}: exists and is not an empty folder; remove it or choose another")
-    remove_tree(folder)
     spool = Spool(folder, lock)
-    write(folder / UNFINISHED, b"")
     try:
         made = spool.path / "made"
         yield made
+        remove_tree(folder)
+        write(folder / UNFINISHED, b"")
         for path in made.iterdir():
             path.rename(spool.path / path.name)
         made.rmdir()
@@ -136,29 +136,29 @@ class Lease:
         who = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         content = json.dumps(who | {"token": secrets.token_hex(8)}).encode()
         while not self._generation:
-            try:
+            with contextlib.suppress(FileExistsError):
                 ask(self.path, "pipe_file", f"{self._bucket}/{self._name}", content, mode="create")
-            except FileExistsError:
-                if read(self.path) != content:  # otherwise gcsfs has asked twice
-                    self._wait()
-                    continue
-            self._generation = about(self.path)["generation"]
+            self._generation = self._ours(content)
         self._alive = time.monotonic()
         threading.Thread(target=self._work, name="lease", daemon=True).start()
         return self
 
-    def _wait(self) -> None:
-        """Until the lease of another is gone. InputError if it gives a sign of life."""
+    def _ours(self, content: bytes) -> str:
+        """The generation of the object if it is ours; empty if it was another's, and is gone. InputError if that one
+        gives a sign of life."""
         try:
             first, holder = about(self.path), read(self.path)
+            if holder == content:
+                return first["generation"]
             end = time.monotonic() + DEAD
             while time.monotonic() < end:
                 time.sleep(SIGN / 10)
                 if about(self.path)["etag"] != first["etag"]:
                     raise files.taken(self.output, holder)
         except MissingError:
-            return
+            return ""
         delete(self.path, ifGenerationMatch=first["generation"])
+        return ""
 
     def _work(self) -> None:
         while not self._over.wait(SIGN):

@@ -7,6 +7,7 @@ objects begin with. So what is read is copied here once, and everything else wor
 
 import base64
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -97,6 +98,8 @@ def ask(path: Path, method: str, *arguments: Any, **options: Any) -> Any:
         raise MissingError(f"{path}: no such file or folder, or no such bucket") from None
     except Exception as error:  # of any kind: gcsfs, aiohttp and google.auth have no common one
         text = one_line(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(f"{path}: cannot be copied here: {error.strerror}; make room") from None
         if "Forbidden" in text or getattr(error, "code", None) in (401, 403) or "google.auth" in type(error).__module__:
             raise InputError(f"{path}: permission denied ({text}); {NO_RIGHT}") from None
         raise RunError(f"{path}: the store cannot be used: {text}; the same command goes on when it can") from None
@@ -142,6 +145,11 @@ def names(folder: Path) -> list[str]:
     found = [values["name"] for page in pages for values in page.get("items", ())]
     found += [prefix.rstrip("/") for page in pages for prefix in page.get("prefixes", ())]
     return sorted({name.rpartition("/")[2] for name in found} - {""})
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder, local or on a store."""
+    return path.name in names(path.parent) if is_store(path) else path.exists()
 
 
 def folder_bytes(folder: Path) -> int:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from deer_jax import spools
 
@@ -72,14 +73,33 @@ def test_what_cannot_be_is_one_line_before_any_work(bucket, object_store, target
     assert other.contents() == {}
 
 
-def test_a_pipeline_and_pictures_need_a_folder(bucket, target, run, tmp_path):
+def test_a_pipeline_is_on_the_store_and_goes_on(bucket, target, run, tmp_path):
     bucket.put("prompts.jsonl", PROMPTS)
     steps = tmp_path / "steps.yaml"
-    steps.write_text(f"steps: [{{answers: {{target: {target}, output: '{{output}}/a.jsonl'}}}}]\n")
-    status, _, err = run("pipeline", "--steps", str(steps), "--output", f"{bucket.url}/pipeline")
-    assert (status, ONLY in err) == (2, True), err
+    answers = {"target": target, "prompts": f"{bucket.url}/prompts.jsonl", "max_new_tokens": 2}
+    first = {"answers": answers | {"output": "{output}/a.jsonl"}}
+    again = {"answers": answers | {"prompts": "{output}/a.jsonl", "output": "{output}/b.jsonl"}}
+    output = f"{bucket.url}/pipeline"
+    for number, made in enumerate(([first], [first, again]), 1):
+        steps.write_text(yaml.safe_dump({"steps": made}))
+        status, _, err = run("pipeline", "--steps", str(steps), "--output", output)
+        assert status == 0, err
+        assert ("step 1 of 2: answers: done before" in err) == (number == 2)
+    names = ("1-answers.yaml", "2-answers.yaml", "a.jsonl", "a.jsonl.state.json", "b.jsonl", "b.jsonl.state.json")
+    assert bucket.names("pipeline/") == sorted(f"pipeline/{name}" for name in (*names, "pipeline.json"))
+    generation = bucket.objects["pipeline/b.jsonl"].generation
+    del bucket.objects["pipeline/b.jsonl"], bucket.objects["pipeline/b.jsonl.state.json"]
+    assert run("pipeline", "--steps", str(steps), "--output", output)[0] == 0
+    assert bucket.objects["pipeline/b.jsonl"].generation > generation
+    bucket.put("other/x", b"")
+    status, _, err = run("pipeline", "--steps", str(steps), "--output", f"{bucket.url}/other")
+    assert (status, "other: is no pipeline's folder but holds x; name another output" in err) == (2, True), err
+
+
+def test_pictures_need_a_folder(bucket, target, run):
+    bucket.put("prompts.jsonl", PROMPTS)
+    before, prompts = bucket.contents(), f"{bucket.url}/prompts.jsonl"
     plot = ["--plot", f"{bucket.url}/pictures"]
-    prompts = f"{bucket.url}/prompts.jsonl"
     status, _, err = run("bench", "--target", target, "--drafter", "from-target", "--prompts", prompts, *plot)
     assert (status, ONLY in err) == (2, True), err
-    assert not [name for name in bucket.names() if name.startswith("pi")]
+    assert bucket.contents() == before
