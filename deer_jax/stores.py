@@ -88,6 +88,14 @@ def _system() -> Any:
     return GCSFileSystem(use_listings_cache=False, skip_instance_cache=True)
 
 
+def look_anew(path: Path) -> None:
+    """To be called before Orbax uses a path: on a store the gcsfs that it has keeps what it once has seen there."""
+    if is_store(path):
+        import fsspec
+
+        fsspec.filesystem("gcs", finalize_on_close=True).invalidate_cache()  # as etils asks for it: the same object
+
+
 def ask(path: Path, method: str, *arguments: Any, **options: Any) -> Any:
     """What a method of gcsfs returns; FileExistsError where what is there is not what `options` say."""
     try:

@@ -43,7 +43,7 @@ from deer_jax.errors import InputError, RunError, one_line
 from deer_jax.files import disk_error
 from deer_jax.models.transformer import Params
 from deer_jax.spools import Guard
-from deer_jax.stores import Entry, is_store, place
+from deer_jax.stores import Entry, is_store, look_anew, place
 
 RECIPE, IDENTITY = "recipe.yaml", "identity.json"
 PATTERN = re.compile(r"[*?\[\]\\]")  # tensorstore takes such names for patterns, and finds nothing
@@ -127,6 +127,7 @@ class Checkpoints:
         self.wait()
         partial = self.folder / processes.led(lambda: self._new_name(step))
         _quiet()
+        look_anew(partial)
         try:
             written = ocp.save_checkpointables_async(str(partial), dict(parts))
         except BaseException as error:
@@ -293,6 +294,7 @@ def _load(folder: Path, name: str, like: Any) -> Any:
     """One part of a checkpoint whose files are those that were written."""
     # One at a time: of several, Orbax leaves those behind a failing one waiting, which Python complains about.
     _quiet()
+    look_anew(folder)
     try:
         return ocp.load_checkpointables(str(folder), {name: like})[name]
     except Exception as error:  # of any kind: Orbax, tensorstore and grain have no common one

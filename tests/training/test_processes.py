@@ -167,9 +167,10 @@ def test_two_processes_write_a_run_on_an_object_store_together(folder, together,
     changes = {"target": "in/target", "answers": "in/answers.jsonl", "output": "run"}
     more = [f"--set={name}={bucket.url}/{value}" for name, value in changes.items()]
     names = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "HOME")
-    environment, values = environment | {name: os.environ[name] for name in names}, recipe(folder, "on_store")
+    environment = environment | {name: os.environ[name] for name in names}
+    values = recipe(folder, "on_store", checkpoint_every=1)  # each takes so long that the signal comes in between
     with two(values, environment, *more) as started:
-        while "run/checkpoints/2/checkpoint.json" not in bucket.names() and started[0].poll() is None:
+        while "run/checkpoints/1/checkpoint.json" not in bucket.names() and started[0].poll() is None:
             time.sleep(0.01)
         started[1].send_signal(signal.SIGTERM)
         codes, said = ended(started)
