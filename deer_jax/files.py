@@ -120,7 +120,7 @@ def _open_special(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_APPEND)
 
 
-def check_local(path: Path) -> None:
+def _check_local(path: Path) -> None:
     """InputError for a place on an object store, in what is written to folders only."""
     if STORE.match(os.fspath(path)):
         raise InputError(f"{path}: this output is written to a folder only, not to an object store: name one here")
@@ -131,7 +131,7 @@ def replaceable(path: Path) -> str:
 
     InputError for a folder and for a link, whose end may be anybody's.
     """
-    check_local(path)
+    _check_local(path)
     absolute = os.path.abspath(path)
     if absolute.startswith(IN_PLACE):
         return "special"
@@ -257,7 +257,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def check_new_folder(path: Path) -> None:
     """InputError if something stands where a folder is to be made; an empty folder may."""
-    check_local(path)
+    _check_local(path)
     try:
         if not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
             return
@@ -297,7 +297,7 @@ class Lock:
     def __init__(self, output: Path, *, inside: bool = False):
         """inside: the output is a folder that exists, or is made now, and the lock lies in it, so that it goes with it;
         otherwise it lies beside the output."""
-        check_local(output)
+        _check_local(output)
         self.output = output
         self.path = output.absolute() / ".lock" if inside else _hidden(output, "lock")
         self._inside = inside

@@ -35,6 +35,7 @@ from deer_jax.stores import (
 
 UNFINISHED = ".unfinished"  # in a folder that is being put up
 SIGN = 10.0  # seconds between two signs of life of who holds a lease
+SHARE = 20  # as many times as long as putting up has taken passes until the next time
 DEAD = 40.0  # without one, after which it is taken over
 
 
@@ -49,7 +50,7 @@ class Spool:
     def __init__(self, folder: Path, lock: "Guard"):
         self.folder, self.path, self._lock = folder, folder, lock
         self._put: dict[Path, tuple[int, int, int]] = {}
-        self._last = time.monotonic()
+        self._last, self._took = time.monotonic(), 0.0
         if is_store(folder):
             self.path = Path(tempfile.mkdtemp(prefix="deer_jax-"))
             weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
@@ -69,9 +70,11 @@ class Spool:
     def put(self, *names: str, every: float = 0.0) -> None:
         """Put up what has changed of these files, and of all in these folders, in this order.
 
-        every: do nothing within so many seconds of the last time; an object takes about one change a second.
+        every: do nothing within so many seconds of the last time, of a large file within longer: it is to take a small
+        part of the time only.
         """
-        if not is_store(self.folder) or time.monotonic() - self._last < every:
+        begin = time.monotonic()
+        if not is_store(self.folder) or (every and begin - self._last < max(every, SHARE * self._took)):
             return
         self._lock.check()
         for name in names:
@@ -81,7 +84,7 @@ class Spool:
                     goal = self.folder / file.relative_to(self.path)
                     ask(goal, "put_file", str(file), "/".join(bucket_and_name(goal)), consistency="md5")
                     self._put[file] = now
-        self._last = time.monotonic()
+        self._last, self._took = time.monotonic(), time.monotonic() - begin
 
 
 @contextlib.contextmanager

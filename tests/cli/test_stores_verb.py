@@ -21,7 +21,6 @@ def target(bucket, folder) -> str:
     return f"{bucket.url}/target"
 
 
-ONLY = "this output is written to a folder only, not to an object store: name one here"
 PROMPTS = b'{"tokens": [1, 2]}\n{"tokens": [3]}\n{"tokens": [4, 5, 6]}\n'
 
 
@@ -96,10 +95,11 @@ def test_a_pipeline_is_on_the_store_and_goes_on(bucket, target, run, tmp_path):
     assert (status, "other: is no pipeline's folder but holds x; name another output" in err) == (2, True), err
 
 
-def test_pictures_need_a_folder(bucket, target, run):
+def test_pictures_are_drawn_there(bucket, target, run):
     bucket.put("prompts.jsonl", PROMPTS)
-    before, prompts = bucket.contents(), f"{bucket.url}/prompts.jsonl"
-    plot = ["--plot", f"{bucket.url}/pictures"]
-    status, _, err = run("bench", "--target", target, "--drafter", "from-target", "--prompts", prompts, *plot)
-    assert (status, ONLY in err) == (2, True), err
-    assert bucket.contents() == before
+    options = ["--prompts", f"{bucket.url}/prompts.jsonl", "--limit", "1", "--max-new-tokens", "2", "--repeats", "1"]
+    plot = ["--draft-lengths", "1", "--plot", f"{bucket.url}/pictures"]
+    status, out, err = run("bench", "--target", target, "--drafter", "from-target", *options, *plot)
+    assert status == 0, err
+    assert bucket.names("pictures/") == [f"pictures/{name}.png" for name in ("depth", "histogram", "speed")]
+    assert f"{bucket.url}/pictures/histogram.png" in out

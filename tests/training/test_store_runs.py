@@ -9,6 +9,7 @@ import pytest
 
 import deer_jax
 from deer_jax import export, load_drafter, load_target, pretrain, spools
+from deer_jax.bench.curves import read_curves
 from deer_jax.checkpoints.export import is_exported
 from deer_jax.errors import InputError, RunError
 from deer_jax.stores import place
@@ -70,6 +71,10 @@ def test_a_run_that_is_stopped_goes_on_and_ends_as_one_here(folder, local, bucke
         for a, b in zip(jax.tree.leaves(other.params), jax.tree.leaves(found[2].params), strict=True):
             np.testing.assert_array_equal(a, b)
     assert found[0].name == "run"
+    curves, expected = read_curves([values["output"]]), read_curves([local["output"]])
+    assert [(each.steps, each.acceptance_length) for each in curves] == [
+        (each.steps, each.acceptance_length) for each in expected
+    ]
 
 
 @pytest.fixture(scope="module")
