@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import logging
 import os
 import re
 import secrets
@@ -85,6 +86,8 @@ def _system() -> Any:
         from gcsfs.core import GCSFileSystem
     except ImportError:
         raise InputError(f"gs:// needs gcsfs: {INSTALL}") from None
+    for name in ("gcsfs", "google.auth"):  # they log what they raise, with tracebacks; what they raise is enough
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return GCSFileSystem(use_listings_cache=False, skip_instance_cache=True)
 
 

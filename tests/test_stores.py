@@ -231,6 +231,12 @@ def test_a_bucket_that_one_may_not_use_is_one_line_and_untouched(bucket, how, st
     assert bucket.names() == []
 
 
+def test_a_store_that_does_not_work_is_one_line_of_a_run(bucket):
+    bucket.closed = 400
+    with pytest.raises(RunError, match=rf"{bucket.url}/a: the store cannot be used: .*; the same command goes on when"):
+        write(place(f"{bucket.url}/a"), b"")
+
+
 def test_without_gcsfs_a_store_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs.core", None)
     stores._system.cache_clear()
