@@ -38,7 +38,9 @@ CONVOLVED = (("conv_kernel", 2), ("conv_group", 8))
 # Every head, with both layouts, a whole and a reduced vocabulary, windows of both kinds, and convolutions.
 CONDITIONED = {
     "independent": Kind(),
-    "independent reduced": Kind(layout="next_token", reduced=True, shape=(("windows", (3,)), ("window_from", "anchor"))),
+    "independent reduced": Kind(
+        layout="next_token", reduced=True, shape=(("windows", (3,)), ("window_from", "anchor"))
+    ),
     "selector": Kind(PathSelector(rank=8, candidates=6), shape=CONVOLVED, reading=HALF),
     "selector reduced": Kind(
         PathSelector(rank=8, candidates=4), "next_token", True, (("windows", (3,)), ("causal", (True,)))
