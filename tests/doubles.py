@@ -33,15 +33,26 @@ class TableMethod(Method):
 
 @dataclasses.dataclass(frozen=True)
 class AnchorMethod(Method):
-    """Drafts from logits[anchor], whatever else the text is. A label keeps programs of one method apart."""
+    """Drafts from logits[anchor], whatever else the text is, of all ids or of each place's best few.
+
+    A label keeps programs of one method apart.
+    """
 
     target_vocab: int
     label: str = ""
+    candidates: int = 0  # 0: all ids
     draft_length = 64
 
     def propose(self, params: Params, shared: Params, state: Any, row: Row, k: int, pick: Pick) -> tuple[Draft, Any]:
         anchor = jnp.take_along_axis(row.tokens, row.length[:, None] - 1, axis=1)[:, 0]
-        return pick(params["logits"][anchor, :k], 0), state
+        logits = params["logits"][anchor, :k]
+        return (pick(*best_of(logits, self.candidates, 0)) if self.candidates else pick(logits, 0)), state
+
+
+def best_of(logits, count: int, first: int):
+    """What `pick` is given to draw from the best few of logits [B, k, V]."""
+    ids = jnp.argsort(-logits, axis=-1)[..., :count].astype(jnp.int32)
+    return jnp.take_along_axis(logits, ids, axis=-1), first, ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +81,10 @@ def table_drafter(table, vocab_size: int, *, certain: bool = True) -> Drafter:
     return Drafter(method=TableMethod(vocab_size, certain), params={"table": table}, name="table")
 
 
-def anchor_drafter(logits, label: str = "") -> Drafter:
-    """Drafts from logits float [V, k, V], by anchor and place in the draft."""
+def anchor_drafter(logits, label: str = "", candidates: int = 0) -> Drafter:
+    """Drafts from logits float [V, k, V], by anchor and place in the draft; of the best few, where it says so."""
     logits = jnp.asarray(logits, jnp.float32)
-    return Drafter(method=AnchorMethod(logits.shape[0], label), params={"logits": logits}, name="anchor")
+    return Drafter(method=AnchorMethod(logits.shape[0], label, candidates), params={"logits": logits}, name="anchor")
 
 
 def stepwise_drafter(logits, *, chained: bool) -> Drafter:

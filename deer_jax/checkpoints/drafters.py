@@ -44,6 +44,7 @@ from deer_jax.config import DrafterConfig, check_choice, from_mapping
 from deer_jax.data.tokenizer import Tokenizer, differing_ids
 from deer_jax.drafters.conditioned import ConditionedMethod
 from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.prompt_lookup import prompt_lookup
 from deer_jax.drafters.protocol import Trainable
 from deer_jax.drafters.standalone import MASK, StandaloneMethod, drafter_from_target, new_entries
 from deer_jax.errors import InputError, named, shown
@@ -53,7 +54,7 @@ from deer_jax.sharding import placements
 
 SPECIAL = "deer_jax.mask_and_separator"
 DRAFTERS = re.compile(r"eagle|medusa|draft|dspark|speculator|mtp", re.IGNORECASE)  # architectures of other drafters
-FROM_TARGET = "from-target"
+FROM_TARGET, PROMPT_LOOKUP = "from-target", "prompt-lookup"
 OPEN_DCODER_MASK = "<M>"
 OPEN_DCODER_DIFFERING = (151665, 151666, 151667, 151668)  # <M> and unused rows there, tool and think tags in Qwen3
 PAPER_DRAFT_LENGTH = 32  # k of the DEER paper, for folders that do not say theirs
@@ -72,7 +73,8 @@ def load_drafter(
     Args:
       source: a folder or hub id (see `load_target`): one this library saved, that of an alignment run (its best
         checkpoint), one in the open-dCoder layout; or `from-target` (`from-target:0,2,4`): an untrained drafter with
-        the target's own weights, of all layers or of those listed.
+        the target's own weights, of all layers or of those listed; or `prompt-lookup`, which proposes what followed the
+        last time the text ended as it does now.
       dtype: "bfloat16" or "float32"; None is the target's.
       config: how the drafter reads, instead of what its folder says; a folder of a plain model needs it.
       progress: called with the bytes read so far and their total.
@@ -84,8 +86,10 @@ def load_drafter(
     if not isinstance(config, DrafterConfig | None):
         raise InputError(f"config must be a DrafterConfig, got {shown(config)}")
     name = str(source)
+    if name == PROMPT_LOOKUP:
+        return prompt_lookup(target)
     if name.partition(":")[0] == FROM_TARGET:
-        drafter = drafter_from_target(target, config, layers=_listed_layers(name), name=name)
+        drafter = drafter_from_target(target, config, layers=listed_layers(name), name=name)
         if dtype is None:
             return drafter
         dtype = parse_dtype(dtype)
@@ -262,7 +266,7 @@ def usable_drafter(drafter: Drafter, params: Params, target: Target, dtype=None)
     return dataclasses.replace(drafter, params=params)
 
 
-def _listed_layers(name: str) -> tuple[int, ...] | None:
+def listed_layers(name: str) -> tuple[int, ...] | None:
     listed = name.partition(":")[2]
     if not listed:
         return None

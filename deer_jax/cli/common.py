@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deer_jax import processes
-from deer_jax.checkpoints.drafters import FROM_TARGET, load_drafter
+from deer_jax.checkpoints.drafters import FROM_TARGET, PROMPT_LOOKUP, load_drafter
 from deer_jax.checkpoints.load import load_target
 from deer_jax.cli.options import Source
 from deer_jax.cli.progress import Reporter
@@ -31,7 +31,7 @@ from deer_jax.sharding import MeshShape, make_mesh
 
 DRAFTER_HELP = (
     f"a folder, a hub id ([hub:]OWNER/NAME), or '{FROM_TARGET}': an untrained drafter with the target's own weights "
-    f"('{FROM_TARGET}:0,2' takes these layers only)"
+    f"('{FROM_TARGET}:0,2' takes these layers only), or '{PROMPT_LOOKUP}': what followed where the text ended so before"
 )
 
 

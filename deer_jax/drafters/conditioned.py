@@ -284,6 +284,7 @@ def conditioned_drafter(
     ids: Sequence[int] | None = None,
     seed: int = 0,
     name: str = "conditioned",
+    dtype=None,
     **shape: Any,
 ) -> Drafter:
     """An untrained conditioned drafter for a target.
@@ -291,6 +292,7 @@ def conditioned_drafter(
     Args:
       layers: how many random layers, or those of the target that it starts from.
       ids: the ids that it proposes, ascending; their number is `reading.draft_vocab`.
+      dtype: of its parameters; None: the target's.
       shape: of its backbone, where it differs from the target's, see `ConditionedConfig`.
     """
     config = target.config
@@ -305,13 +307,13 @@ def conditioned_drafter(
     method = ConditionedMethod(ConditionedConfig(**values), reading, head or INDEPENDENT)
     shared = shared_of(method, target, ids)
     params = init_params(method.shape, seed)
-    for name, weight in params["layers"].items() if own is not None else ():
-        if name in own and own[name].shape != weight.shape:
-            raise InputError(f"a drafter of other sizes than {target.name} cannot start from its layers: see {name}")
-        params["layers"][name] = own.get(name, weight)
+    for key, weight in params["layers"].items() if own is not None else ():
+        if key in own and own[key].shape != weight.shape:
+            raise InputError(f"a drafter of other sizes than {target.name} cannot start from its layers: see {key}")
+        params["layers"][key] = own.get(key, weight)
     if found := method.head_weights():
         params[HEAD] = initial(found, seed + 1)
-    params = jax.tree.map(lambda x: x.astype(target.dtype), params)
+    params = jax.tree.map(lambda x: x.astype(target.dtype if dtype is None else dtype), params)
     if not target.build.scan:
         params = unstack_layers(params, count)
     return Drafter(method=method, params=params, shared=shared, name=name, tokenizer=target.tokenizer)

@@ -119,7 +119,7 @@ class StandaloneMethod(Trainable):
         read, width = state["read"], k + 1
         fresh = row.length - read  # tokens not read yet, 1..k+1 for rows still running
         tokens = _gather_rows(row.tokens, read, width)
-        B, tail = tokens.shape[0], k + self.reading.separator
+        B, tail = tokens.shape[0], k + int(self.reading.separator)
         nothing = jnp.zeros((B, tail, self.shape.width), params["special"].dtype)
         masks = self._with_entries(params, nothing, jnp.arange(tail)[None] < k, jnp.full((B,), k))
         x = constrain(jnp.concatenate([self.embed(model, params, tokens), masks], axis=1), "batch", None, None)
@@ -149,28 +149,29 @@ class StandaloneMethod(Trainable):
         end = row.length + k
         x = self._with_entries(params, self.embed(model, params, row.tokens), positions >= row.length[:, None], end)
         # Rows behind the end see only real entries too, so that nothing of theirs can be NaN; nobody sees them.
-        hidden = model(x, positions, visible=Before(end + self.reading.separator)).hidden
+        hidden = model(x, positions, visible=Before(end + int(self.reading.separator))).hidden
         return _rows_at(hidden, self._read_at(row.length - 1, row.length, k)), state
 
     def _with_entries(self, params: Params, x, masked, size):
         """Embeddings [.., n, D] with the mask where masked [.., n] says so, and the separator at `size` int [..]."""
-        x = jnp.where(masked[..., None], params["special"][MASK], x)
+        x = jnp.where(masked[..., None], _entry(params, MASK, x), x)
         if not self.reading.separator:
             return x
-        at = jnp.arange(x.shape[-2]) == size[..., None]
-        return jnp.where(at[..., None], params["special"][SEPARATOR], x)
+        at = lax.broadcasted_iota(jnp.int32, x.shape[:-1], x.ndim - 2) == size[..., None]
+        return jnp.where(at[..., None], _entry(params, SEPARATOR, x), x)
 
     def _read_at(self, anchor, first, width: int):
         """int [.., width]: the rows at which a block's tokens are read; anchor, first int [..]: the row of its anchor,
         and that of its first token."""
-        rows = first[..., None] + jnp.arange(width)
+        rows = first[..., None] + lax.broadcasted_iota(first.dtype, (*first.shape, width), first.ndim)
         if self.reading.head == "in_place":
             return rows
         return jnp.concatenate([anchor[..., None], rows[..., :-1]], axis=-1)
 
     def embed(self, model: Transformer, params: Params, tokens):
         """Embeddings of the target's ids; an id this drafter does not share is read as a mask."""
-        return jnp.where(self._unknown(tokens)[..., None], params["special"][MASK], model.lookup(tokens))
+        x = model.lookup(tokens)
+        return jnp.where(self._unknown(tokens)[..., None], _entry(params, MASK, x), x)
 
     def _unknown(self, ids):
         """bool like ids: those that this drafter does not share with its target."""
@@ -243,7 +244,7 @@ class StandaloneMethod(Trainable):
         x = jnp.concatenate([looked_up[:, :T], block.reshape(B, rows, -1)], axis=1)
         text = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
         positions = jnp.concatenate([text, place.reshape(B, rows)], axis=1)
-        visible = BlockMask(anchor, size + self.reading.separator, W + 1)
+        visible = BlockMask(anchor, size + int(self.reading.separator), W + 1)
         hidden = model(constrain(x, "batch", None, None), positions, visible=visible, remat=remat).hidden
         first = jnp.broadcast_to(T + jnp.arange(M)[None] * (W + 1), (B, M))
         read = _rows_at(hidden, self._read_at(anchor, first, W).reshape(B, M * W))
@@ -261,7 +262,7 @@ class StandaloneMethod(Trainable):
         model = bind(self.shape, backbone(params))
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
         x = self._with_entries(params, self.embed(model, params, tokens), batch["masked"], length)
-        visible = Before(length + self.reading.separator)
+        visible = Before(length + int(self.reading.separator))
         hidden = model(constrain(x, "batch", None, None), positions, visible=visible, remat=remat).hidden
         if self.reading.head == "shifted":
             return hidden[:, :-1], positions[:, 1:], batch["weight"][:, 1:]
@@ -277,6 +278,11 @@ def _gather_rows(tokens, start, width: int):
     """tokens [B, S] -> [B, width] from start [B] on."""
     columns = start[:, None] + jnp.arange(width)[None]
     return jnp.take_along_axis(tokens, columns, axis=1, mode="clip")
+
+
+def _entry(params: Params, which: int, like):
+    """One of the drafter's own entries, with as many axes as embeddings [.., D]."""
+    return lax.expand_dims(params["special"][which], range(like.ndim - 1))
 
 
 def _rows_at(hidden, at):

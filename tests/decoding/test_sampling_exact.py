@@ -17,13 +17,15 @@ from scipy import stats
 from deer_jax import DrafterConfig, Target, decode, drafter_from_target
 from deer_jax.decoding import accept, loop, programs, sampling
 from deer_jax.decoding.sampling import ACCEPT, DRAFT, RESAMPLE, log_probabilities
-from deer_jax.drafters.protocol import Draft
+from deer_jax.drafters.heads import INDEPENDENT, Markov, PathSelector
 from tests.decoding.processed import processed
 from tests.doubles import anchor_drafter, stepwise_drafter, table_drafter
 from tests.fast import representing
+from tests.kinds import Kind, conditioned
 from tests.tiny import random_params, tiny
 
 ROWS = 16384
+accept_q_at = accept.q_at  # itself, where a mistake stands in its place
 LEVEL = 1e-4  # chance of a false alarm over all comparisons of this file
 SEED = 11
 
@@ -49,6 +51,17 @@ def draft_logits(target: Target) -> np.ndarray:
 
 def fixed_logits(target: Target, label: str = ""):
     return anchor_drafter(draft_logits(target), label)
+
+
+def few_logits(target: Target, label: str = ""):
+    """Draws from three of the ids, not always the same."""
+    return anchor_drafter(draft_logits(target), label, candidates=3)
+
+
+def reading(target: Target, head=INDEPENDENT, layout="next_token", *, reduced=True):
+    """A drafter that reads the target; it never proposes the last id, its mask, and if reduced not the first."""
+    ids = range(1, target.config.vocab_size)
+    return conditioned(target, Kind(head, layout, reduced), ids=ids, k=3)
 
 
 def by_position(target: Target, *, chained: bool):
@@ -135,6 +148,12 @@ class Case:
 
 CAUSAL = functools.partial(standalone, attention="block_causal")
 BIDIRECTIONAL = functools.partial(standalone, attention="bidirectional")
+SELECTOR = functools.partial(reading, head=PathSelector(rank=3, candidates=2), reduced=False)
+MARKOV = {
+    "vanilla": functools.partial(reading, head=Markov(rank=3), layout="fill_in", reduced=False),
+    "gated": functools.partial(reading, head=Markov(rank=3, form="gated")),
+    "rnn": functools.partial(reading, head=Markov(rank=3, form="rnn"), layout="fill_in"),
+}
 CASES = {
     "plain-top-k-top-p": Case(4, 0, None, {"temperature": 0.6, "top_k": 3, "top_p": 0.9}, n=4),
     "causal": Case(4, 2, CAUSAL, {"temperature": 1.0}, prompt=(1, 0, 2)),
@@ -153,11 +172,27 @@ CASES = {
     "fixed": Case(4, 2, fixed_logits, {"temperature": 1.0}),
     "fixed-equal": Case(4, 2, fixed_logits, {"temperature": 0.6, "draft_temperature": 0.6}),
     "position-by-position": Case(4, 2, functools.partial(by_position, chained=True), {"temperature": 1.0}),
+    "few": Case(5, 2, few_logits, {"temperature": 1.0}),
+    "few-other-temperature": Case(5, 2, few_logits, {"temperature": 0.6, "draft_temperature": 1.7}),
+    "few-top-k-top-p": Case(5, 2, few_logits, {"temperature": 0.8, "top_k": 4, "top_p": 0.9}),
+    "few-point-mass": Case(5, 2, few_logits, {"temperature": 1.0, "draft_temperature": 0.0}),
+    "reading": Case(5, 2, reading, {"temperature": 0.6}, prompt=(1, 0, 2)),
+    "selector": Case(5, 2, SELECTOR, {"temperature": 1.0}, prompt=(1, 0, 2)),
+    "selector-other-temperature": Case(
+        5, 2, SELECTOR, {"temperature": 0.6, "draft_temperature": 1.7}, prompt=(1, 0, 2)
+    ),
+    "selector-point-mass": Case(5, 2, SELECTOR, {"temperature": 1.0, "draft_temperature": 0.0}, prompt=(1, 0, 2)),
+    "vanilla": Case(4, 2, MARKOV["vanilla"], {"temperature": 1.0}, prompt=(1, 0, 2)),
+    "gated": Case(4, 2, MARKOV["gated"], {"temperature": 0.6}, prompt=(1, 0, 2)),
+    "rnn-other-temperature": Case(
+        4, 2, MARKOV["rnn"], {"temperature": 1.0, "draft_temperature": 1.7}, prompt=(1, 0, 2)
+    ),
+    "rnn-point-mass": Case(4, 2, MARKOV["rnn"], {"temperature": 0.6, "draft_temperature": 0.0}, prompt=(1, 0, 2)),
     "stop": Case(4, 3, fixed_logits, {"temperature": 1.0}, n=5, stop_ids=(3, 1)),
 }  # fmt: skip
 
-# The case in which mistakes are planted: draft and target differ, so that rejections are common.
-BASE = CASES["fixed"]
+# The cases in which mistakes are planted: draft and target differ, so that rejections are common.
+BASE, FEW = CASES["fixed"], CASES["few"]
 
 
 def planted_accept(logits, draft, *, length, prompt_index, rounds, kind, knobs, mistake=""):
@@ -191,10 +226,20 @@ def planted_accept(logits, draft, *, length, prompt_index, rounds, kind, knobs, 
     return accept.Verdict(choice, accepted)
 
 
-def wrong_temperature(logits, first, *, row, rounds, kind, knobs):
+def wrong_temperature(logits, first, ids=None, *, row, rounds, kind, knobs):
     """The draft is drawn at one temperature and judged at another."""
-    draft = sampling.pick_draft(logits, first, row=row, rounds=rounds, kind=kind, knobs=knobs)
-    return Draft(draft.tokens, log_probabilities(logits, 1.5 * knobs.draft_temperature, kind, knobs))
+    draft = sampling.pick_draft(logits, first, ids, row=row, rounds=rounds, kind=kind, knobs=knobs)
+    return draft._replace(log_q=log_probabilities(logits, 1.5 * knobs.draft_temperature, kind, knobs))
+
+
+def changed_draft(*args, change, **options):
+    """What was drawn is right, what is said about it is not."""
+    return change(sampling.pick_draft(*args, **options))
+
+
+def places_for_ids(draft, at, vocab_size):
+    """The residual takes the candidates for the first ids of the vocabulary."""
+    return accept_q_at(draft._replace(ids=jnp.arange(draft.ids.shape[-1])[None, None]), at, vocab_size)
 
 
 def keep_behind_a_rejection(kept):
@@ -217,6 +262,10 @@ def without_round(seed, prompt, rounds, position, purpose, *, keys_for=sampling.
     return keys_for(seed, prompt, jnp.zeros_like(rounds), position, purpose)
 
 
+def change_draft(change):
+    return [(loop, "pick_draft", functools.partial(changed_draft, change=change))]
+
+
 def accept_with(mistake):
     return [(loop, "accept_sampled", functools.partial(planted_accept, mistake=mistake))]
 
@@ -231,6 +280,13 @@ MISTAKES = {
     "redraw-of-the-coin": [(accept, "keys_for", functools.partial(shared_purpose, uses=ACCEPT, instead_of=RESAMPLE))],
     "keys-without-the-position": [(accept, "keys_for", without_position), (sampling, "keys_for", without_position)],
 }
+# Those that only a q over few ids can have.
+MISTAKES_OF_FEW = {
+    "few-q-of-another-temperature": MISTAKES["q-of-another-temperature"],
+    "few-q-of-all-ids": change_draft(lambda draft: draft._replace(log_q=draft.log_q + np.float32(np.log(0.8)))),
+    "few-ids-shifted": change_draft(lambda draft: draft._replace(ids=(draft.ids + 1) % 5)),
+    "few-residual-of-places": [(accept, "q_at", places_for_ids)],
+}
 # Right although it looks different. A second writing of the test; and keys without the round: the numbers of a draft
 # behind a rejection decided nothing, so using them again correlates nothing as long as tokens are judged one by one.
 # (Verification of whole blocks would break this, which is why the round is in the key; `test_sampling` has it there.)
@@ -238,7 +294,7 @@ HARMLESS = {
     "second-writing": accept_with(""),
     "keys-without-the-round": [(accept, "keys_for", without_round), (sampling, "keys_for", without_round)],
 }
-LEVEL_EACH = LEVEL / (len(CASES) + len(MISTAKES) + len(HARMLESS))
+LEVEL_EACH = LEVEL / (len(CASES) + len(MISTAKES) + len(MISTAKES_OF_FEW) + len(HARMLESS))
 
 
 @pytest.mark.parametrize("name", representing(CASES, "fixed"))
@@ -251,7 +307,7 @@ def test_a_pick_for_each_position_draws_what_one_for_the_block_does():
     assert dataclasses.replace(BASE, drafter=functools.partial(by_position, chained=False)).decode() == BASE.decode()
 
 
-def planted_p_value(monkeypatch, label: str, patches) -> float:
+def planted_p_value(monkeypatch, label: str, patches, base: Case = BASE) -> float:
     """The base case with pieces replaced; the label makes its plan another one, so no compiled program is shared."""
     calls = []
     for module, name, replacement in patches:
@@ -262,7 +318,7 @@ def planted_p_value(monkeypatch, label: str, patches) -> float:
 
         monkeypatch.setattr(module, name, counted)
     monkeypatch.setattr(programs, "_compiled", {})
-    value = BASE.p_value(label)
+    value = base.p_value(label)
     assert calls, "the replacement was never traced"
     return value
 
@@ -270,6 +326,11 @@ def planted_p_value(monkeypatch, label: str, patches) -> float:
 @pytest.mark.parametrize("name", representing(MISTAKES, "residual-of-p"))
 def test_planted_mistakes_are_noticed(name, monkeypatch):
     assert planted_p_value(monkeypatch, name, MISTAKES[name]) < LEVEL_EACH
+
+
+@pytest.mark.parametrize("name", MISTAKES_OF_FEW)
+def test_planted_mistakes_about_few_ids_are_noticed(name, monkeypatch):
+    assert planted_p_value(monkeypatch, name, MISTAKES_OF_FEW[name], FEW) < LEVEL_EACH
 
 
 @pytest.mark.parametrize("name", HARMLESS)
