@@ -1,16 +1,31 @@
 """Folders of conditioned drafters, in every layout: written, read again, refused; tests/drafters/golden has some."""
 
+import dataclasses
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import deer_jax
+from deer_jax.checkpoints.drafters import drafter_shapes
+from deer_jax.cli import export as cli
+from deer_jax.config import ConditionedConfig
+from deer_jax.drafters.conditioned import ConditionedMethod, ConditionedReading, conditioned_drafter
+from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.heads import INDEPENDENT, Markov, PathSelector
+from deer_jax.errors import InputError
 from deer_jax.models.target import Target
+from deer_jax.models.transformer import logical_axes, stack_layers
+from deer_jax.sharding import make_mesh, placements
 from tests.fast import representing
 from tests.tiny import random_params, tiny
+from tests.training import runs
 
 GOLDEN = Path(__file__).parent.parent / "drafters" / "golden"
 EMBEDDING_TAPPED = "speculators-dflash-next-token"
@@ -28,13 +43,16 @@ def layout_of(case: str) -> str:
     return "dflash" if case.startswith("zlab") else "speculators"
 
 
+def same_values(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
 def same_drafter(one, other):
     assert one.method == other.method
-    for mine, theirs in ((one.params, other.params), (one.shared, other.shared)):
-        assert jax.tree.structure(mine) == jax.tree.structure(theirs)
-        for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
-            assert a.dtype == b.dtype
-            np.testing.assert_array_equal(a, b)
+    same_values((one.params, one.shared), (other.params, other.shared))
 
 
 @pytest.mark.parametrize("case", representing(KNOWN, "speculators-dspark-gated"))
@@ -50,3 +68,134 @@ def test_a_public_folder_is_written_as_it_was(case, target, tmp_path):
     deer_jax.save_drafter(tmp_path / "ours", drafter)
     same_drafter(deer_jax.load_drafter(tmp_path / "ours", target=target, dtype="bfloat16"), drafter)
     assert {path.name for path in (tmp_path / "again").iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("case", representing(["speculators-dspark-rnn", "zlab-dflash2"], "zlab-dflash2"))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_drafter_is_loaded_into_its_places_on_a_mesh(case, dtype, target):
+    mesh, stacked = make_mesh(2, 2, 2), stack_layers(target.params)
+    build = dataclasses.replace(target.build, scan=True)
+    params = jax.device_put(stacked, placements(mesh, stacked, logical_axes(TARGET)))
+    spread = dataclasses.replace(target, mesh=mesh, build=build, params=params)
+    sharded = deer_jax.load_drafter(GOLDEN / case, target=spread, dtype=dtype)
+    plain = deer_jax.load_drafter(GOLDEN / case, target=target, dtype=dtype)
+    wanted = drafter_shapes(sharded.method, mesh)
+    for found, like in zip(jax.tree.leaves(sharded.params), jax.tree.leaves(wanted), strict=True):
+        assert found.sharding.is_equivalent_to(like.sharding, found.ndim)
+    same_values((sharded.params, sharded.shared), (stack_layers(plain.params), plain.shared))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with a target, and a run of two steps of a drafter of a reduced vocabulary."""
+    folder = runs.prepare(tmp_path_factory.mktemp("conditioned"))
+    answers = folder / "answers.jsonl"
+    answers.write_text(re.sub(r"\b31\b", "30", answers.read_text()))  # no text has the mask
+    stage = runs.recipe(folder)["stages"][0] | {"steps": 2}
+    begun = {"taps": [0], "mask": 31, "draft_length": 4, "layout": "next_token", "draft_vocab": 16, "head": "markov",
+             "rank": 4, "form": "gated", "confidence": True}  # fmt: skip
+    deer_jax.align(
+        runs.recipe(folder, evaluation=None, stages=[stage], reading=None, conditioned=begun, drafter="random:1")
+    )
+    return folder
+
+
+def test_a_run_is_exported_in_the_layouts_that_can_say_its_drafter(run, tmp_path):
+    target = deer_jax.load_target(run / "target")
+    trained = deer_jax.load_drafter(run / "run", target=target)
+    for layout in ("deer_jax", "speculators"):
+        how = {"dtype": "float32", "layout": layout, "target": None if layout == "deer_jax" else run / "target"}
+        output = deer_jax.export(run / "run", tmp_path / layout, **how)
+        found = deer_jax.load_drafter(output, target=target)
+        assert found.method.reading == trained.method.reading
+        assert found.method.head == trained.method.head
+        same_values((found.params, found.shared), (trained.params, trained.shared))
+        before = (output / "export.json").stat().st_mtime_ns
+        assert deer_jax.export(run / "run", output, **how) == output
+        assert (output / "export.json").stat().st_mtime_ns == before
+    values = json.loads((tmp_path / "speculators" / "config.json").read_text())
+    assert values["speculators_config"]["verifier"]["name_or_path"] == str(run / "target")
+    with pytest.raises(
+        InputError, match=r"\Alayout dflash: a drafter that reads in the next_token layout cannot be said"
+    ):
+        deer_jax.export(run / "run", tmp_path / "zlab", layout="dflash", target=run / "target")
+    with pytest.raises(InputError, match=r"\Alayout speculators: its folders say what target they are for; give it as"):
+        deer_jax.export(run / "run", tmp_path / "none", layout="speculators")
+    assert not (tmp_path / "zlab").exists()
+    cli.run(["--source", str(run / "run"), "--output", str(tmp_path / "cli"), "--layout", "speculators", "--dtype",
+             "float32", "--target", str(run / "target")])  # fmt: skip
+    assert (tmp_path / "cli" / "model.safetensors").read_bytes() == (
+        tmp_path / "speculators" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_drafters_of_text_alone_have_our_layout_only(target, tmp_path):
+    drafter = deer_jax.drafter_from_target(target, layers=(0,))
+    with pytest.raises(InputError, match=r"\Alayout dflash: is for drafters that read their target"):
+        deer_jax.save_drafter(tmp_path / "no", drafter, layout="dflash", target=target)
+    with pytest.raises(InputError, match=r"\Alayout must be one of deer_jax, dflash, speculators, got 'zlab'"):
+        deer_jax.save_drafter(tmp_path / "no", drafter, layout="zlab", target=target)
+
+
+FILL = ConditionedReading(taps=(1, 4), mask=63, draft_length=7)
+NEXT = dataclasses.replace(FILL, layout="next_token")
+CONVOLVED = {"conv_kernel": 2, "conv_group": 8}
+SELECTOR, MARKOV = PathSelector(rank=4, candidates=5), Markov(rank=4)
+
+
+@pytest.mark.parametrize(
+    ("layout", "reading", "head", "shape", "problem"),
+    [
+        ("dflash", NEXT, None, {}, "a drafter that reads in the next_token layout cannot"),
+        ("dflash", dataclasses.replace(FILL, draft_vocab=16), None, {}, "a reduced vocabulary cannot"),
+        ("dflash", FILL, MARKOV, {}, "a head of kind Markov cannot"),
+        ("dflash", FILL, SELECTOR, {}, "convolutions without a selector, or the reverse, cannot"),
+        ("dflash", FILL, None, CONVOLVED, "convolutions without a selector, or the reverse, cannot"),
+        ("dflash", FILL, None, {"windows": (4, 5)}, r"windows that differ between layers \(4, 5\) cannot"),
+        ("dflash", FILL, None, {"windows": (4, 0), "window_from": "anchor"}, "a window that counts from the anchor"),
+        ("dflash", FILL, None, {"windows": (4, 0), "causal": (False, True)}, "some causal layers and windows on"),
+        ("dflash", FILL, None, {"qk_norm": False}, "a backbone whose layers have no norms of queries and keys"),
+        ("dflash", FILL, None, {"qkv_bias": True}, "biases of some of attention's projections and not of all"),
+        ("speculators", dataclasses.replace(FILL, softcap=3.0), None, {}, "softcap 3 cannot"),
+        ("speculators", dataclasses.replace(FILL, input_scale=2.0), None, {}, "input_scale 2 cannot"),
+        ("speculators", dataclasses.replace(FILL, output_scale=2.0), None, {}, "output_scale 2 cannot"),
+        ("speculators", dataclasses.replace(FILL, taps=(1, 7)), None, {}, "the drafter reads the target's last layer"),
+        ("speculators", FILL, None, {"windows": (4, 0)}, "a window that counts from the row"),
+        ("speculators", FILL, None, {"causal": (False, True)}, "layers that are causal without a window"),
+        ("speculators", FILL, SELECTOR, {}, "a selector and convolutions can be said together only"),
+        ("speculators", FILL, MARKOV, CONVOLVED, "a selector and convolutions can be said together only"),
+        ("speculators", dataclasses.replace(FILL, draft_length=1), SELECTOR, CONVOLVED | {"conv_kernel": 3},
+         "convolutions over more rows than a block has"),
+        ("speculators", dataclasses.replace(FILL, draft_vocab=16), SELECTOR, CONVOLVED,
+         "a reduced vocabulary cannot be said beside a selector"),
+    ],
+)  # fmt: skip
+def test_what_a_layout_cannot_say_is_refused(target, tmp_path, layout, reading, head, shape, problem):
+    values: dict[str, Any] = vars(TARGET) | {"layers": 2, "windows": (0, 0), "causal": (False, False)}
+    config = ConditionedConfig(**values | {"tapped_width": 64} | shape)
+    method = ConditionedMethod(config, reading, head or INDEPENDENT)
+    drafter = Drafter(method=method, params={"norm": jnp.zeros(())}, shared={})
+    with pytest.raises(InputError, match=rf"\Alayout {layout}: {problem}[^\n]*\Z"):
+        deer_jax.save_drafter(tmp_path / "no", drafter, layout=layout, target=target)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "head", "shape"),
+    [
+        ("llama", (1, 0), None, {"windows": (0, 3), "causal": (True, False)}),  # no norms of queries and keys
+        ("qwen2", (0,), SELECTOR, {"windows": (5,), "window_from": "anchor"}),  # some biases, no convolutions
+        ("qwen3", 2, Markov(rank=3, form="rnn", has_confidence=True), CONVOLVED | {"qkv_bias": True, "o_bias": True}),
+    ],
+)
+def test_our_layout_says_what_the_others_cannot(tmp_path, family, layers, head, shape):
+    config = tiny(family, vocab_size=64, tied=True)
+    target = Target(config=config, params=random_params(config, scan=False))
+    reading = ConditionedReading(taps=(1, 0), mask=60, draft_length=3, draft_vocab=24, softcap=9.0, output_scale=0.5)
+    ids = [*range(10, 32), 50, 61]
+    drafter = conditioned_drafter(target, reading, layers=layers, head=head, ids=ids, **shape)
+    deer_jax.save_drafter(tmp_path / "ours", drafter, max_shard_bytes=9000)
+    assert (tmp_path / "ours" / "model.safetensors.index.json").exists()
+    same_drafter(deer_jax.load_drafter(tmp_path / "ours", target=target), drafter)
+    with pytest.raises(InputError, match="architecture DeerJaxDrafter is not supported"):
+        deer_jax.load_target(tmp_path / "ours")
