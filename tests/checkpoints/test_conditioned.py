@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer as Fast
+from tokenizers import models
 
 import deer_jax
 from deer_jax.checkpoints.drafters import drafter_shapes
 from deer_jax.cli import export as cli
 from deer_jax.config import ConditionedConfig
+from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.drafters.conditioned import ConditionedMethod, ConditionedReading, conditioned_drafter
 from deer_jax.drafters.drafter import Drafter
 from deer_jax.drafters.heads import INDEPENDENT, Markov, PathSelector
@@ -199,3 +203,157 @@ def test_our_layout_says_what_the_others_cannot(tmp_path, family, layers, head, 
     same_drafter(deer_jax.load_drafter(tmp_path / "ours", target=target), drafter)
     with pytest.raises(InputError, match="architecture DeerJaxDrafter is not supported"):
         deer_jax.load_target(tmp_path / "ours")
+
+
+def changed(case: str, folder: Path, change) -> Path:
+    """A copy of a golden folder, whose config.json and tensors `change` may alter in place."""
+    shutil.copytree(GOLDEN / case, folder)
+    values, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    change(values, tensors)
+    (folder / "config.json").write_text(json.dumps(values))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def put(path: str, value):
+    """Sets one entry of config.json, at a dotted path; None removes it."""
+
+    def change(values, tensors):
+        *parents, key = path.split(".")
+        for parent in parents:
+            values = values[parent]
+        values.pop(key, None)
+        if value is not None:
+            values[key] = value
+
+    return change
+
+
+def tensor(key: str, value=None):
+    """Sets a tensor, or removes it."""
+
+    def change(values, tensors):
+        tensors.pop(key, None)
+        if value is not None:
+            tensors[key] = np.ascontiguousarray(value)
+
+    return change
+
+
+ZERO = np.zeros((3, 3), np.float32)
+LAYER = "transformer_layer_config"
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "problem"),
+    [
+        # Another target.
+        ("zlab-dflash", put("hidden_size", 64), "the drafter is for another target: one of width 64, and target has"),
+        ("zlab-dflash", put("vocab_size", 96), "the drafter is for another target: one of vocabulary 96, and target"),
+        ("zlab-dflash", put("dflash_config.target_layer_ids", [1, 8]), "the drafter reads layer 8 of its target,"),
+        ("zlab-dflash", put("dflash_config.mask_token_id", 64), "the mask is id 64, the target's vocabulary ends at 6"),
+        ("speculators-dflash", put("aux_hidden_state_layer_ids", [1, 4, 8]), "the drafter reads the target's last"),
+        ("speculators-dflash", put("aux_hidden_state_layer_ids", [0, 4, 7]), "has 0, the embedding's output, which"),
+        ("speculators-dflash", put("aux_hidden_state_layer_ids", [1, 4, 4]), "taps must be different layers"),
+        # Kinds and parts that are not supported.
+        ("zlab-dflash", put("markov_rank", 8), "markov_rank is not supported for DFlash"),
+        ("speculators-dspark", put("speculators_model_type", "eagle3"), "'eagle3' is not supported; supported: dflash"),
+        ("speculators-dspark", put("markov_head_type", "lstm"), "markov_head_type 'lstm' is not supported; supported"),
+        ("zlab-dflash", put("dflash_config.fc_layernorm", True), r"dflash_config\.fc_layernorm is not supported"),
+        ("zlab-dflash", put("attn_output_gate", True), "attn_output_gate is not supported for DFlash"),
+        ("zlab-dflash", put("quantization_config", {"bits": 4}), "quantised weights"),
+        ("zlab-dflash", put("partial_rotary_factor", 0.5), r"partial_rotary_factor 0\.5 is not supported"),
+        ("zlab-dflash", put("hidden_act", "gelu"), "hidden_act 'gelu' is not supported"),
+        ("speculators-dflash", put(f"{LAYER}.model_type", "gemma3"), "model_type 'gemma3' is not supported"),
+        # Tensors.
+        ("zlab-dflash", tensor("mask_embedding", ZERO), r"\(1 unknown\); unknown: mask_embedding"),
+        ("zlab-dflash", tensor("markov_head.markov_w1.weight", ZERO), r"unknown: markov_head\.markov_w1\.weight"),
+        ("zlab-dflash", tensor("fc.weight"), r"\(1 missing\); missing: fc\.weight"),
+        ("zlab-dflash2", put("architectures", ["DFlashDraftModel"]), r"unknown: candidate_selector\.hidden_projection"),
+        ("zlab-dflash", put("architectures", ["DFlash2DraftModel"]), "conv_kernel_size is missing"),
+        ("speculators-dspark", tensor("markov_head.markov_w1.weight"), r"missing: markov_head\.markov_w1\.weight"),
+        ("speculators-dflash-reduced", tensor("d2t"), "d2t is missing: the ids of the reduced vocabulary"),
+        ("speculators-dflash-reduced", tensor("d2t", np.arange(32) * 2), "d2t does not give ascending ids"),
+        ("speculators-dflash-reduced", tensor("d2t", np.zeros(31, int)), r"d2t must be 32 whole numbers, got int64 \["),
+        ("speculators-dflash-reduced", tensor("t2d", np.ones(64, bool)), "t2d and d2t are of different ids"),
+        ("speculators-dflash-reduced", tensor("lm_head.weight"), r"missing: lm_head\.weight"),
+        # Values.
+        ("zlab-dflash2", put("dflash_config.selector_top_k", 65), "the selector chooses among 65 ids, more than"),
+        ("zlab-dflash2", put("dflash_config.conv_group_size", 7), r"width \(32\) must be a multiple of conv_group \(7"),
+        ("zlab-dflash2", put("dflash_config.conv_kernel_size", 0), "conv_kernel_size must be at least 1, got 0"),
+        ("zlab-dflash2", put("dflash_config.selector_rank", None), "selector_rank is missing"),
+        ("speculators-dflash2", put("draft_vocab_size", 32), "draft_vocab_size must be the target's 64 for dflash2"),
+        ("zlab-dflash", put("dflash_config", [1]), r"dflash_config must be keys and values, got \[1\]"),
+        ("zlab-dflash", put("dflash_config.mask_token_id", None), "mask_token_id is missing"),
+        ("zlab-dflash", put("dflash_config.mask_token_id", "63"), "mask_token_id must be an integer, got '63'"),
+        ("zlab-dflash", put("dflash_config.target_layer_ids", "1, 4"), "target_layer_ids must be numbers of layers, g"),
+        ("zlab-dflash", put("block_size", 1), "block_size must be at least 2, got 1"),
+        ("zlab-dflash", put("num_target_layers", None), "num_target_layers is missing"),
+        ("zlab-dflash-sliding", put("layer_types", ["sliding_attention"]), "layer_types must be full_attention or sli"),
+        ("zlab-dflash-sliding", put("sliding_window", 0), "sliding_window must be at least 1, got 0"),
+        ("zlab-dflash-causal", put("is_causal", "no"), "is_causal must be true or false, got 'no'"),
+        ("zlab-dflash-one-layer", put("dflash_config.output_multiplier", -1), "output_scale must be above 0"),
+        ("speculators-dflash", put(LAYER, 3), f"{LAYER} must be keys and values, got 3"),
+        ("speculators-dflash", put("draft_vocab_size", None), "draft_vocab 32000 is more than the target's 64 ids"),
+        ("speculators-dspark-no-markov", put("confidence_head_with_markov", True), "confidence_head_with_markov must"),
+    ],
+)  # fmt: skip
+def test_bad_folders_are_refused_in_one_line(target, tmp_path, case, change, problem):
+    folder = changed(case, tmp_path / "folder", change)
+    with pytest.raises(InputError, match=rf"\A{folder}[^\n]*{problem}[^\n]*\Z"):
+        deer_jax.load_drafter(folder, target=target)
+
+
+@pytest.mark.parametrize("name", ["Qwen3DSparkModel", "LlamaForCausalLMEagle3", "MedusaModel", "XPressDraftModel"])
+def test_other_drafters_are_named(target, tmp_path, name):
+    def change(values, tensors):
+        values.pop("dflash_config")
+        values["architectures"] = [name]
+
+    folder = changed("zlab-dflash", tmp_path / "folder", change)
+    with pytest.raises(InputError, match=rf"\A{folder}: drafters of architecture {name} are not supported; "):
+        deer_jax.load_drafter(folder, target=target)
+    folder = changed("zlab-dflash", tmp_path / "nested", put("architectures", ["Qwen3DSparkModel"]))
+    with pytest.raises(InputError, match=rf"\A{folder}: drafters of architecture Qwen3DSparkModel are not supported"):
+        deer_jax.load_drafter(folder, target=target)
+
+
+def test_names_of_other_writers_are_read(target, tmp_path):
+    """`model.` before all names, `.weight` behind the codebooks, the target's own tensors, and the flat keys."""
+
+    def change(values, tensors):
+        for key in list(tensors):
+            tensors[f"model.{key}" + ".weight" * key.endswith("codebook")] = tensors.pop(key)
+        tensors["model.embed_tokens.weight"] = tensors["model.lm_head.weight"] = ZERO
+
+    folder = changed("speculators-dflash2", tmp_path / "prefixed", change)
+    plain = deer_jax.load_drafter(GOLDEN / "speculators-dflash2", target=target)
+    same_drafter(deer_jax.load_drafter(folder, target=target), plain)
+
+    def flat(values, tensors):
+        values |= values.pop("dflash_config")
+        values["rope_theta"] = values.pop("rope_parameters")["rope_theta"]
+
+    folder = changed("zlab-dflash2", tmp_path / "flat", flat)
+    same_drafter(
+        deer_jax.load_drafter(folder, target=target), deer_jax.load_drafter(GOLDEN / "zlab-dflash2", target=target)
+    )
+
+
+def test_the_mask_is_no_ordinary_token_of_the_target(tmp_path):
+    words = {f"w{i}": i for i in range(62)} | {"<mask>": 62}
+    fast = Fast(models.WordLevel(words, unk_token="w0"))
+    fast.add_special_tokens(["<mask>"])
+    (tmp_path / "target").mkdir()
+    fast.save(str(tmp_path / "target" / "tokenizer.json"))
+    (tmp_path / "target" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    tokenizer = Tokenizer.load(tmp_path / "target")
+    target = Target(config=TARGET, params=random_params(TARGET, scan=False), tokenizer=tokenizer)
+    for mask in (62, 63):  # a special one, and one that no text becomes
+        folder = changed("zlab-dflash", tmp_path / str(mask), put("dflash_config.mask_token_id", mask))
+        drafter = deer_jax.load_drafter(folder, target=target)
+        assert drafter.method.reading.mask == mask
+        assert drafter.tokenizer is tokenizer
+    folder = changed("zlab-dflash", tmp_path / "ordinary", put("dflash_config.mask_token_id", 61))
+    with pytest.raises(InputError, match=r"the mask is id 61, an ordinary token of target \('w61'\), which texts"):
+        deer_jax.load_drafter(folder, target=target)
