@@ -37,7 +37,7 @@ HALF = (("output_scale", 0.5),)
 CONVOLVED = (("conv_kernel", 2), ("conv_group", 8))
 # Every head, with both layouts, a whole and a reduced vocabulary, windows of both kinds, and convolutions.
 CONDITIONED = {
-    "independent": Kind(),
+    "independent": Kind(reading=(("input_scale", 0.1),)),  # else its masks outweigh what it reads
     "independent reduced": Kind(INDEPENDENT, "next_token", True, (("windows", (3,)), ("window_from", "anchor"))),
     "selector": Kind(PathSelector(rank=8, candidates=6), shape=CONVOLVED, reading=HALF),
     "selector reduced": Kind(

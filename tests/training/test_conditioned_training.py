@@ -1,4 +1,4 @@
-"""Conditioned drafters in training: nothing leaks, and what is trained is what is drafted, for every head and layout."""
+"""Conditioned drafters in training: nothing leaks, and what is trained is what is drafted, for every head."""
 
 import functools
 from typing import Any
@@ -49,8 +49,9 @@ def masked_blocks(texts) -> dict[str, Any]:
     """A block of masks behind every anchor."""
     shape = (B, NEW)
     return {
-        "tokens": texts, "anchor": np.broadcast_to(ANCHORS, shape).astype(np.int32), "size": np.full(shape, K, np.int32),
-        "masked": np.ones((*shape, K), bool), "weight": np.ones((*shape, K), np.float32),
+        "tokens": texts, "anchor": np.broadcast_to(ANCHORS, shape).astype(np.int32),
+        "size": np.full(shape, K, np.int32), "masked": np.ones((*shape, K), bool),
+        "weight": np.ones((*shape, K), np.float32),
     }  # fmt: skip
 
 
@@ -153,8 +154,7 @@ def test_nothing_leaks(texts, tapped, kind):
     """Bit for bit: neither the anchor's own state of the target and those behind it, nor another block, nor what stands
     behind a block, nor a token that is to be predicted, changes what is said of a block."""
     drafter, rng = drafter_of(kind), np.random.default_rng(3)
-    method, read = drafter.method, tapped[drafter.method.taps]
-    batch = masked_blocks(texts)
+    batch, read = masked_blocks(texts), tapped[drafter.method.taps]
     batch["masked"] = rng.random(batch["masked"].shape) < 0.7
     batch["size"] = rng.integers(1, K + 1, batch["size"].shape).astype(np.int32)
     batch["masked"] &= np.arange(K) < batch["size"][..., None]

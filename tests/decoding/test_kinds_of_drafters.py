@@ -10,10 +10,12 @@ import pytest
 
 from deer_jax import decode
 from deer_jax.build import Build
+from deer_jax.config import Sampling
 from deer_jax.decoding import programs
+from deer_jax.decoding.engine import Engine
 from deer_jax.drafters.conditioned import HEAD
 from deer_jax.drafters.drafter import Drafter, draft_scores
-from deer_jax.drafters.heads import INDEPENDENT, Independent, PathSelector
+from deer_jax.drafters.heads import Independent, Markov, PathSelector
 from deer_jax.drafters.protocol import Row, Seen
 from deer_jax.errors import NotFiniteError
 from deer_jax.planning.hlo import Program
@@ -70,7 +72,7 @@ def read_texts(drafter: Drafter, texts, count, garbage: float = 0.0):
 
 @pytest.mark.parametrize("kind", representing(CONDITIONED, "selector reduced"))
 def test_nothing_behind_the_anchor_changes_a_draft(kind):
-    """Bit for bit: tokens of another rejected draft, what the target read of it, slots that hold nothing, other rows."""
+    """Bit for bit: tokens of another rejected draft, what the target read of it, and slots that hold nothing."""
     drafter, rng = drafter_of(kind), np.random.default_rng(2)
     texts = rng.integers(0, V, (3, 16)).astype(np.int32)
     length = np.array([1, 6, 13], np.int32)
@@ -113,28 +115,31 @@ def test_a_draft_costs_the_same_behind_any_context_but_for_attention(kind):
 
 @dataclasses.dataclass(frozen=True)
 class States(Independent):
-    """A head that shows the states in place of scores."""
+    """A head that shows states and scores, side by side, in place of its scores; nothing beside an anchor's state."""
 
     def draft(self, params, block, pick):
-        return pick(block.hidden, 0)
+        scores = jnp.pad(block.scores, ((0, 0), (block.first, 0), (0, 0)))
+        return pick(jnp.concatenate([block.hidden, scores], axis=-1), 0)
 
 
 def path_of(head, weights, states, scores, anchor: int, ids):
-    """float [k, V]: the scores along the greedy path, token by token; states [n, D], scores [k, V] of `Independent`."""
+    """float [k, V]: the scores along the greedy path, token by token, without a head's float [k, V'], of these ids.
+
+    states: [n, D], of which the last k predict.
+    """
     found, token, memory = [], anchor, np.zeros(getattr(head, "rank", 0))
-    first, place_of = len(states) - len(scores), {token: place for place, token in enumerate(ids)}
+    first = len(states) - len(scores)
 
     def sigmoid(x):
         return 1 / (1 + np.exp(-x))
 
     for at, state in enumerate(states):
-        row = scores[at - first].copy() if at >= first else np.zeros(V)
+        row = np.zeros(len(ids)) if at < first else scores[at - first].astype(np.float64)
         if isinstance(head, PathSelector):
             few = np.argsort(-row, kind="stable")[: head.candidates]
-            key = weights["predecessor"][token] * (weights["projection"] @ state)
-            row[few] += [weights["successor"][place_of[candidate]] @ key for candidate in few]
-            row[np.setdiff1d(np.arange(V), few)] = -np.inf
-        else:
+            follows = weights["successor"][few] @ (weights["predecessor"][token] * (weights["projection"] @ state))
+            row = np.array([row[i] + follows[few == i][0] if i in few else -np.inf for i in range(len(ids))])
+        elif isinstance(head, Markov):
             features = weights["w1"][token]
             if head.form == "gated":
                 gate = weights["gate"] @ np.concatenate([state, features]) + weights["gate_bias"]
@@ -144,28 +149,45 @@ def path_of(head, weights, states, scores, anchor: int, ids):
                 gate, fresh, out = np.split(joint, 3)
                 memory = sigmoid(gate) * memory + (1 - sigmoid(gate)) * np.tanh(fresh)
                 features = np.tanh(out)
-            row[list(ids)] += weights["w2"] @ features
+            row = row + weights["w2"] @ features
         if at >= first:
-            found.append(row)
-            token = int(row.argmax())
+            found.append(np.full(V, -np.inf))
+            found[-1][ids] = row
+            token = int(found[-1].argmax())
     return np.stack(found)
 
 
-@pytest.mark.parametrize(
-    "kind", representing([kind for kind in CONDITIONED if "independent" not in kind], "selector reduced")
-)
+@pytest.mark.parametrize("kind", representing(CONDITIONED, "selector reduced"))
 def test_scores_are_those_along_the_drafters_own_greedy_path(kind):
-    drafter, texts = drafter_of(kind), np.random.default_rng(4).integers(0, V, (3, 7))
-    head, ids = drafter.method.head, np.asarray(drafter.shared.get("ids", np.arange(V))).tolist()
-    found, scores, states = (
-        np.asarray(each.draft_logits(target_of(), texts[:, :-1], texts[:, -1]))
-        for each in (drafter, with_head(drafter, INDEPENDENT), with_head(drafter, States()))
-    )
-    weights = {name: np.asarray(weight, np.float64) for name, weight in drafter.params[HEAD].items()}
-    for b, anchor in enumerate(texts[:, -1].tolist()):
-        expected = path_of(head, weights, states[b].astype(np.float64), scores[b], anchor, ids)
-        np.testing.assert_allclose(found[b], expected, rtol=0, atol=1e-4)
-    assert (found.argmax(axis=-1) != scores.argmax(axis=-1)).any()  # the head has a say
+    drafter, texts = drafter_of(kind), np.random.default_rng(4).integers(0, V, (3, 16)).astype(np.int32)
+    length = np.array([16, 2, 9], np.int32)
+    state = read_texts(drafter, texts, length - 1)
+    row = Row(jnp.pad(texts, ((0, 0), (0, CAPACITY - 16))), jnp.asarray(length), jnp.arange(3))
+
+    def shown(drafter):
+        return np.asarray(drafted(drafter.method, drafter.params, drafter.shared, state, row)[0])
+
+    found, beneath, first = shown(drafter), shown(with_head(drafter, States())), drafter.method.reading.first
+    states, scores = np.split(beneath, [target_of().config.width], axis=-1)
+    ids = np.asarray(drafter.shared.get("ids", np.arange(V)))
+    weights = {name: np.asarray(weight, np.float64) for name, weight in drafter.params.get(HEAD, {}).items()}
+    for b, at in enumerate(length - 1):
+        path = path_of(drafter.method.head, weights, states[b], scores[b, first:], int(texts[b, at]), ids)
+        np.testing.assert_allclose(found[b], path, rtol=0, atol=1e-4)
+    differs = ids[scores[:, first:].argmax(axis=-1)] != found.argmax(axis=-1)
+    assert differs.any() != ("independent" in kind)  # the head has a say
+
+
+def test_draft_logits_are_those_of_a_draft():
+    """Of a drafter that reads the target, behind texts that it has not read, one of them a single token."""
+    drafter, target = drafter_of("rnn reduced"), target_of()
+    for length in (1, 9):
+        text = np.random.default_rng(4).integers(0, V, (2, length)).astype(np.int32)
+        found = np.asarray(drafter.draft_logits(target, text[:, :-1], text[:, -1]))
+        engine = Engine(target, drafter, K, Sampling(), 0, (), 2, 64)
+        engine.admit(text.tolist(), [40, 40], range(2), range(2))
+        expected, _ = drafted(drafter.method, drafter.params, drafter.shared, engine.state.drafter, engine.state.row)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 # Of each head's own weights, and of what all have; the confidence says nothing about a draft.
@@ -178,9 +200,9 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("kind", BROKEN)
-def test_weights_that_are_not_finite_end_a_decode_with_the_drafters_name(kind, settings):
+@pytest.mark.parametrize(("kind", "settings"), [*((kind, {}) for kind in BROKEN), ("selector", {"temperature": 1.0})])
+def test_weights_that_are_not_finite_end_a_decode_with_the_drafters_name(prompts, kind, settings, monkeypatch):
+    monkeypatch.setattr(programs, "PREFILL_CHUNK", 16)  # the programs of the greedy test
     drafter = drafter_of(kind)
     for name in BROKEN[kind]:
         path = name if name.split(".")[0] in drafter.params else f"{HEAD}.{name}"
@@ -189,9 +211,6 @@ def test_weights_that_are_not_finite_end_a_decode_with_the_drafters_name(kind, s
             found = ".".join(str(key.key) for key in at)
             return jnp.full_like(x, np.nan) if found == path else x
 
-        params = jax.tree_util.tree_map_with_path(spoil, drafter.params)
+        broken = dataclasses.replace(drafter, params=jax.tree_util.tree_map_with_path(spoil, drafter.params))
         with pytest.raises(NotFiniteError, match=rf"drafter conditioned are not .* after 0 new .* not finite: {path}$"):
-            decode(
-                target_of(), [[3, 4, 5]], drafter=dataclasses.replace(drafter, params=params), draft_length=K,
-                max_new_tokens=6, **settings,
-            )  # fmt: skip
+            decode(target_of(), prompts[:3], drafter=broken, draft_length=K, max_new_tokens=40, **settings)
