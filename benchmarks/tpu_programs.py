@@ -297,9 +297,9 @@ def compile_training(case: Training):
     fixed, teacher = {}, MODELS.get(case.teacher)
     if teacher:
         fixed = {"target": placed(mesh, abstract_params(teacher, jnp.bfloat16), logical_axes(teacher))}
-    build = Build.of("tpu")
+    build, objective = Build.of("tpu"), Objective(ce=0, kl=1) if teacher else CROSS_ENTROPY
     run = training.make_step(
-        drafter_loss(method, teacher, Objective(ce=0, kl=1) if teacher else CROSS_ENTROPY, build.remat), optimizer, steps, build=build,
+        drafter_loss(method, teacher, objective, build.remat), optimizer, steps, build=build,
         shardings=jax.tree.map(lambda x: x.sharding, state),
     )  # fmt: skip
     args = (state, batch, fixed)

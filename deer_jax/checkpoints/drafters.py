@@ -5,7 +5,8 @@ tensor, mask and separator. The public open-dCoder layout has neither: its mask 
 """
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deer_jax.build import parse_dtype
+from deer_jax.checkpoints.backbones import ItsTarget
+from deer_jax.checkpoints.conditioned import (
+    LAYOUTS,
+    SECTION,
+    Layout,
+    describe,
+    is_conditioned,
+    read_drafter,
+    target_in,
+    write_drafter,
+)
+from deer_jax.checkpoints.families import write_config
 from deer_jax.checkpoints.hub import model_name, resolve_folder
 from deer_jax.checkpoints.huggingface import (
     Progress,
@@ -27,9 +40,11 @@ from deer_jax.checkpoints.huggingface import (
 )
 from deer_jax.checkpoints.records import DRAFTER
 from deer_jax.checkpoints.runs import is_run, read_best
-from deer_jax.config import DrafterConfig, from_mapping
+from deer_jax.config import DrafterConfig, check_choice, from_mapping
 from deer_jax.data.tokenizer import Tokenizer, differing_ids
+from deer_jax.drafters.conditioned import ConditionedMethod
 from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.prompt_lookup import prompt_lookup
 from deer_jax.drafters.protocol import Trainable
 from deer_jax.drafters.standalone import MASK, StandaloneMethod, drafter_from_target, new_entries
 from deer_jax.errors import InputError, named, shown
@@ -37,8 +52,9 @@ from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params, is_stacked, stack_layers, unstack_layers
 from deer_jax.sharding import placements
 
-SECTION, SPECIAL = "deer_jax", "deer_jax.mask_and_separator"
-FROM_TARGET = "from-target"
+SPECIAL = "deer_jax.mask_and_separator"
+DRAFTERS = re.compile(r"eagle|medusa|draft|dspark|speculator|mtp", re.IGNORECASE)  # architectures of other drafters
+FROM_TARGET, PROMPT_LOOKUP = "from-target", "prompt-lookup"
 OPEN_DCODER_MASK = "<M>"
 OPEN_DCODER_DIFFERING = (151665, 151666, 151667, 151668)  # <M> and unused rows there, tool and think tags in Qwen3
 PAPER_DRAFT_LENGTH = 32  # k of the DEER paper, for folders that do not say theirs
@@ -57,7 +73,8 @@ def load_drafter(
     Args:
       source: a folder or hub id (see `load_target`): one this library saved, that of an alignment run (its best
         checkpoint), one in the open-dCoder layout; or `from-target` (`from-target:0,2,4`): an untrained drafter with
-        the target's own weights, of all layers or of those listed.
+        the target's own weights, of all layers or of those listed; or `prompt-lookup`, which proposes what followed the
+        last time the text ended as it does now.
       dtype: "bfloat16" or "float32"; None is the target's.
       config: how the drafter reads, instead of what its folder says; a folder of a plain model needs it.
       progress: called with the bytes read so far and their total.
@@ -69,8 +86,10 @@ def load_drafter(
     if not isinstance(config, DrafterConfig | None):
         raise InputError(f"config must be a DrafterConfig, got {shown(config)}")
     name = str(source)
+    if name == PROMPT_LOOKUP:
+        return prompt_lookup(target)
     if name.partition(":")[0] == FROM_TARGET:
-        drafter = drafter_from_target(target, config, layers=_listed_layers(name), name=name)
+        drafter = drafter_from_target(target, config, layers=listed_layers(name), name=name)
         if dtype is None:
             return drafter
         dtype = parse_dtype(dtype)
@@ -80,6 +99,18 @@ def load_drafter(
     run, folder = (folder, folder / DRAFTER) if is_run(folder, DRAFTER) else (None, folder)
     if run is None:
         deciding_files(folder)  # refuses what is no file before anything reads it
+    values = read_values(folder)
+    if is_conditioned(values):
+        if config is not None:
+            raise InputError(f"{folder}: the drafter reads its target; config is for drafters that read text alone")
+        tokenizer = _own_tokenizer(folder, target)
+        told: Any = {"name": model_name(source), "tokenizer": tokenizer}
+        if run is None:
+            return read_drafter(folder, target, dtype=dtype, progress=progress, **told)
+        drafter = read_drafter(folder, target, **told)
+        shapes = drafter_shapes(trainable(drafter), target.mesh)
+        return usable_drafter(drafter, read_best(run, shapes), target, dtype)
+    _check_kind(values, folder)
     model, tokenizer = read_config(folder), Tokenizer.load(folder)
     found, mask = _reading(folder, tokenizer, config)
     if mask is not None and mask >= model.vocab_size:
@@ -91,7 +122,7 @@ def load_drafter(
     if run is not None:
         return usable_drafter(drafter, read_best(run, drafter_shapes(method, target.mesh)), target, dtype)
     options: dict[str, Any] = {"scan": target.build.scan, "mesh": target.mesh, "progress": progress}
-    if read_values(folder).get(SECTION) is not None:
+    if values.get(SECTION) is not None:
         params, extra = load_params(folder, model, dtype, extra={SPECIAL: (2, model.width)}, **options)
         special = extra[SPECIAL]
     else:
@@ -100,6 +131,25 @@ def load_drafter(
         if mask is not None:
             special = special.at[MASK].set(params["embed"][mask])
     return dataclasses.replace(drafter, params=params | {"special": special})
+
+
+def _own_tokenizer(folder: Path, target: Target) -> Tokenizer | None:
+    """The tokenizer of a drafter's folder, whose ids mean what the target's do; None if it has none."""
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer and isinstance(target.tokenizer, Tokenizer):
+        differing_ids(target.tokenizer, tokenizer, ())
+    return tokenizer
+
+
+def _check_kind(values: Mapping[str, Any], folder: Path) -> None:
+    """InputError for drafters of other kinds, by their architecture; those without one are plain models."""
+    given = values.get("architectures")
+    for name in given if isinstance(given, list) else ():
+        if isinstance(name, str) and DRAFTERS.search(name):
+            raise InputError(
+                f"{folder}: drafters of architecture {named(name)} are not supported; supported: folders of this "
+                "library, open-dCoder, DFlash and DFlash 2 of z-lab, and dflash, dflash2, dspark of speculators"
+            )
 
 
 def _reading(
@@ -127,34 +177,58 @@ def _reading(
     ), mask
 
 
-def save_drafter(folder: str | Path, drafter: Drafter, **options) -> None:
-    """Write a drafter as a Hugging Face folder that `load_drafter` reads; options as for `save_folder`."""
-    tokenizer = drafter.tokenizer
+def save_drafter(
+    folder: str | Path, drafter: Drafter, *, layout: Layout = "deer_jax", target: Target | None = None, **options
+) -> None:
+    """Write a drafter as a folder that `load_drafter` reads; further options as for `save_folder`.
+
+    Args:
+      layout: of drafters that read their target: ours, or `dflash` (z-lab) or `speculators`, which say what `target`
+        they are for. InputError where that layout cannot say the drafter.
+    """
+    check_choice("layout", layout, LAYOUTS)
+    tokenizer, method = drafter.tokenizer, trainable(drafter)
+    options["tokenizer_source"] = tokenizer.folder if isinstance(tokenizer, Tokenizer) else None
+    if isinstance(method, ConditionedMethod):
+        shared = drafter.shared
+        its = None if target is None else named_target(target)
+        write_drafter(
+            Path(folder), method, drafter.params, layout=layout, target=its, ids=shared.get("ids"),
+            head=shared["head"] if "ids" in shared else None, **options,
+        )  # fmt: skip
+        return
+    check_own_layout(layout)
     save_folder(
         Path(folder),
-        drafter.method.shape,  # pyrefly: ignore
+        method.shape,
         {name: value for name, value in drafter.params.items() if name != "special"},
-        tokenizer_source=tokenizer.folder if isinstance(tokenizer, Tokenizer) else None,
         extra={SPECIAL: np.asarray(drafter.params["special"])},
-        extra_config={SECTION: section_of(drafter)},
+        extra_config={SECTION: method.section()},
         **options,
     )
+
+
+def check_own_layout(layout: str) -> None:
+    """InputError for another layout of a drafter that reads text alone."""
+    if layout != "deer_jax":
+        raise InputError(f"layout {layout}: is for drafters that read their target; this one reads text alone")
+
+
+def named_target(target: Target) -> ItsTarget:
+    """A target as the public layouts name it."""
+    if target.files:
+        return target_in(target.files[0].path.parent)._replace(config=target.config)
+    return ItsTarget(target.name, target.config)
 
 
 def describe_drafter(folder: Path, drafter: Drafter, stop_ids: Sequence[int] = ()) -> None:
     """Write everything of `save_drafter` but the weights; stop_ids: of the target."""
     tokenizer, method = drafter.tokenizer, trainable(drafter)
-    write_description(
-        folder, method.shape, jnp.dtype("float32"),
-        tokenizer_source=tokenizer.folder if isinstance(tokenizer, Tokenizer) else None,
-        stop_ids=stop_ids, extra_config={SECTION: section_of(drafter)},
-    )  # fmt: skip
-
-
-def section_of(drafter: Drafter) -> dict[str, Any]:
-    """A drafter's part of config.json: what its method says, and the ids of a reduced vocabulary."""
-    ids = drafter.shared.get("ids")
-    return trainable(drafter).section() | ({} if ids is None else {"ids": np.asarray(ids).tolist()})
+    if isinstance(method, ConditionedMethod):
+        values = describe(method, drafter.shared.get("ids"), "float32", stop_ids)
+    else:
+        values = write_config(method.shape, "float32", stop_ids=stop_ids) | {SECTION: method.section()}
+    write_description(folder, values, tokenizer_source=tokenizer.folder if isinstance(tokenizer, Tokenizer) else None)
 
 
 def trainable(drafter: Drafter) -> Trainable:
@@ -192,7 +266,7 @@ def usable_drafter(drafter: Drafter, params: Params, target: Target, dtype=None)
     return dataclasses.replace(drafter, params=params)
 
 
-def _listed_layers(name: str) -> tuple[int, ...] | None:
+def listed_layers(name: str) -> tuple[int, ...] | None:
     listed = name.partition(":")[2]
     if not listed:
         return None

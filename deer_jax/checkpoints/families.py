@@ -67,7 +67,7 @@ KEYS: dict[str, dict[str, str]] = {
 class Slot(NamedTuple):
     """Where one tensor of a folder belongs: params[group][name] at index, or params[name] where group is empty."""
 
-    group: str  # "", "layers" or "experts"
+    group: str  # "", "layers", "experts", or a further part of a drafter
     name: str
     index: tuple[int, ...]  # (layer,) or (layer, expert); () outside the layers
     shape: tuple[int, ...]
@@ -81,26 +81,35 @@ def tensor_slots(config: ModelConfig) -> dict[str, Slot]:
 
       llama, 2 layers:  "model.layers.1.mlp.up_proj.weight" -> Slot("layers", "up", (1,), (F, D), ("mlp", "width"))
     """
-    keys, slots = KEYS[config.family], {}
+    keys, layers = KEYS[config.family], range(config.layers)
 
-    def add(group: str, table: Mapping[str, Weight], indices: Sequence[tuple[int, ...]]):
-        for name, weight in table.items():
-            full = f"experts.{name}" if group == "experts" else name
-            if full not in keys:
-                raise InputError(f"the {config.family} family has no {full}: no folder can hold this configuration")
-            for index in indices:
-                key = keys[full].format(**dict(zip("ie", index, strict=False)))
-                slots[key] = Slot(group, name, index, weight.shape, weight.axes)
+    def filled(group: str, table: Mapping[str, Weight], indices: Sequence[tuple[int, ...]]) -> dict[str, Slot]:
+        prefix = "experts." if group == "experts" else ""
+        for name in table:
+            if prefix + name not in keys:
+                raise InputError(
+                    f"the {config.family} family has no {prefix + name}: no folder can hold this configuration"
+                )
+        return fill_slots({name: keys[prefix + name] for name in table}, group, table, indices)
 
-    layers = range(config.layers)
-    add("", outer_weights(config), [()])
-    add("layers", layer_weights(config), [(i,) for i in layers])
-    outer, inner = expert_weights(config), range(config.experts)
-    if outer:
+    slots = filled("", outer_weights(config), [()])
+    slots |= filled("layers", layer_weights(config), [(i,) for i in layers])
+    if outer := expert_weights(config):
         # A folder has one tensor per expert: the leading expert axis is the reader's.
         single = {name: Weight(weight.shape[1:], weight.axes[1:]) for name, weight in outer.items()}
-        add("experts", single, [(i, e) for i in layers for e in inner])
+        slots |= filled("experts", single, [(i, e) for i in layers for e in range(config.experts)])
     return slots
+
+
+def fill_slots(
+    keys: Mapping[str, str], group: str, table: Mapping[str, Weight], indices: Sequence[tuple[int, ...]]
+) -> dict[str, Slot]:
+    """The slots of a group's weights at all indices, by their keys."""
+    return {
+        keys[name].format(**dict(zip("ie", index, strict=False))): Slot(group, name, index, weight.shape, weight.axes)
+        for name, weight in table.items()
+        for index in indices
+    }
 
 
 def tensor_count(config: ModelConfig) -> int:
@@ -109,7 +118,7 @@ def tensor_count(config: ModelConfig) -> int:
     return len(outer_weights(config)) + config.layers * (len(layer_weights(config)) + experts)
 
 
-def _number(values: Mapping[str, Any], key: str, where: str, default=None, kind: type = int) -> Any:
+def number_of(values: Mapping[str, Any], key: str, where: str, default=None, kind: type = int) -> Any:
     """values[key] as an int or float; missing or null is the default, and an error without one."""
     value = values.get(key)
     if value is None:
@@ -127,7 +136,7 @@ def _number(values: Mapping[str, Any], key: str, where: str, default=None, kind:
     raise InputError(f"{where}: {key} must be {'an integer' if kind is int else 'a number'}, got {shown(value)}")
 
 
-def _flag(values: Mapping[str, Any], key: str, where: str, default: bool = False) -> bool:
+def flag_of(values: Mapping[str, Any], key: str, where: str, default: bool = False) -> bool:
     """values[key], true or false; missing or null is the default."""
     value = values.get(key)
     if value is None:
@@ -157,14 +166,14 @@ def _refuse_unsupported(values: Mapping[str, Any], family: str, layers: int, whe
     if values.get("hidden_act", "silu") != "silu":
         refuse(f"hidden_act {shown(values['hidden_act'])} is not supported; supported: silu")
     for key in ("attention_bias", "mlp_bias"):
-        if _flag(values, key, where):
+        if flag_of(values, key, where):
             refuse(f"{key} is not supported for {family}")
     types = values.get("layer_types")
     if types is not None and (not isinstance(types, list) or any(kind != "full_attention" for kind in types)):
         refuse("layer_types other than full_attention (sliding windows) are not supported")
     # As in transformers: without layer_types the layers from max_window_layers on use the window, all of them in MoE.
-    windowed = family == "qwen3_moe" or _number(values, "max_window_layers", where, 28) < layers
-    active = _flag(values, "use_sliding_window", where) and values.get("sliding_window", 4096) is not None
+    windowed = family == "qwen3_moe" or number_of(values, "max_window_layers", where, 28) < layers
+    active = flag_of(values, "use_sliding_window", where) and values.get("sliding_window", 4096) is not None
     if family != "llama" and types is None and active and windowed:
         refuse("sliding-window attention (use_sliding_window) is not supported")
     if family == "qwen3_moe" and (values.get("decoder_sparse_step", 1) != 1 or values.get("mlp_only_layers")):
@@ -182,7 +191,7 @@ def _read_rope(values: Mapping[str, Any], context: int, where: str) -> Rope:
         raise InputError(f"{where}: rope_parameters that differ between layers are not supported")
 
     def number(key: str, default=None, kind: type = float) -> Any:
-        return _number(given, key, f"{where}: rope_parameters", default, kind)
+        return number_of(given, key, f"{where}: rope_parameters", default, kind)
 
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ROPE_KINDS:
@@ -192,12 +201,12 @@ def _read_rope(values: Mapping[str, Any], context: int, where: str) -> Rope:
         raise InputError(f"{where}: partial_rotary_factor {shown(partial)} is not supported, only 1")
     rope: dict[str, Any] = {
         "kind": kind,
-        "theta": number("rope_theta", _number(values, "rope_theta", where, 10000.0, float)),
+        "theta": number("rope_theta", number_of(values, "rope_theta", where, 10000.0, float)),
     }
     if kind in ("llama3", "yarn"):
         # Outside wins over inside, and the model's own context stands in for both: transformers' rule.
         inside = number("original_max_position_embeddings", context, int)
-        rope["original_context"] = _number(values, "original_max_position_embeddings", where, inside)
+        rope["original_context"] = number_of(values, "original_max_position_embeddings", where, inside)
         check_whole(f"{where}: original_max_position_embeddings", rope["original_context"], 1, 2**31 - 1)
     if kind == "yarn":
         rope["factor"] = number("factor", context / rope["original_context"])
@@ -205,7 +214,7 @@ def _read_rope(values: Mapping[str, Any], context: int, where: str) -> Rope:
         for key in ("attention_factor", "mscale", "mscale_all_dim"):
             if given.get(key) is not None:
                 rope[key] = number(key)
-        rope["truncate"] = _flag(given, "truncate", f"{where}: rope_parameters", default=True)
+        rope["truncate"] = flag_of(given, "truncate", f"{where}: rope_parameters", default=True)
     elif kind != "default":
         rope["factor"] = number("factor")
     if kind == "llama3":
@@ -218,7 +227,7 @@ def config_from(values: Mapping[str, Any], where: str) -> ModelConfig:
     family = _family(values, where)
 
     def number(key: str, default=None, kind: type = int) -> Any:
-        return _number(values, key, where, default, kind)
+        return number_of(values, key, where, default, kind)
 
     width, heads, context = number("hidden_size"), number("num_attention_heads"), number("max_position_embeddings")
     layers = number("num_hidden_layers")
@@ -230,7 +239,7 @@ def config_from(values: Mapping[str, Any], where: str) -> ModelConfig:
             "experts": number("num_local_experts" if values.get("num_local_experts") is not None else "num_experts"),
             "experts_per_token": number("num_experts_per_tok"),
             "expert_width": number("moe_intermediate_size"),
-            "normalise_router": _flag(values, "norm_topk_prob", where),
+            "normalise_router": flag_of(values, "norm_topk_prob", where),
         }
         if not experts["experts"]:
             raise InputError(f"{where}: num_experts must be at least 1 for {family}, got 0")
@@ -247,7 +256,7 @@ def config_from(values: Mapping[str, Any], where: str) -> ModelConfig:
             context=context,
             norm_eps=number("rms_norm_eps", 1e-6, float),
             rope=_read_rope(values, context, where),
-            tied=_flag(values, "tie_word_embeddings", where),
+            tied=flag_of(values, "tie_word_embeddings", where),
             qkv_bias=family == "qwen2",
             qk_norm=family in ("qwen3", "qwen3_moe"),
             **experts,

@@ -24,7 +24,6 @@ from deer_jax.checkpoints.families import (
     Slot,
     bos_id_from,
     config_from,
-    stop_field,
     stop_ids_from,
     tensor_count,
     tensor_slots,
@@ -52,7 +51,8 @@ from deer_jax.sharding import Axis, placement
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 MOST_CONFIG_BYTES = 2**22
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+LM_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+EXTRA = "extra"  # the group of tensors beside the parameters
 COMPARED_ROWS = 4096  # a slice of a vocabulary that host memory never notices
 OS_CODE = re.compile(r"\(os error (\d+)\)|\bcode: (\d+)")
 
@@ -154,51 +154,67 @@ def load_params(
 
     Raises InputError once, with every missing, unknown and wrongly shaped tensor.
     """
-    folder, dtype, extra = Path(folder), jnp.dtype(dtype), dict(extra or {})
+    folder, extra = Path(folder), dict(extra or {})
     headers = read_headers(folder)
     check_count(headers, tensor_count(config) + len(extra), config.layers, config.experts, str(folder))
-    slots = tensor_slots(config)
-    expected = {key: slot.shape for key, slot in slots.items()} | extra
-    check_headers(headers, expected, str(folder), ignored=(HEAD,) if config.tied else ())
-    if config.tied and HEAD in headers and not _same_values(headers, HEAD, EMBEDDING):
+    slots = tensor_slots(config) | {
+        key: Slot(EXTRA, key, (), shape, (None,) * len(shape)) for key, shape in extra.items()
+    }
+    check_headers(headers, slots, str(folder), ignored=(LM_HEAD,) if config.tied else ())
+    if config.tied and LM_HEAD in headers and not _same_values(headers, LM_HEAD, EMBEDDING):
         # transformers 5 leaves such a model untied, older versions drop the head: better not to guess.
         raise InputError(
-            f"{folder}: config.json ties {HEAD} to the embedding, but their values differ; "
+            f"{folder}: config.json ties {LM_HEAD} to the embedding, but their values differ; "
             "set tie_word_embeddings to false, or remove the tensor"
         )
+    params = load_slots(headers, slots, (config.layers, config.experts), dtype, scan=scan, mesh=mesh, progress=progress)
+    return params, params.pop(EXTRA, {})
 
+
+def load_slots(
+    headers: Mapping[str, Header],
+    slots: Mapping[str, Slot],
+    stack: tuple[int, int],
+    dtype,
+    *,
+    scan: bool,
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
+) -> Params:
+    """The tensors of these slots, which are among the headers, where they belong; see `load_params`.
+
+    stack: the number of layers and of experts.
+    """
     params: Params = {}
-    extras: dict[str, jax.Array] = {}
+    dtype = jnp.dtype(dtype)
 
     def place(slot: Slot, piece: jax.Array) -> None:
-        if slot.group != "experts" and not (slot.group == "layers" and scan):
-            home = params if not slot.group else params.setdefault("layers", {}).setdefault(slot.index[0], {})
+        home: dict[Any, Any] = params.setdefault(slot.group, {}) if slot.group else params
+        if slot.group == "layers" and not scan:
+            home.setdefault(slot.index[0], {})[slot.name] = piece.astype(dtype)
+            return
+        if not slot.index:
             home[slot.name] = piece.astype(dtype)
             return
-        home = params.setdefault(slot.group, {})
-        stack = (config.layers, config.experts)[: len(slot.index)]
-        shape, axes = stack + slot.shape, (None, "experts")[: len(stack)] + slot.axes
+        sizes = stack[: len(slot.index)]
+        shape, axes = sizes + slot.shape, (None, "experts")[: len(sizes)] + slot.axes
         sharding = placement(mesh, shape, axes, f"{slot.group}.{slot.name}")
         if slot.name not in home:
             home[slot.name] = _zeros(shape, dtype, sharding)()
         home[slot.name] = _write(sharding)(home[slot.name], piece, _traced(slot.index))
 
     files: dict[Path, list[str]] = {}
-    for key in expected:
+    for key in slots:
         files.setdefault(headers[key].file, []).append(key)
-    done, total = 0, sum(_bytes(headers[key]) for key in expected)
+    done, total = 0, sum(_bytes(headers[key]) for key in slots)
     for file, keys in files.items():
         with opened(file) as tensors:
             for key in keys:
-                value = tensors.get_tensor(key)
-                if key in slots:
-                    place(slots[key], _to_device(value, mesh, slots[key].axes, key))
-                else:
-                    extras[key] = _to_device(value, mesh, (None,) * value.ndim, key).astype(dtype)
+                place(slots[key], _to_device(tensors.get_tensor(key), mesh, slots[key].axes, key))
                 done += _bytes(headers[key])
                 if progress:
                     progress(done, total)
-    return params, extras
+    return params
 
 
 def _bytes(header: Header) -> int:
@@ -252,22 +268,38 @@ def save_folder(
 
     Raises InputError if `folder` exists and is not an empty folder, RunError for values that are not finite.
     """
+    values = write_config(config, params["embed"].dtype, bos_id=bos_id, stop_ids=stop_ids) | dict(extra_config or {})
+    save_slots(
+        folder, tensor_slots(config), params, values, tokenizer_source=tokenizer_source, extra=extra,
+        max_shard_bytes=max_shard_bytes, finish=finish,
+    )  # fmt: skip
+
+
+def save_slots(
+    folder: Path,
+    slots: Mapping[str, Slot],
+    params: Params,
+    values: Mapping[str, Any],
+    *,
+    tokenizer_source: Path | None = None,
+    extra: Mapping[str, Any] | None = None,
+    max_shard_bytes: float = 5e9,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a folder with the tensors of these slots; values: its config.json. See `save_folder`."""
     folder = Path(folder)
     with new_folder(folder) as partial:
-        _write_weights(partial, config, params, extra, max_shard_bytes)
-        write_description(
-            partial, config, params["embed"].dtype, tokenizer_source=tokenizer_source, stop_ids=stop_ids, bos_id=bos_id,
-            extra_config=extra_config,
-        )  # fmt: skip
+        _write_weights(partial, slots, params, extra, max_shard_bytes)
+        write_description(partial, values, tokenizer_source=tokenizer_source)
         if finish is not None:
             finish(partial)
 
 
 def _write_weights(
-    folder: Path, config: ModelConfig, params: Params, extra: Mapping[str, Any] | None, max_shard_bytes: float
+    folder: Path, slots: Mapping[str, Slot], params: Params, extra: Mapping[str, Any] | None, max_shard_bytes: float
 ) -> None:
-    slots, extra = tensor_slots(config), dict(extra or {})
-    dtype = params["embed"].dtype
+    extra = dict(extra or {})
+    dtype = params["norm"].dtype
     sizes = {key: int(np.prod(slot.shape)) * dtype.itemsize for key, slot in slots.items()}
     sizes |= {key: int(value.size) * value.dtype.itemsize for key, value in extra.items()}
     shards: list[list[str]] = [[]]
@@ -307,21 +339,12 @@ def _save(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
         raise OSError(number, os.strerror(number)) from None
 
 
-def write_description(
-    folder: Path,
-    config: ModelConfig,
-    dtype,
-    *,
-    tokenizer_source: Path | None = None,
-    stop_ids: Sequence[int] = (),
-    bos_id: int | None = None,
-    extra_config: Mapping[str, Any] | None = None,
-) -> None:
-    """Everything of a model's folder but its weights; the arguments are those of `save_folder`."""
-    values = write_config(config, dtype, bos_id=bos_id, stop_ids=stop_ids) | dict(extra_config or {})
-    generation = {"bos_token_id": bos_id, "eos_token_id": stop_field(stop_ids)}
+def write_description(folder: Path, values: Mapping[str, Any], *, tokenizer_source: Path | None = None) -> None:
+    """Everything of a model's folder but its weights. values: its config.json, whose ids of BOS and EOS are written as
+    generation_config.json too; tokenizer_source: the folder whose tokenizer files are copied."""
     _write_json(folder / CONFIG, values)
-    _write_json(folder / GENERATION, {key: v for key, v in generation.items() if v is not None})
+    ids = {key: values.get(key) for key in ("bos_token_id", "eos_token_id")}
+    _write_json(folder / GENERATION, {key: v for key, v in ids.items() if v is not None})
     if tokenizer_source is not None:
         copy_tokenizer(tokenizer_source, folder)
 

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from safetensors import SafetensorError, safe_open
 
@@ -18,6 +18,13 @@ MOST_INDEX_BYTES = 2**25  # a hundred thousand tensors have a fifth of it
 FLOATS = ("F32", "F16", "BF16")
 BUFFERS = re.compile(r".*\brotary_emb\.\w+")  # constants that old versions saved with the weights
 NAMED = 4  # a report of wrong tensors names this many of each kind
+
+
+class Shaped(Protocol):
+    """What says the shape of a tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 class Header(NamedTuple):
@@ -95,15 +102,15 @@ def check_count(headers: Mapping[str, Header], count: int, layers: int, experts:
 
 
 def check_headers(
-    headers: Mapping[str, Header], expected: Mapping[str, tuple[int, ...]], where: str, ignored: Sequence[str] = ()
+    headers: Mapping[str, Header], expected: Mapping[str, Shaped], where: str, ignored: Sequence[str] = ()
 ) -> None:
     """One InputError with all missing, unknown and wrong tensors; nothing if they are exactly those expected."""
     found = {key for key in headers if key not in ignored and not BUFFERS.fullmatch(key)}
     wrong = []
     for key in expected.keys() & found:
-        header = headers[key]
-        if header.shape != tuple(expected[key]):
-            wrong.append(f"{key} is {shown(list(header.shape), 40)}, expected {list(expected[key])}")
+        header, shape = headers[key], tuple(expected[key].shape)
+        if header.shape != shape:
+            wrong.append(f"{key} is {shown(list(header.shape), 40)}, expected {list(shape)}")
         elif header.dtype not in FLOATS:
             wrong.append(f"{key} is {header.dtype}, expected one of {', '.join(FLOATS)}")
     kinds = {"missing": expected.keys() - found, "unknown": found - expected.keys(), "wrong": wrong}

@@ -147,6 +147,11 @@ class Tokenizer:
         """How the vocabulary writes an id; None if it has no such id."""
         return next((text for text, token in self.vocabulary().items() if token == number), None)
 
+    def ordinary(self, number: int) -> str | None:
+        """How the vocabulary writes an id that texts may contain; None for a special token, or an id that it lacks."""
+        added = self._inner.added_tokens_decoder.get(number)
+        return None if added is not None and added.special else self.token(number)
+
     def _using(self, what: str) -> contextlib.AbstractContextManager[None]:
         return _foreign(f"{self.folder}: the tokenizer cannot read {what}", "give token ids or correct its files")
 

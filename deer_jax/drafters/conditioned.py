@@ -22,6 +22,7 @@ from deer_jax.build import Build, Remat
 from deer_jax.config import (
     MOST_DRAFT_LENGTH,
     ConditionedConfig,
+    ModelConfig,
     check_choice,
     check_number,
     check_token_ids,
@@ -147,13 +148,16 @@ class ConditionedMethod(Trainable):
         return write_cache(state, fresh, seen.start, rows)
 
     def propose(self, params: Params, shared: Params, state: Any, row: Row, k: int, pick: Pick) -> tuple[Draft, Any]:
+        """Rows of a block see each other, so the pass has as many as in training even if fewer are drafted: with fewer
+        masks the first ones would say something else, and less (unless no row sees those behind it)."""
         with jax.named_scope("draft"):
-            start = row.length - 1
+            start, first = row.length - 1, self.reading.first
             anchor = jnp.take_along_axis(row.tokens, start[:, None], axis=1)
-            tokens = jnp.pad(anchor, ((0, 0), (0, k - 1 + self.reading.first)))
-            x = self._embed(shared, tokens, jnp.arange(tokens.shape[1])[None] > 0)
-            hidden = draft_block(self._bind(params), x, state, start)
-            scores = self._scores(shared, hidden[:, self.reading.first :])
+            rows = first + (k if all(self.shape.causal) else max(k, self.draft_length))
+            tokens = jnp.pad(anchor, ((0, 0), (0, rows - 1)))
+            x = self._embed(shared, tokens, jnp.arange(rows)[None] > 0)
+            hidden = draft_block(self._bind(params), x, state, start)[:, : first + k]
+            scores = self._scores(shared, hidden[:, first:])
         block = Block(hidden, scores, anchor[:, 0], shared.get("ids"))
         return self.head.draft(params.get(HEAD, {}), block, pick), state
 
@@ -222,7 +226,10 @@ class ConditionedMethod(Trainable):
 
     def section(self) -> dict[str, Any]:
         shape = self.shape
-        names = ("tapped_width", "windows", "causal", "window_from", "conv_kernel", "conv_group")
+        names = (
+            "tapped_width", "windows", "causal", "window_from", "conv_kernel", "conv_group", "qk_norm", "qkv_bias",
+            "o_bias",
+        )  # fmt: skip
         kind = next(name for name, kind in HEADS.items() if kind is type(self.head))
         return {
             "kind": "conditioned", "reading": dataclasses.asdict(self.reading),
@@ -237,7 +244,7 @@ def shared_of(method: ConditionedMethod, target: Target, ids: Sequence[int] | No
     The head of a reduced vocabulary is gathered, everything else are the target's own arrays.
     """
     config = target.config
-    check_target(method, target)
+    check_target(method, config, target.name)
     head = target.params["embed" if config.tied else "head"]
     shared = {"embed": target.params["embed"], "head": head}
     if ids is None:
@@ -249,19 +256,19 @@ def shared_of(method: ConditionedMethod, target: Target, ids: Sequence[int] | No
     return shared | {"head": rows, "ids": jnp.asarray(chosen)}
 
 
-def check_target(method: ConditionedMethod, target: Target) -> None:
-    """InputError unless a drafter of this method is for a target of such sizes."""
-    config, shape = target.config, method.shape
+def check_target(method: ConditionedMethod, config: ModelConfig, target: str) -> None:
+    """InputError unless a drafter of this method is for a target of such sizes, which is called `target`."""
+    shape = method.shape
     for name, ours, theirs in (
         ("width", shape.width, config.width),
         ("vocabulary", shape.vocab_size, config.vocab_size),
         ("tapped width", shape.tapped_width, len(method.taps) * config.width),
     ):
         if ours != theirs:
-            raise InputError(f"the drafter is for another target: one of {name} {ours}, and {target.name} has {theirs}")
+            raise InputError(f"the drafter is for another target: one of {name} {ours}, and {target} has {theirs}")
     for tap in method.taps:
         if tap >= config.layers:
-            raise InputError(f"the drafter reads layer {tap} of its target, {target.name} has 0..{config.layers - 1}")
+            raise InputError(f"the drafter reads layer {tap} of its target, {target} has 0..{config.layers - 1}")
 
 
 def default_taps(layers: int, count: int) -> tuple[int, ...]:
@@ -280,6 +287,7 @@ def conditioned_drafter(
     ids: Sequence[int] | None = None,
     seed: int = 0,
     name: str = "conditioned",
+    dtype=None,
     **shape: Any,
 ) -> Drafter:
     """An untrained conditioned drafter for a target.
@@ -287,6 +295,7 @@ def conditioned_drafter(
     Args:
       layers: how many random layers, or those of the target that it starts from.
       ids: the ids that it proposes, ascending; their number is `reading.draft_vocab`.
+      dtype: of its parameters; None: the target's.
       shape: of its backbone, where it differs from the target's, see `ConditionedConfig`.
     """
     config = target.config
@@ -307,7 +316,7 @@ def conditioned_drafter(
         params["layers"][key] = own.get(key, weight)
     if found := method.head_weights():
         params[HEAD] = initial(found, seed + 1)
-    params = jax.tree.map(lambda x: x.astype(target.dtype), params)
+    params = jax.tree.map(lambda x: x.astype(target.dtype if dtype is None else dtype), params)
     if not target.build.scan:
         params = unstack_layers(params, count)
     return Drafter(method=method, params=params, shared=shared, name=name, tokenizer=target.tokenizer)

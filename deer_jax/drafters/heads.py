@@ -49,13 +49,31 @@ class Block:
         return self.hidden.shape[1] - self.scores.shape[1]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Independent:
-    """Every token from its own scores."""
+    """Every token from its own scores.
+
+    Attributes:
+      has_confidence: whether a further head says how likely a place's token is to be accepted. It is trained and kept;
+        drafts do not depend on it.
+    """
+
+    has_confidence: bool = False
+
+    def __post_init__(self):
+        check_flag("has_confidence", self.has_confidence)
 
     def weights(self, width: int, vocab: int, draft_vocab: int) -> dict[str, Weight]:
         """Its weights, for a backbone of this width; vocab: the target's ids, draft_vocab: the drafter's."""
-        return {}
+        return self._confidence_weights(width)
+
+    def _confidence_weights(self, features: int) -> dict[str, Weight]:
+        if not self.has_confidence:
+            return {}
+        return {
+            "confidence": Weight((1, features), (None, None)),
+            "confidence_bias": Weight((1,), (None,), "zeros"),
+        }
 
     def draft(self, params: Params, block: Block, pick: Pick) -> Draft:
         """The draft of a block."""
@@ -72,7 +90,13 @@ class Independent:
 
     def confidence(self, params: Params, hidden, before) -> jax.Array | None:
         """float32 [B, M, W]: logits of the probability that a place's token is accepted; None where it has none."""
-        return None
+        if not self.has_confidence:
+            return None
+        features = self._confidence_features(params, hidden[:, :, hidden.shape[2] - before.shape[2] :], before)
+        return linear(features, params["confidence"], params["confidence_bias"])[..., 0].astype(jnp.float32)
+
+    def _confidence_features(self, params: Params, states, before):
+        return states
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +111,7 @@ class PathSelector(Independent):
     candidates: int = 16
 
     def __post_init__(self):
+        super().__post_init__()
         check_whole("rank", self.rank, 1, MOST_RANK)
         check_whole("candidates", self.candidates, 1, MOST_CANDIDATES)
 
@@ -95,7 +120,7 @@ class PathSelector(Independent):
             "predecessor": Weight((vocab, self.rank), ("vocab", "width")),
             "successor": Weight((draft_vocab, self.rank), ("vocab", "width")),
             "projection": Weight((self.rank, width), (None, "width"), "zeros"),  # it begins as if it were not there
-        }
+        } | self._confidence_weights(width)
 
     def draft(self, params: Params, block: Block, pick: Pick) -> Draft:
         best, at = best_of(block.scores, self.candidates)
@@ -128,19 +153,17 @@ class Markov(Independent):
       rank: of w1 and w2.
       form: `vanilla`: the row itself; `gated`: times a gate made of state and row; `rnn`: of a recurrent state that
         goes through the block.
-      confidence: whether a further head says how likely a place's token is to be accepted; `confidence_reads_row`: of
-        state and row, not of the state alone. It is trained and kept; drafts do not depend on it.
+      confidence_reads_row: whether the confidence is of state and row, not of the state alone.
     """
 
     rank: int = 256
     form: Literal["vanilla", "gated", "rnn"] = "vanilla"
-    has_confidence: bool = False
     confidence_reads_row: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         check_whole("rank", self.rank, 1, MOST_RANK)
         check_choice("form", self.form, ("vanilla", "gated", "rnn"))
-        check_flag("has_confidence", self.has_confidence)
         check_flag("confidence_reads_row", self.confidence_reads_row)
 
     def weights(self, width: int, vocab: int, draft_vocab: int) -> dict[str, Weight]:
@@ -154,10 +177,7 @@ class Markov(Independent):
         if self.form == "rnn":
             table |= {"joint": Weight((3 * r, 2 * r + width), (None, None))}
             table |= {"joint_bias": Weight((3 * r,), (None,), "zeros")}
-        if self.has_confidence:
-            wide = width + r * self.confidence_reads_row
-            table |= {"confidence": Weight((1, wide), (None, None)), "confidence_bias": Weight((1,), (None,), "zeros")}
-        return table
+        return table | self._confidence_weights(width + r * self.confidence_reads_row)
 
     def draft(self, params: Params, block: Block, pick: Pick) -> Draft:
         w2, token, parts = whole(params["w2"], ("vocab", "width")), block.anchor, []
@@ -189,13 +209,8 @@ class Markov(Independent):
         _, features = lax.scan(step, start, (jnp.moveaxis(hidden, 2, 0), jnp.moveaxis(rows, 2, 0)))
         return (Term(_flat(jnp.moveaxis(features[first:], 0, 2)), params["w2"]),)
 
-    def confidence(self, params: Params, hidden, before) -> jax.Array | None:
-        if not self.has_confidence:
-            return None
-        states = hidden[:, :, hidden.shape[2] - before.shape[2] :]
-        if self.confidence_reads_row:
-            states = jnp.concatenate([states, self._rows(params, before)], axis=-1)
-        return linear(states, params["confidence"], params["confidence_bias"])[..., 0].astype(jnp.float32)
+    def _confidence_features(self, params: Params, states, before):
+        return jnp.concatenate([states, self._rows(params, before)], axis=-1) if self.confidence_reads_row else states
 
     def _rows(self, params: Params, before):
         return look_up(params["w1"], _flat(before)).reshape(*before.shape, self.rank)

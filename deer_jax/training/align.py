@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from deer_jax.checkpoints.drafters import (
     FROM_TARGET,
     describe_drafter,
     drafter_shapes,
+    listed_layers,
     load_drafter,
     place_drafter,
     trainable,
@@ -34,10 +36,13 @@ from deer_jax.drafters.drafter import Drafter
 from deer_jax.errors import InputError, RunError
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params
+from deer_jax.stores import place
 from deer_jax.training.acceptance import Acceptance, measure, read_held_out, survey
 from deer_jax.training.loop import Batches, Progress, StagePlan, Trainer, TrainReport, Work, run_mesh, stage_seed
 from deer_jax.training.objectives import drafter_loss, reads_target
 from deer_jax.training.recipe import INESSENTIAL, Recipe, Stage, as_recipe, recipe_from, to_mapping
+
+RANDOM = "random"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +79,7 @@ def align(
     """
     recipe = as_recipe(recipe)
     steps, show = sum(stage.steps for stage in recipe.stages), progress or (lambda *_: None)
-    with claimed(Path(recipe.output), to_mapping(recipe), kind=DRAFTER, essential=essential, verify=verify) as claim:
+    with claimed(place(recipe.output), to_mapping(recipe), kind=DRAFTER, essential=essential, verify=verify) as claim:
         inputs = read_inputs(recipe, claim, lambda note: show(0, steps, note))
         stages = [with_width(stage, inputs.drafter) for stage in recipe.stages]
         check(recipe, stages, inputs)
@@ -139,7 +144,7 @@ def read_inputs(recipe: Recipe, claim: Claim, say: Callable[[str], Any]) -> Inpu
         tokenizer=tokenizer.fingerprint if isinstance(tokenizer, Tokenizer) else None,
     )
     start = start_digests(recipe.drafter, claim.digests)
-    drafter = load_drafter(recipe.drafter, target=target, dtype="float32", config=recipe.reading, progress=say_bytes)
+    drafter = start_drafter(recipe, target, records, say_bytes)
     if start_digests(recipe.drafter, claim.digests) != start:
         raise RunError(f"{recipe.drafter}: was changed while it was loaded; start again")
     if broken := broken_weights(drafter.params):
@@ -149,6 +154,30 @@ def read_inputs(recipe: Recipe, claim: Claim, say: Callable[[str], Any]) -> Inpu
     room = recipe.length if trainable(drafter).examples == "blocks" else recipe.length - 1  # for the separator
     held_out = survey_rows(recipe, records, prompts, room)
     return Inputs(target, drafter, start, records, held_out)
+
+
+def start_drafter(recipe: Recipe, target: Target, records: AnswerFiles, progress: Callable[[int, int], Any]) -> Drafter:
+    """What training starts from."""
+    begun, source = recipe.conditioned, recipe.drafter
+    if begun is None:
+        return load_drafter(source, target=target, dtype="float32", config=recipe.reading, progress=progress)
+    kind, _, number = source.partition(":")
+    layers = listed_layers(source) if kind == FROM_TARGET else None
+    if kind == RANDOM and re.fullmatch("[1-9][0-9]{0,2}", number):
+        layers = int(number)
+    if layers is None:
+        raise InputError(
+            f"drafter {source}: a conditioned drafter begins with layers of its target, as in {FROM_TARGET}:0,2, or "
+            f"with {RANDOM}:2 layers; leave out `conditioned` for one in a folder"
+        )
+    counts = np.zeros(target.config.vocab_size, np.int64)
+    mask = begun.mask_of(target)
+    for i in range(len(records)):
+        record = records[i]
+        if mask in record["prompt"] or mask in record["answer"]:
+            raise InputError(f"{record['where']}: has the mask, id {mask}, in it; choose an id that no text contains")
+        np.add.at(counts, np.asarray(record["answer"], np.int64), 1)
+    return begun.begin(target, layers, counts, recipe.seed)
 
 
 def survey_rows(recipe: Recipe, records: AnswerFiles, prompts: list[list[int]], room: int) -> list[list[int]]:
@@ -215,7 +244,7 @@ def work_of(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> Work:
 
 def start_digests(source: str, digests: Digests) -> dict[str, str]:
     """What decides the drafter that a run starts from, by file; nothing more than the target for `from-target`."""
-    if source.partition(":")[0] == FROM_TARGET:
+    if source.partition(":")[0] in (FROM_TARGET, RANDOM):
         return {}
     folder, found = resolve_folder(source), {}
     if is_run(folder, DRAFTER):

@@ -11,6 +11,7 @@ from deer_jax.build import Remat
 from deer_jax.checkpoints.families import check_family
 from deer_jax.config import DrafterConfig, ModelConfig, Sampling
 from deer_jax.diffusion.corruption import Corruption
+from deer_jax.drafters.start import ConditionedStart
 from deer_jax.errors import InputError, shown
 from deer_jax.formats import mapping, parse_yaml, read_yaml
 from deer_jax.sharding import MeshShape
@@ -131,8 +132,10 @@ class Recipe(RunSettings):
 
     Attributes:
       target: folder or hub id. answers: the files its `answers` wrote.
-      drafter: what it starts from: a folder, a hub id, `from-target` or `from-target:0,2`.
-      reading: how the drafter reads and is read; None: as its folder says, or the defaults for `from-target`.
+      drafter: what it starts from: a folder, a hub id, `from-target` or `from-target:0,2`; a conditioned one from such
+        layers of the target, or from `random:2` layers.
+      reading: how a standalone drafter reads and is read; None: as its folder says, or the defaults for `from-target`.
+      conditioned: begins a drafter that reads the target's hidden states; None: it is standalone, or in a folder.
       length: T, tokens per text.
     """
 
@@ -141,6 +144,7 @@ class Recipe(RunSettings):
     stages: tuple[Stage, ...]
     drafter: str = "from-target"
     reading: DrafterConfig | None = None
+    conditioned: ConditionedStart | None = None
     length: int = 256
     evaluation: Evaluation | None = None
 
@@ -152,6 +156,10 @@ class Recipe(RunSettings):
             raise InputError("answers is empty: name at least one file")
         if not self.stages:
             raise InputError("stages is empty: give at least one")
+        if self.conditioned is not None and self.reading is not None:
+            raise InputError(
+                "reading is for a standalone drafter, and conditioned begins one of another kind: leave one out"
+            )
 
 
 MOST_PARAMETERS = 10**12  # more of them, in float32 and with an optimiser, no machine holds
@@ -232,6 +240,8 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
         check_keys(values, {field.name for field in dataclasses.fields(Recipe)}, where, PLACES)
         if values.get("reading") is not None:
             values["reading"] = build(DrafterConfig, values["reading"], "reading")
+        if values.get("conditioned") is not None:
+            values["conditioned"] = build(ConditionedStart, values["conditioned"], "conditioned")
         if values.get("evaluation") is not None:
             values["evaluation"] = build(Evaluation, values["evaluation"], "evaluation")
         if "mesh" in values:

@@ -1,0 +1,166 @@
+"""Kinds of drafters on stories260k, with the same answers and text tokens: with their published losses, with DEER's.
+
+    python benchmarks/align_stories.py data   --target FOLDER/stories260k --output stories
+    python benchmarks/drafter_kinds.py run    --target FOLDER/stories260k --data stories --output kinds
+    python benchmarks/drafter_kinds.py table  --output kinds
+
+`run` trains and measures one cell, a row of the table with a seed, after the other; a cell that is finished is
+skipped, one that was interrupted goes on. `--rows` and `--seeds` choose. `published`: every block wholly masked, the
+loss and the weights of the kind's authors. `stages`: DEER's continuation (random masks, 1/t) and then refinement
+(masked suffixes, alpha), with the same loss per token. What is counted: weights that are multiplied for each drafted
+row, the output head included, look-ups not; predicted tokens and seconds of training.
+
+Expected: about seven minutes for a cell on two quiet cores.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import deer_jax
+from deer_jax.decoding.acceptance import acceptance_interval
+from deer_jax.drafters.heads import Markov, PathSelector
+
+STEPS, SPLIT, BLOCKS, K, MASK = 4000, 1000, 24, 8, 0
+COMMON = {"length": 176, "batch": 4, "checkpoint_every": 1000}
+TAPS = [0, 2, 4]
+# The published loss of each kind; what is weighed how behind the anchor is the kind's own.
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dflash": ({}, {"kl": 1, "decay": 4}),
+    "dflash2": ({"head": "selector", "rank": 32, "candidates": 16, "conv_kernel": 2, "conv_group": 16},
+                {"kl": 1, "selector": 1, "decay": 4}),
+    "dspark": ({"head": "markov", "rank": 16, "layout": "next_token"}, {"ce": 0.1, "tv": 0.9, "decay": 4}),
+}  # fmt: skip
+ROWS = ["standalone", *(f"{kind} {how}" for kind in KINDS for how in ("published", "stages"))]
+
+
+def recipe(row: str, seed: int, target: str, data: Path, output: Path) -> dict[str, Any]:
+    """What trains the drafter of a row."""
+    values: dict[str, Any] = COMMON | {
+        "target": target, "answers": [str(data / "sampled.jsonl"), str(data / "continued.jsonl")], "seed": seed,
+        "output": str(output / f"{row.replace(' ', '-')}-{seed}"),
+        "evaluation": {"prompts": str(data / "held_out.jsonl"), "every": STEPS, "limit": 104, "draft_lengths": [K],
+                       "temperatures": [0, 1], "max_new_tokens": 64, "batch_size": 104},
+    }  # fmt: skip
+    optimizer = {"learning_rate": 2e-3, "blocks": BLOCKS}
+    stages = [
+        {"stage": "continuation", "steps": SPLIT, **optimizer},
+        {"stage": "refinement", "steps": STEPS - SPLIT, **optimizer},
+    ]
+    if row == "standalone":
+        return values | {"drafter": "from-target", "reading": {"draft_length": K}, "stages": stages}
+    kind, how = row.split()
+    start, loss = KINDS[kind]
+    if how == "published":
+        stages = [{"stage": "continuation", "steps": STEPS, "least_rate": 1.0, **optimizer}]
+    begun = {"taps": TAPS, "mask": MASK, "draft_length": K} | start
+    return values | {
+        "drafter": "random:2",
+        "conditioned": begun,
+        "stages": [stage | {"loss": loss} for stage in stages],
+    }
+
+
+def multiplied(method) -> int:
+    """Weights that a drafted row is multiplied with."""
+    shapes = method.shapes()
+    count = sum(x.size for x in jax.tree.leaves(shapes["layers"]))
+    vocabulary = getattr(method, "draft_vocab", method.target_vocab)
+    count += vocabulary * method.shape.width
+    head = getattr(method, "head", None)
+    if isinstance(head, PathSelector):
+        count += head.rank * method.shape.width + head.rank * head.candidates
+    if isinstance(head, Markov):
+        count += sum(x.size for name, x in shapes["draft_head"].items() if name != "w1")
+    return count
+
+
+def run_cell(row: str, seed: int, args, folder: Path) -> dict[str, Any]:
+    values = recipe(row, seed, args.target, args.data, args.output)
+    begin = time.time()
+    report = deer_jax.align(values, progress=lambda done, steps, note: show(row, seed, done, steps, note))
+    target = deer_jax.load_target(args.target)
+    drafter = deer_jax.load_drafter(values["output"], target=target)
+    metrics = [json.loads(line) for line in (Path(values["output"]) / "metrics.jsonl").open()]
+    prompts = [json.loads(line)["tokens"] for line in (args.data / "held_out.jsonl").open()]
+    found = {}
+    for k in (4, K, 16) if seed == 0 else (K,):
+        for temperature in (0.0, 1.0):
+            stats = deer_jax.decode(
+                target, prompts, drafter=drafter, draft_length=k, max_new_tokens=64, temperature=temperature,
+                batch_size=128, seed=7,
+            ).stats  # fmt: skip
+            interval = acceptance_interval(np.asarray(stats.accepted_histogram))
+            found[f"k{k} T{temperature:g}"] = [stats.acceptance_length, *(interval or (None, None))]
+    losses = [line for line in metrics if "loss" in line]
+    return {
+        "row": row, "seed": seed, "tau": found, "multiplied": multiplied(drafter.method),
+        "parameters": sum(x.size for x in jax.tree.leaves(drafter.params)), "seconds": time.time() - begin,
+        "predicted": int(sum(line["predicted"] for line in losses) / len(losses) * STEPS),
+        "training_seconds": report.seconds, "loss": losses[-1]["loss"],
+    }  # fmt: skip
+
+
+def show(row: str, seed: int, done: int, steps: int, note: str) -> None:
+    if done % 200 == 0:
+        print(f"\r{row}, seed {seed}: {done} of {steps}, {note:60.60}", end="", file=sys.stderr, flush=True)
+
+
+def run(args) -> None:
+    cells = [(row, seed) for seed in args.seeds for row in args.rows]
+    args.output.mkdir(parents=True, exist_ok=True)
+    took: list[float] = []
+    for number, (row, seed) in enumerate(cells):
+        path = args.output / f"{row.replace(' ', '-')}-{seed}.json"
+        if path.exists():
+            continue
+        begin = time.time()
+        result = run_cell(row, seed, args, path)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        took.append(time.time() - begin)
+        left = sum(not (args.output / f"{r.replace(' ', '-')}-{s}.json").exists() for r, s in cells[number + 1 :])
+        shown = {name: round(values[0], 2) for name, values in result["tau"].items()}
+        print(f"\n{row}, seed {seed}: {shown}; about {left * sum(took) / len(took) / 60:.0f} minutes left", flush=True)
+
+
+def table(args) -> None:
+    results = [json.loads(path.read_text()) for path in sorted(args.output.glob("*.json"))]
+    print("| row | seed | tau k=8 T=0 | T=1 | k=4 | k=16 | multiplied | predicted | seconds |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for each in sorted(results, key=lambda each: (ROWS.index(each["row"]), each["seed"])):
+        tau = each["tau"]
+
+        def pair(k: int, tau=tau) -> str:
+            values = [tau.get(f"k{k} T{t}") for t in (0, 1)]
+            return " / ".join(f"{value[0]:.2f}" for value in values if value) or "-"
+
+        zero, one = (f"{tau[f'k8 T{t}'][0]:.2f} [{tau[f'k8 T{t}'][1]:.2f}, {tau[f'k8 T{t}'][2]:.2f}]" for t in (0, 1))
+        print(f"| {each['row']} | {each['seed']} | {zero} | {one} | {pair(4)} | {pair(16)} | {each['multiplied']:,} | "
+              f"{each['predicted']:,} | {each['training_seconds']:.0f} |")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("--target", help="the folder of stories260k")
+    parser.add_argument("--data", type=Path, help="the folder that align_stories.py made")
+    parser.add_argument("--output", type=Path, required=True, help="a folder for the runs and their figures")
+    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    args = parser.parse_args()
+    if args.what == "run":
+        if not args.target or not args.data:
+            parser.error("run needs --target and --data")
+        run(args)
+    else:
+        table(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Folders of conditioned drafters: loaded whatever their layout, and written in the one that is asked for.
+
+Our own layout has the tensors' names of the others, and in config.json a Qwen3-like configuration of the backbone and a
+section `deer_jax` with the rest (see `ConditionedMethod.section`, and `ids`, those of a reduced vocabulary). It says
+every drafter; the others are refused where they cannot.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deer_jax.checkpoints import speculators, zlab
+from deer_jax.checkpoints.backbones import ItsTarget, drafter_slots, prefix_of, shape_from
+from deer_jax.checkpoints.families import Slot, write_config
+from deer_jax.checkpoints.huggingface import (
+    CONFIG,
+    EMBEDDING,
+    LM_HEAD,
+    Progress,
+    load_slots,
+    read_config,
+    read_values,
+    save_slots,
+)
+from deer_jax.checkpoints.tensors import Header, check_count, check_headers, opened, read_headers
+from deer_jax.config import ConditionedConfig, ModelConfig, check_choice, from_mapping
+from deer_jax.data.tokenizer import Tokenizer
+from deer_jax.drafters.conditioned import ConditionedMethod, ConditionedReading, check_target, shared_of
+from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.heads import HEADS
+from deer_jax.errors import InputError, shown
+from deer_jax.formats import mapping
+from deer_jax.models.target import Target
+from deer_jax.models.transformer import Params
+
+SECTION, KIND = "deer_jax", "conditioned"
+ARCHITECTURE = "DeerJaxDrafter"  # no other library takes such a folder for a model of its own
+Layout = Literal["deer_jax", "dflash", "speculators"]
+LAYOUTS = ("deer_jax", "dflash", "speculators")
+SHARED = "shared"  # the group of the head of a reduced vocabulary, which is not a parameter
+
+Ids = tuple[int, ...]
+
+
+def is_conditioned(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a conditioned drafter, of any layout."""
+    if SECTION in values:
+        section = values[SECTION]
+        return isinstance(section, dict) and section.get("kind") == KIND
+    return speculators.KIND in values or zlab.is_zlab(values)
+
+
+def read_method(folder: Path) -> tuple[ConditionedMethod, Ids | None]:
+    """What config.json says, and the ids of a reduced vocabulary if it has them too."""
+    values, where = read_values(folder), str(folder / CONFIG)
+    try:
+        if SECTION in values:
+            return _own_method(values, where)
+        read = speculators.method_from if speculators.KIND in values else zlab.method_from
+        return read(values, where), None
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+
+
+def _own_method(values: Mapping[str, Any], where: str) -> tuple[ConditionedMethod, Ids | None]:
+    where, section = f"{where}: {SECTION}", values[SECTION]
+    for key in section:
+        if key not in ("kind", "reading", "shape", "head", "ids"):
+            raise InputError(f"{where}: unknown key {shown(key)}")
+    reading, shape, head = (
+        {name: tuple(value) if isinstance(value, list) else value for name, value in part.items()}
+        for part in (mapping(section.get(key), f"{where}: {key}") for key in ("reading", "shape", "head"))
+    )
+    kind: Any = head.pop("kind", None)
+    check_choice(f"{where}: head: kind", kind, HEADS)
+    method = ConditionedMethod(
+        from_mapping(ConditionedConfig, shape_from(values, where) | shape, f"{where}: shape"),
+        from_mapping(ConditionedReading, reading, f"{where}: reading"),
+        from_mapping(HEADS[kind], head, f"{where}: head"),
+    )
+    ids = section.get("ids")
+    if (ids is None) != (method.reading.draft_vocab is None):
+        raise InputError(f"{where}: ids and reading.draft_vocab belong together")
+    return method, None if ids is None else _checked(ids, method, f"{where}: ids")
+
+
+def _checked(ids: Any, method: ConditionedMethod, where: str) -> Ids:
+    """Ids of a reduced vocabulary: so many, ascending, and of the target."""
+    right = isinstance(ids, list) and all(type(each) is int for each in ids) and len(ids) == method.draft_vocab
+    if not right or ids[0] < 0 or ids[-1] >= method.target_vocab or any(np.diff(np.array(ids, object)) <= 0):
+        raise InputError(f"{where} must be {method.draft_vocab} ascending ids of the target, got {shown(ids)}")
+    return tuple(ids)
+
+
+def read_drafter(
+    folder: Path,
+    target: Target,
+    *,
+    name: str,
+    tokenizer: Tokenizer | None,
+    dtype=None,
+    progress: Progress | None = None,
+) -> Drafter:
+    """The conditioned drafter in a folder; with dtype None without parameters, as what describes a run."""
+    method, ids = read_method(folder)
+    public = speculators.KIND in (values := read_values(folder)) and SECTION not in values
+    try:
+        check_target(method, target.config, target.name)
+        if public:
+            speculators.check_taps(method, target.config.layers)
+        _check_mask(method, target)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
+    made: dict[str, Any] = {"method": method, "name": name, "tokenizer": tokenizer or target.tokenizer}
+    if dtype is None:
+        return Drafter(params={}, shared=shared_of(method, target, ids), **made)
+    headers = read_headers(folder)
+    prefix, reduced = prefix_of(headers), method.reading.draft_vocab is not None
+    slots, ignored = drafter_slots(method, headers), []
+    check_count(headers, len(slots), method.shape.layers, 0, str(folder))
+    head = Slot(SHARED, "head", (), (method.draft_vocab, method.shape.width), ("vocab", "width"))
+    if reduced and (public or LM_HEAD in headers):
+        slots[prefix + LM_HEAD] = head
+    if public:
+        others = (*speculators.OF_TARGET, *([speculators.TO_TARGET, speculators.TO_DRAFT] if reduced else [LM_HEAD]))
+        ignored = [prefix + key for key in others]
+    check_headers(headers, slots, str(folder), ignored=ignored)
+    if public and reduced:
+        ids = _public_ids(headers, prefix, method, folder)
+    params = load_slots(
+        headers, slots, (method.shape.layers, 0), dtype, scan=target.build.scan, mesh=target.mesh, progress=progress
+    )
+    stored = params.pop(SHARED, None)
+    shared = shared_of(method, target, None if stored else ids)
+    if stored:
+        shared |= {"head": stored["head"].astype(target.dtype), "ids": jnp.asarray(ids, jnp.int32)}
+    return Drafter(params=params, shared=shared, **made)
+
+
+def _public_ids(headers: Mapping[str, Header], prefix: str, method: ConditionedMethod, folder: Path) -> Ids:
+    found = {}
+    for name in (speculators.TO_TARGET, speculators.TO_DRAFT):
+        if prefix + name not in headers:
+            raise InputError(f"{folder}: {prefix + name} is missing: the ids of the reduced vocabulary")
+        with opened(headers[prefix + name].file) as tensors:
+            found[name] = tensors.get_tensor(prefix + name)
+    ids = speculators.ids_from(found[speculators.TO_TARGET], method, str(folder))
+    marked = found[speculators.TO_DRAFT]
+    if marked.shape != (method.target_vocab,) or tuple(np.flatnonzero(marked).tolist()) != ids:
+        raise InputError(f"{folder}: {speculators.TO_DRAFT} and {speculators.TO_TARGET} are of different ids")
+    return ids
+
+
+def _check_mask(method: ConditionedMethod, target: Target) -> None:
+    """InputError for a mask that texts may contain; special tokens and ids without one are none of them."""
+    if isinstance(target.tokenizer, Tokenizer) and (text := target.tokenizer.ordinary(method.reading.mask)) is not None:
+        raise InputError(
+            f"the mask is id {method.reading.mask}, an ordinary token of {target.name} ({shown(text)}), which texts "
+            "contain: another target, or a damaged folder"
+        )
+
+
+def describe(method: ConditionedMethod, ids: Sequence[int] | None, dtype, stop_ids: Sequence[int]) -> dict[str, Any]:
+    """A config.json of our own layout."""
+    section = method.section() | ({} if ids is None else {"ids": np.asarray(ids).tolist()})
+    return write_config(method.shape, dtype, stop_ids=stop_ids) | {"architectures": [ARCHITECTURE], SECTION: section}
+
+
+def write_drafter(
+    folder: Path,
+    method: ConditionedMethod,
+    params: Params,
+    *,
+    layout: Layout = "deer_jax",
+    target: ItsTarget | None = None,
+    ids: Sequence[int] | None = None,
+    head: Any = None,
+    stop_ids: Sequence[int] = (),
+    tokenizer_source: Path | None = None,
+    **options,
+) -> None:
+    """Write a conditioned drafter as a folder that `read_drafter` reads; further options as for `save_slots`.
+
+    Args:
+      target: what the public layouts say of it.
+      ids, head: of a reduced vocabulary, and the rows [V', D] of the target's head for them; our own layout does
+        without the rows, which are then taken from the target.
+      stop_ids, tokenizer_source: for our own layout; the others have them with the target.
+
+    Raises InputError where the layout cannot say the drafter.
+    """
+    dtype, extra = params["norm"].dtype, {}
+    if layout == "deer_jax":
+        values = describe(method, ids, dtype, stop_ids)
+    else:
+        values = public_values(method, layout, dtype, target)
+        tokenizer_source = None
+    if ids is not None and head is not None:
+        extra[LM_HEAD] = np.asarray(jax.device_get(head)).astype(dtype)
+    if ids is not None and layout == "speculators":
+        extra |= speculators.id_tensors(np.asarray(ids), method.target_vocab)
+    save_slots(folder, drafter_slots(method), params, values, tokenizer_source=tokenizer_source, extra=extra, **options)
+
+
+def public_values(method: ConditionedMethod, layout: Layout, dtype, target: ItsTarget | None) -> dict[str, Any]:
+    """The config.json of a public layout."""
+    if target is None:
+        raise InputError(f"layout {layout}: its folders say what target they are for; give it as `target`")
+    check_target(method, target.config, target.name)
+    write = speculators.write_values if layout == "speculators" else zlab.write_values
+    try:
+        return write(method, dtype, target)
+    except InputError as error:
+        raise InputError(f"layout {layout}: {error}") from None
+
+
+def target_in(folder: Path) -> ItsTarget:
+    """A target's folder as the public layouts name it: its hub id if that is where it came from, else its path."""
+    parts = folder.parent.parent.name.split("--")
+    hub = folder.parent.name == "snapshots" and parts[0] == "models"
+    return ItsTarget("/".join(parts[1:]) if hub else str(folder), read_config(folder))
+
+
+def head_rows(folder: Path, config: ModelConfig, ids: Sequence[int]) -> np.ndarray:
+    """Some rows [V', D] of the output head of a target's folder."""
+    headers, key = read_headers(folder), EMBEDDING if config.tied else LM_HEAD
+    if key not in headers or headers[key].shape != (config.vocab_size, config.width):
+        raise InputError(f"{folder}: {key} is missing, or not of the shape that config.json says")
+    with opened(headers[key].file) as tensors:
+        return tensors.get_tensor(key)[np.asarray(ids)]

@@ -1,0 +1,108 @@
+"""How a conditioned drafter begins that a recipe asks for."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from deer_jax.config import check_choice
+from deer_jax.drafters.conditioned import ConditionedReading, conditioned_drafter, default_taps
+from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.heads import INDEPENDENT, Head, Markov, PathSelector
+from deer_jax.errors import InputError
+from deer_jax.models.target import Target
+
+MOST_TAPS = 5  # by default
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConditionedStart:
+    """An untrained conditioned drafter.
+
+    Attributes:
+      taps: layers of the target that it reads, from 0; None: up to five, from its second to its third last.
+      mask: an id of the target that texts do not contain, whose embedding is the mask; or mask_token, its text.
+      draft_length: k; layout: see `ConditionedReading`.
+      draft_vocab: proposes only so many ids, those most frequent in the answers and the stop ids; None: all.
+      head: `none`, `selector` (with rank and candidates) or `markov` (with rank, form and confidence); see `heads`.
+      window: how far its layers see; 0: everything. causal: rows of a block see only those before them.
+      conv_kernel, conv_group: convolutions around attention and MLP (DFlash 2); conv_kernel 0 has none.
+      mlp_width, heads, kv_heads, head_width: of its layers; None: the target's.
+    """
+
+    taps: tuple[int, ...] | None = None
+    mask: int | None = None
+    mask_token: str | None = None
+    draft_length: int = 8
+    layout: Literal["fill_in", "next_token"] = "fill_in"
+    draft_vocab: int | None = None
+    head: Literal["none", "selector", "markov"] = "none"
+    rank: int = 256
+    candidates: int = 16
+    form: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    confidence: bool = False
+    window: int = 0
+    causal: bool = False
+    conv_kernel: int = 0
+    conv_group: int = 16
+    mlp_width: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_width: int | None = None
+
+    def __post_init__(self):
+        check_choice("head", self.head, ("none", "selector", "markov"))
+        if (self.mask is None) == (self.mask_token is None):
+            raise InputError(
+                "give mask or mask_token: an id of the target that its texts do not contain, or such a token's text"
+            )
+
+    def make_head(self) -> Head:
+        if self.head == "selector":
+            return PathSelector(rank=self.rank, candidates=self.candidates)
+        if self.head == "markov":
+            return Markov(rank=self.rank, form=self.form, has_confidence=self.confidence)
+        return INDEPENDENT
+
+    def mask_of(self, target: Target) -> int:
+        """The mask's id."""
+        if self.mask is not None:
+            return self.mask
+        vocabulary = getattr(target.tokenizer, "vocabulary", dict)()
+        if self.mask_token not in vocabulary:
+            raise InputError(f"mask_token {self.mask_token!r:.60} is no token of {target.name}; give another, or mask")
+        return vocabulary[self.mask_token]
+
+    def begin(self, target: Target, layers: int | Sequence[int], counts: np.ndarray | None, seed: int) -> Drafter:
+        """The drafter, of so many random layers or of these of the target.
+
+        counts: int [V], how often each id occurs in the answers; needed for draft_vocab.
+        """
+        count, own = target.config.layers, dataclasses.asdict(self)
+        taps = default_taps(count, min(MOST_TAPS, max(count - 4, 1))) if self.taps is None else self.taps
+        mask = self.mask_of(target)
+        reading = ConditionedReading(
+            taps=taps, mask=mask, draft_length=self.draft_length, layout=self.layout, draft_vocab=self.draft_vocab
+        )
+        number = layers if isinstance(layers, int) else len(layers)
+        sizes = {name: own[name] for name in ("mlp_width", "heads", "kv_heads", "head_width") if own[name] is not None}
+        shape: dict[str, Any] = sizes | {
+            "windows": (self.window,) * number, "causal": (self.causal,) * number, "conv_kernel": self.conv_kernel,
+            "conv_group": self.conv_group,
+        }  # fmt: skip
+        ids = None if self.draft_vocab is None else most_frequent(counts, self.draft_vocab, mask, target.stop_ids)
+        return conditioned_drafter(
+            target, reading, layers=layers, head=self.make_head(), ids=ids, seed=seed, dtype=jnp.float32, **shape
+        )
+
+
+def most_frequent(counts: np.ndarray | None, number: int, mask: int, always: Sequence[int]) -> list[int]:
+    """The `number` most frequent ids, ascending: `always` among them, the mask never; of equal counts the lower ids."""
+    assert counts is not None
+    if number >= len(counts):
+        raise InputError(f"draft_vocab {number} must be less than the target's {len(counts)} ids; leave it out for all")
+    order = np.argsort(-counts.astype(np.int64), kind="stable").tolist()
+    chosen = dict.fromkeys(token for token in (*always, *order) if token != mask and token < len(counts))
+    return sorted(list(chosen)[:number])
