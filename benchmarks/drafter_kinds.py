@@ -40,6 +40,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 # Of the kind that does best here: from layers of the target, and with other losses.
 TRIALS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dspark started": ("dspark", "from-target:3,4", {"ce": 0.1, "tv": 0.9, "decay": 4}),
+    "dspark-rnn started": ("dspark-rnn", "from-target:3,4", {"ce": 0.1, "tv": 0.9, "decay": 8}),
     "dspark kl": ("dspark", "random:2", {"kl": 1, "decay": 4}),
     "dspark pace": ("dspark", "random:2", {"kl": 0.5, "tv": 0.5, "pace": True}),
 }
@@ -63,7 +64,7 @@ def recipe(row: str, seed: int, target: str, data: Path, output: Path) -> dict[s
         return values | {"drafter": "from-target", "reading": {"draft_length": K}, "stages": stages}
     if row in TRIALS:
         (kind, source, loss), how = TRIALS[row], "published"
-        start = KINDS[kind][0]
+        start = KINDS[kind.removesuffix("-rnn")][0] | ({"form": "rnn"} if kind.endswith("-rnn") else {})
     else:
         kind, how = row.split()
         (start, loss), source = KINDS[kind], "random:2"
