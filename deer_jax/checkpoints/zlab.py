@@ -37,10 +37,13 @@ UNSUPPORTED = (
 
 def is_zlab(values: Mapping[str, Any]) -> bool:
     """Whether a config.json is of this layout."""
-    named = values.get("architectures")
-    if not isinstance(named, list) or not named:
-        return NESTED in values
-    return any(each in (FIRST, SECOND) for each in named)
+    found = _architectures(values)
+    return any(each in (FIRST, SECOND) for each in found) if found else NESTED in values
+
+
+def _architectures(values: Mapping[str, Any]) -> list[Any]:
+    found = values.get("architectures")
+    return found if isinstance(found, list) else []
 
 
 def method_from(values: Mapping[str, Any], where: str) -> ConditionedMethod:
@@ -64,7 +67,7 @@ def method_from(values: Mapping[str, Any], where: str) -> ConditionedMethod:
     causal = sliding
     if values.get("is_causal") is not None:
         causal = (flag_of(values, "is_causal", where),) * layers
-    second = SECOND in (values.get("architectures") or [])
+    second = SECOND in _architectures(values)
     head, conv = Independent(), {}
     if second:
         conv = {
