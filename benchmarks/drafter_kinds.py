@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import deer_jax
 from deer_jax.decoding.acceptance import acceptance_interval
@@ -95,7 +96,7 @@ def run_cell(row: str, seed: int, args, folder: Path) -> dict[str, Any]:
                 target, prompts, drafter=drafter, draft_length=k, max_new_tokens=64, temperature=temperature,
                 batch_size=128, seed=7,
             ).stats  # fmt: skip
-            interval = acceptance_interval(stats.accepted_histogram)
+            interval = acceptance_interval(np.asarray(stats.accepted_histogram))
             found[f"k{k} T{temperature:g}"] = [stats.acceptance_length, *(interval or (None, None))]
     losses = [line for line in metrics if "loss" in line]
     return {

@@ -120,11 +120,18 @@ def _open_special(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_APPEND)
 
 
+def _check_local(path: Path) -> None:
+    """InputError for a place on an object store, in what is written to folders only."""
+    if STORE.match(os.fspath(path)):
+        raise InputError(f"{path}: this output is written to a folder only, not to an object store: name one here")
+
+
 def replaceable(path: Path) -> str:
     """What stands where a file is to be written: "nothing", "file", or "special", which is written to in place.
 
     InputError for a folder and for a link, whose end may be anybody's.
     """
+    _check_local(path)
     absolute = os.path.abspath(path)
     if absolute.startswith(IN_PLACE):
         return "special"
@@ -250,6 +257,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def check_new_folder(path: Path) -> None:
     """InputError if something stands where a folder is to be made; an empty folder may."""
+    _check_local(path)
     try:
         if not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
             return
@@ -289,10 +297,7 @@ class Lock:
     def __init__(self, output: Path, *, inside: bool = False):
         """inside: the output is a folder that exists, or is made now, and the lock lies in it, so that it goes with it;
         otherwise it lies beside the output."""
-        if STORE.match(os.fspath(output)):
-            raise InputError(
-                f"{output}: outputs are written to folders only, not to an object store: name one that all hosts see"
-            )
+        _check_local(output)
         self.output = output
         self.path = output.absolute() / ".lock" if inside else _hidden(output, "lock")
         self._inside = inside
@@ -318,9 +323,7 @@ class Lock:
                 raise InputError(f"{self.path}: is no file; remove it")
             locked = _flock(descriptor)
             if locked is False:
-                raise InputError(
-                    f"{self.output}: is being written by {_holder(descriptor)}; wait for it, or name another output"
-                )
+                raise taken(self.output, os.pread(descriptor, 4096, 0))
             if locked is None:
                 warnings.warn(
                     f"{self.output}: its file system has no locks; see to it that nobody else writes there",
@@ -352,9 +355,11 @@ class Lock:
             os.close(descriptor)
 
 
-def _holder(descriptor: int) -> str:
+def taken(output: Path, holder: bytes) -> InputError:
+    """The line for an output that another process writes; holder: what it has written into its lock."""
     try:
-        who = json.loads(os.pread(descriptor, 4096, 0))
-        return f"process {who['process']} on {who['host']} since {who['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+        who = json.loads(holder)
+        name = f"process {who['process']} on {who['host']} since {who['since']}"
+    except (ValueError, KeyError, TypeError):
+        name = "another process"
+    return InputError(f"{output}: is being written by {name}; wait for it, or name another output")

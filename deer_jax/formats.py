@@ -15,6 +15,7 @@ import yaml
 
 from deer_jax.errors import InputError, RunError, one_line, shown
 from deer_jax.files import WRONG_PATH
+from deer_jax.stores import local_file
 
 MOST_BYTES = 2**28  # of a file that is read whole; a tokenizer.json has some ten million
 WHOLE = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
@@ -36,9 +37,9 @@ def open_file(path: Path | str, *, regular: bool = True) -> int:
     regular: refuse what is no file, such as a pipe, which would be waited for; a folder is refused in any case.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | (os.O_NONBLOCK if regular else 0))
+        descriptor = os.open(local_file(path), os.O_RDONLY | (os.O_NONBLOCK if regular else 0))
     except (OSError, ValueError) as error:
-        raise unreadable(path, error) from None
+        raise error if isinstance(error, InputError) else unreadable(path, error) from None
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISDIR(mode) or (regular and not stat.S_ISREG(mode)):
         os.close(descriptor)

@@ -23,7 +23,7 @@ options, as flags or as lines KEY=VALUE of an env file (a flag wins); see launch
   --name NAME          name of the slice and of its run: a-z, 0-9 and -, at most 40
   --type TYPE          v4-16, v5litepod-16, v5p-16, v6e-8, tpu7x-8, ...
   --project PROJECT, --zone ZONE    where
-  --work gs://BUCKET/FOLDER         the work folder: in xla/, compiled programs
+  --work gs://BUCKET/FOLDER         the work folder: in xla/, compiled programs; runs belong there too
   --capacity KIND      on-demand (default), spot or reserved
   --files PATH         a file or folder of yours to send along, as your recipe; it lies beside configs/ there
   --worker N           which worker logs and ssh mean (default 0)
@@ -42,12 +42,12 @@ input) are final, anything a preemption can leave behind (130, 143, 255 and abov
 A 16-chip v5e slice, as a queued resource:
   launch/tpu_pod.sh run --name align8b --type v5litepod-16 --project my-project --zone us-west4-a --capacity spot \
       --work gs://my-bucket/align8b -- \
-      deer-jax align --recipe configs/paper/qwen3_8b.yaml --set output=/mnt/shared/run --set mesh.fsdp=16
+      deer-jax align --recipe configs/paper/qwen3_8b.yaml --set 'output=$WORK/run' --set mesh.fsdp=16
   launch/tpu_pod.sh delete --name align8b --type v5litepod-16 --project my-project --zone us-west4-a
 
 An 8-chip v6e slice, in a GKE cluster:
   launch/tpu_pod.sh create --env pod.env      # pod.env: name, type=v6e-8, cluster, project, zone, work, capacity
-  launch/tpu_pod.sh run --env pod.env -- deer-jax align --recipe configs/paper/qwen3_8b.yaml --set output=/mnt/shared/run
+  launch/tpu_pod.sh run --env pod.env -- deer-jax align --recipe configs/paper/qwen3_8b.yaml --set 'output=$WORK/run'
 END
 }
 

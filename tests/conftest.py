@@ -9,6 +9,8 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["NO_GCE_CHECK"] = "true"  # nobody looks for the account of a machine
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # nor asks Google what kind of bucket it is
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One compute thread per worker, for XLA and for torch: more of them only wait for each other.
     os.environ["NPROC"] = os.environ["OMP_NUM_THREADS"] = "1"
@@ -16,6 +18,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+from tests.fake_store import Bucket, FakeStore
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE, CACHE_BYTES = ROOT / ".cache" / "xla", 2**30
@@ -88,6 +92,23 @@ def environment() -> dict[str, str]:
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[FakeStore]:
+    """What stands for gs:// in this process and in the programs that its tests start."""
+    store = FakeStore()
+    with store.serving() as address:
+        os.environ["STORAGE_EMULATOR_HOST"] = os.environ["TENSORSTORE_GCS_HTTP_URL"] = address
+        yield store
+        del os.environ["STORAGE_EMULATOR_HOST"], os.environ["TENSORSTORE_GCS_HTTP_URL"]
+
+
+@pytest.fixture
+def bucket(object_store: FakeStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bucket:
+    """An empty bucket; copies of what is read from it are made in a home of the test's own."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return object_store.new_bucket()
 
 
 @pytest.fixture

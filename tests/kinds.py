@@ -37,14 +37,16 @@ HALF = (("output_scale", 0.5),)
 CONVOLVED = (("conv_kernel", 2), ("conv_group", 8))
 # Every head, with both layouts, a whole and a reduced vocabulary, windows of both kinds, and convolutions.
 CONDITIONED = {
-    "independent": Kind(),
-    "independent reduced": Kind(layout="next_token", reduced=True, shape=(("windows", (3,)), ("window_from", "anchor"))),
+    "independent": Kind(reading=(("input_scale", 0.1),)),  # else its masks outweigh what it reads
+    "independent reduced": Kind(INDEPENDENT, "next_token", True, (("windows", (3,)), ("window_from", "anchor"))),
     "selector": Kind(PathSelector(rank=8, candidates=6), shape=CONVOLVED, reading=HALF),
     "selector reduced": Kind(
         PathSelector(rank=8, candidates=4), "next_token", True, (("windows", (3,)), ("causal", (True,)))
     ),
     "vanilla": Kind(Markov(rank=8), "next_token", True, (("causal", (True,)),)),
-    "gated": Kind(Markov(rank=8, form="gated", has_confidence=True), "fill_in", True, (("windows", (5,)),), reading=HALF),
+    "gated": Kind(
+        Markov(rank=8, form="gated", has_confidence=True), "fill_in", True, (("windows", (5,)),), reading=HALF
+    ),
     "rnn": Kind(Markov(rank=8, form="rnn"), reading=(("input_scale", 2.0), *HALF)),
     "rnn reduced": Kind(
         Markov(rank=8, form="rnn", has_confidence=True, confidence_reads_row=False), "next_token", True, CONVOLVED, (0,)
@@ -59,7 +61,8 @@ KINDS = (*STANDALONE, *CONDITIONED)
 
 def follows(V: int) -> np.ndarray:
     """[V - 1] what follows each token in most texts; the last id is the mask."""
-    return np.random.default_rng(2).permutation(V - 1)
+    order = np.random.default_rng(2).permutation(V - 1)
+    return np.roll(order, 1)[np.argsort(order)]  # all in one circle
 
 
 @functools.cache
@@ -138,5 +141,5 @@ def drafter_of(kind: str, target: Target | None = None) -> Drafter:
 def with_head(drafter: Drafter, head: Head) -> Drafter:
     """The same backbone and vocabulary under a head without weights."""
     params = {name: value for name, value in drafter.params.items() if name != HEAD}
-    method = dataclasses.replace(drafter.method, head=head)
+    method = dataclasses.replace(drafter.method, head=head)  # pyrefly: ignore
     return dataclasses.replace(drafter, method=method, params=params)

@@ -11,6 +11,7 @@ from pathlib import Path
 from deer_jax.checkpoints.runs import RECIPE
 from deer_jax.errors import InputError
 from deer_jax.formats import read_yaml
+from deer_jax.stores import local_file, place
 from deer_jax.training.metrics import FILE, read_metrics
 
 
@@ -51,7 +52,7 @@ def read_curves(folders: Iterable[str | Path]) -> list[Curve]:
     Raises:
       InputError: a folder is no align run, or its metrics hold no evaluation.
     """
-    paths = list(dict.fromkeys(Path(folder) for folder in folders))
+    paths = list(dict.fromkeys(place(folder) for folder in folders))
     names = [path.absolute().name for path in paths]
     taken = Counter(names)
     found = (_read(path, name if taken[name] == 1 else str(path)) for path, name in zip(paths, names, strict=True))
@@ -61,7 +62,7 @@ def read_curves(folders: Iterable[str | Path]) -> list[Curve]:
 def _read(folder: Path, run: str) -> list[Curve]:
     try:
         lines = read_metrics(folder)
-        date = datetime.date.fromtimestamp((folder / FILE).stat().st_mtime).isoformat()
+        date = datetime.date.fromtimestamp(Path(local_file(folder / FILE)).stat().st_mtime).isoformat()
         evaluated = [(line["step"], line.get("tokens"), each) for line in lines for each in line.get("evaluation", ())]
         if not evaluated:
             raise InputError(f"{folder}: no evaluation in its {FILE}; align writes them if its recipe has `evaluation`")

@@ -24,7 +24,9 @@ from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLoc
 from deer_jax.bench.curves import Curve
 from deer_jax.bench.report import BenchReport, MethodReport
 from deer_jax.errors import InputError
-from deer_jax.files import check_file, disk_error, write_file
+from deer_jax.files import disk_error
+from deer_jax.stores import check_file, is_store, place
+from deer_jax.stores import write as write_file
 
 DPI = 150
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -194,6 +196,8 @@ def curve(curves: Sequence[Curve]) -> Figure:
 
 def check_folder(folder: Path) -> None:
     """Refuse a folder for pictures before any work is done for them; it need not exist yet."""
+    if is_store(folder):
+        return check_file(folder / "histogram.png")
     parent = folder.absolute().parent
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; name a folder")
@@ -210,7 +214,7 @@ def write(report: BenchReport, folder: str | Path, curves: Sequence[Curve] = ())
     Raises:
       InputError: the folder cannot be written; RunError: the disk is full.
     """
-    folder = Path(folder)
+    folder = place(folder)
     check_folder(folder)
     figures = {}
     if len(report.methods) > 1:
@@ -219,7 +223,8 @@ def write(report: BenchReport, folder: str | Path, curves: Sequence[Curve] = ())
         figures["curve"] = curve(curves)
     paths = []
     try:
-        folder.mkdir(exist_ok=True)
+        if not is_store(folder):
+            folder.mkdir(exist_ok=True)
         for name, figure in figures.items():
             save(figure, folder / f"{name}.png")
             paths.append(folder / f"{name}.png")
@@ -229,7 +234,7 @@ def write(report: BenchReport, folder: str | Path, curves: Sequence[Curve] = ())
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a picture as PNG; see `write_file`."""
+    """Write a picture as PNG: all of it, or nothing."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=DPI)
     write_file(path, picture.getvalue())

@@ -17,13 +17,15 @@ from typing import Any
 
 import yaml
 
-from deer_jax import processes
+from deer_jax import processes, spools, stores
 from deer_jax.checkpoints.records import DRAFTER, TARGET
 from deer_jax.checkpoints.runs import IDENTITY, RECIPE, check_path, is_run
 from deer_jax.digests import Digests
 from deer_jax.errors import InputError
-from deer_jax.files import Lock, new_folder, sweep, write_file
+from deer_jax.files import new_folder, sweep, write_file
 from deer_jax.formats import differences, json_bytes, read_json, read_yaml, unreadable
+from deer_jax.spools import Guard, Spool
+from deer_jax.stores import is_store
 
 FORMAT = 1  # of a run's folder
 MODELS = ("target", "start drafter")  # inputs that are files of a model
@@ -53,8 +55,8 @@ def claimed(
     """
     check_path(folder)
     processes.same({"recipe": recipe})
-    lock, made = Lock(folder, inside=True), []
-    if processes.lead():
+    lock, made = spools.lock(folder, inside=True), []
+    if processes.lead() and not is_store(folder):
         made = [path for path in (folder.absolute(), *folder.absolute().parents) if not os.path.lexists(path)]
     try:
         with contextlib.ExitStack() as held:
@@ -73,6 +75,7 @@ class Claim:
       lock: of the folder, held by the lead, who checks it before anything is written.
       digests: of inputs; knows those of earlier calls.
       begun: local time at which the run began: what its chat templates take for now.
+      spool: the folder's files, but for checkpoints and metrics: where each process reads them, and the lead writes.
     """
 
     def __init__(
@@ -81,21 +84,29 @@ class Claim:
         recipe: Mapping[str, Any],
         kind: str,
         essential: Callable[[Mapping[str, Any], str], Mapping[str, Any]],
-        lock: Lock,
+        lock: Guard,
         verify: bool,
     ):
         """The arguments of `claimed`."""
         self.lock = lock
         self._folder, self._recipe, self._kind = folder, recipe, kind
+        self.spool = Spool(folder, lock)
+        processes.every(self._pull)
         self.begun = datetime.datetime.fromisoformat(processes.led(lambda: self._check(essential)))
-        self._before = _read_identity(folder)
-        self._goes_on = is_run(folder, kind)
+        self._before = self._read_identity()
+        self._goes_on = is_run(self.spool.path, kind)
         self.digests = Digests(self._before.get("files"), verify=verify)
+
+    def _pull(self) -> None:
+        """Of a run that is on a store, bring what is read when it goes on."""
+        self.spool.pull(IDENTITY, RECIPE)
+        if self._read_identity() and (self.spool.path / RECIPE).exists():
+            self.spool.pull(DRAFTER, TARGET)
 
     def _check(self, essential: Callable[[Mapping[str, Any], str], Mapping[str, Any]]) -> str:
         """Whether the folder may become that of this run, or is; when the run began."""
-        self._before = _read_identity(self._folder)
-        if is_run(self._folder, self._kind):
+        self._before = self._read_identity()
+        if is_run(self.spool.path, self._kind):
             self._check_recipe(essential)
             return self._before["begun"]
         self._check_free()
@@ -110,7 +121,8 @@ class Claim:
                 f"{self._folder}: is a run of format {self._before['format']!r:.20}, this version writes {FORMAT}; "
                 "name another output, or go on with the version that began it"
             )
-        changes = differences(essential(read_yaml(where), str(where)), essential(self._recipe, "recipe"))
+        before = essential(read_yaml(self.spool.path / RECIPE), str(where))
+        changes = differences(before, essential(self._recipe, "recipe"))
         if changes:
             raise InputError(
                 f"{self._folder}: holds another run: {_listed(changes)}. Name another output, or go on with its own "
@@ -124,9 +136,13 @@ class Claim:
             sweep(self._folder / name)
         allowed = {self.lock.path.name, *((IDENTITY, RECIPE) if self._before else ())}
         try:
-            others = sorted(name for name in os.listdir(self._folder) if name not in allowed)
+            there = stores.names(self._folder)
         except OSError as error:
             raise unreadable(self._folder, error) from None
+        if is_store(self._folder) and self._before.get("kind") == self._kind and RECIPE not in there:
+            stores.remove_tree(self._folder / self._kind)  # on a store it is not there at once
+            allowed.add(self._kind)
+        others = [name for name in there if name not in allowed]
         if others and self._before.get("kind") in {DRAFTER, TARGET} - {self._kind}:
             raise InputError(f"{self._folder}: is the run of a {self._before['kind']}; name another output")
         if others:
@@ -144,6 +160,7 @@ class Claim:
         """
         processes.same({"inputs": inputs})
         processes.led(lambda: self._settle(inputs, describe))
+        processes.every(lambda: None if processes.lead() else self._pull())
 
     def _settle(self, inputs: Mapping[str, Any], describe: Callable[[Path], None]) -> None:
         self.lock.check()
@@ -157,28 +174,28 @@ class Claim:
             "files": self.digests.records(),
         }  # fmt: skip
         if identity != self._before:  # also where a file has another time of change than before
-            write_file(self._folder / IDENTITY, json_bytes(identity, indent=1))
+            write_file(self.spool.path / IDENTITY, json_bytes(identity, indent=1))
         if not self._goes_on:
-            write_file(self._folder / RECIPE, yaml.safe_dump(dict(self._recipe), sort_keys=False).encode())
-            with new_folder(self._folder / self._kind) as partial:
+            write_file(self.spool.path / RECIPE, yaml.safe_dump(dict(self._recipe), sort_keys=False).encode())
+            with new_folder(self.spool.path / self._kind) as partial:
                 describe(partial)
+        self.spool.put(IDENTITY, self._kind, RECIPE)  # last what makes it a run
 
-
-def _read_identity(folder: Path) -> dict[str, Any]:
-    """The values of identity.json; empty if there is none. InputError if a run did not write it."""
-    path = folder / IDENTITY
-    if not os.path.lexists(path):
-        return {}
-    found = read_json(path)
-    try:
-        datetime.datetime.fromisoformat(found["begun"])
-        sound = found["kind"] in (DRAFTER, TARGET) and type(found["format"]) is int
-        sound = sound and isinstance(found["inputs"], dict)
-    except (KeyError, ValueError, TypeError):
-        sound = False
-    if not sound:
-        raise InputError(f"{path}: is not as a run writes it; name another output")
-    return found
+    def _read_identity(self) -> dict[str, Any]:
+        """The values of identity.json; empty if there is none. InputError if a run did not write it."""
+        path = self.spool.path / IDENTITY
+        if not os.path.lexists(path):
+            return {}
+        found = read_json(path)
+        try:
+            datetime.datetime.fromisoformat(found["begun"])
+            sound = found["kind"] in (DRAFTER, TARGET) and type(found["format"]) is int
+            sound = sound and isinstance(found["inputs"], dict)
+        except (KeyError, ValueError, TypeError):
+            sound = False
+        if not sound:
+            raise InputError(f"{self._folder / IDENTITY}: is not as a run writes it; name another output")
+        return found
 
 
 def _listed(changes: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """A training run's best checkpoint as a Hugging Face folder.
 
 Beside the model lies `export.json`, which says what it is the export of, and what files it is made of: the same export
-once more finds that it is done.
+once more finds that it is done. Their MD5 is what an object store knows of what it holds.
 """
 
 import os
@@ -33,9 +33,11 @@ from deer_jax.config import check_choice
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.digests import sha256_of
 from deer_jax.errors import InputError, RunError, named
-from deer_jax.files import Lock, disk_error
+from deer_jax.files import disk_error
 from deer_jax.formats import json_bytes, read_json
 from deer_jax.models.transformer import abstract_params
+from deer_jax.spools import lock, new_tree
+from deer_jax.stores import is_store, listing, md5_of
 
 EXPORT, FORMAT = "export.json", 1
 
@@ -73,12 +75,14 @@ def export(
     if _is_whole(output, about):
         return output
     try:
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        if not is_store(output):
+            output.absolute().parent.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise disk_error(output, error) from None
-    with Lock(output):
+    with lock(output) as held:
         if not _is_whole(output, about):  # another process may just have done it
-            _write(source, output, dtype, about)
+            with new_tree(output, held, last=EXPORT) as folder:
+                _write(source, folder, dtype, about)
     return output
 
 
@@ -126,13 +130,18 @@ def _is_whole(output: Path, about: Mapping[str, Any]) -> bool:
         found = read_json(output / EXPORT, most=2**22)
         files = found["files"]
         same = bool(files) and about.items() <= found.items()
+        if is_store(output):
+            there = listing(output)
+            return same and all(there[name].md5 == each["md5"] for name, each in files.items())
         return same and all(sha256_of(output / name) == each["sha256"] for name, each in files.items())
     except (InputError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 
 
 def _write(source: Path, output: Path, dtype: jnp.dtype, about: Mapping[str, Any]) -> None:
-    described, layout, target = source / about["kind"], about.get("layout", "deer_jax"), about.get("target")
+    run, layout, target = existing_folder(source), about.get("layout", "deer_jax"), about.get("target")
+    assert run is not None
+    described = run / about["kind"]
     values, stop_ids = read_values(described), read_stop_ids(described)
     conditioned = about["kind"] == DRAFTER and is_conditioned(values)
     method, ids = read_method(described) if conditioned else (None, None)
@@ -147,13 +156,14 @@ def _write(source: Path, output: Path, dtype: jnp.dtype, about: Mapping[str, Any
         shapes = method.shapes()
         if layout != "deer_jax":
             public_values(method, layout, dtype, its)  # refuses before the checkpoint is read
-    params = jax.tree.map(lambda x: x.astype(dtype), read_best(source, shapes))
+    params = jax.tree.map(lambda x: x.astype(dtype), read_best(run, shapes))
     if _about(source, dtype, layout, target) != about:
         raise RunError(f"{source}: was trained further while it was exported; start again")
 
     def finish(folder: Path) -> None:
         files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path), "md5": md5_of(path)}
+            for path in sorted(folder.iterdir())
         }
         (folder / EXPORT).write_bytes(json_bytes({"source": source.absolute().name, **about, "files": files}, indent=2))
 

@@ -1,14 +1,18 @@
-"""What a model is named by: a folder here, or an id of the Hugging Face hub."""
+"""What a model is named by: a folder, here or on an object store, or an id of the Hugging Face hub."""
 
 import errno
 import os
 import re
 import stat
+from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from deer_jax.checkpoints.runs import RECIPE, needed
 from deer_jax.errors import InputError, RunError, named, one_line, shown
 from deer_jax.formats import unreadable
+from deer_jax.stores import Entry, is_store, local_folder, place
 
 HUB = "hub:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -28,7 +32,7 @@ FOLDERS = frozenset(
 
 
 def resolve_folder(path_or_id: str | os.PathLike[str]) -> Path:
-    """The local folder of this name, or the downloaded one of a hub id.
+    """The local folder of this name, or the downloaded one of a hub id or of a folder on a store.
 
     `hub:OWNER/NAME` is one of the hub in any case. OWNER/NAME alone is where no such folder is here and it does not
     look like a path. Raises InputError, one line; what looks like a path asks nothing of the network.
@@ -62,14 +66,17 @@ def model_name(path_or_id: str | os.PathLike[str]) -> str:
 def expanded(text: str | os.PathLike[str]) -> Path:
     """The path, a leading ~ replaced by the home folder."""
     try:
-        return Path(text).expanduser()
+        return place(text).expanduser()
     except RuntimeError:  # ~nobody, or no home at all
         raise InputError(f"{named(text, 200)}: no such home folder; check the path") from None
 
 
 def existing_folder(text: str | os.PathLike[str]) -> Path | None:
-    """The folder at a path; None if nothing is there."""
+    """The folder at a path, or the copy here of one on a store; None if nothing is there. Of a run on a store, no more
+    is copied than its best checkpoint needs."""
     path = expanded(text)
+    if is_store(path):
+        return local_folder(path, lambda entries: needed(path, entries) if RECIPE in entries else _model(path, entries))
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -79,6 +86,15 @@ def existing_folder(text: str | os.PathLike[str]) -> Path | None:
     if not stat.S_ISDIR(mode):
         raise InputError(f"{named(text, 200)}: is a file; name the folder of the model")
     return path
+
+
+def _model(folder: Path, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The files of a model among those of a folder; further chat templates may lie in one inside."""
+    names = [name for name in entries if name.endswith(".jinja") or "/" not in name]
+    found = {name: entries[name] for name in names if any(fnmatch(name, pattern) for pattern in DOWNLOADED)}
+    if not found:
+        raise InputError(f"{folder}: holds no model, and no run")
+    return found
 
 
 def _looks_like_a_path(text: str) -> bool:

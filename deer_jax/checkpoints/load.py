@@ -28,7 +28,7 @@ def load_target(
     progress: Progress | None = None,
     digests: Digests | None = None,
 ) -> Target:
-    """The target in a Hugging Face folder, local or on the hub.
+    """The target in a Hugging Face folder, here, on gs:// or on the hub.
 
     Args:
       path_or_id: a folder, or a hub id: OWNER/NAME, or hub:OWNER/NAME where that could be a path.

@@ -7,7 +7,7 @@
                        record; see `records`
     metrics.jsonl, tensorboard/
 
-A checkpoint appears under its final name only when it is complete and on the disk, so a run that is killed has the ones
+A checkpoint appears only when it is complete and on the disk, see `shelves`, so a run that is killed has the ones
 before. One whose files are not those that were written is never read.
 """
 
@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -30,21 +29,23 @@ from orbax.checkpoint import v1 as ocp
 
 from deer_jax import processes
 from deer_jax.checkpoints.records import (
+    DRAFTER,
+    RECORD,
+    TARGET,
     DamagedError,
     damage,
     read_record,
     verify,
     verify_description,
-    write_record,
 )
+from deer_jax.checkpoints.shelves import CHECKPOINTS, STEP, shelf_of, steps_in
 from deer_jax.errors import InputError, RunError, one_line
-from deer_jax.files import Lock, disk_error, remove, sync_folder, sync_tree
-from deer_jax.formats import unreadable
+from deer_jax.files import disk_error
 from deer_jax.models.transformer import Params
+from deer_jax.spools import Guard
+from deer_jax.stores import Entry, is_store, look_anew, place
 
-RECIPE, IDENTITY, CHECKPOINTS = "recipe.yaml", "identity.json", "checkpoints"
-STEP = re.compile(r"0|[1-9][0-9]{0,17}")
-PARTIAL = re.compile(r"\.[0-9]+\.partial-[0-9a-f]{8}(\.orbax-checkpoint-tmp.*)?")  # Orbax writes beside, as we do
+RECIPE, IDENTITY = "recipe.yaml", "identity.json"
 PATTERN = re.compile(r"[*?\[\]\\]")  # tensorstore takes such names for patterns, and finds nothing
 OS_ERROR = re.compile(r"os_error_code='(\d+)'|\[Errno (\d+)\]")
 GOES_ON = "earlier checkpoints are whole, and the same command goes on from the newest"
@@ -71,23 +72,18 @@ class Checkpoints:
     the arrays, the lead everything else.
     """
 
-    def __init__(self, folder: Path, *, keep: int, lock: Lock):
+    def __init__(self, folder: Path, *, keep: int, lock: Guard):
         """What processes that are gone have left of their writing is removed."""
         check_path(folder)
-        self.folder, self._keep, self._lock = (folder / CHECKPOINTS).absolute(), keep, lock
+        self._shelf, self._keep, self._lock = shelf_of(folder), keep, lock
+        self.folder = self._shelf.folder
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._pending: Future[None] | None = None
         processes.led(self._open)
 
     def _open(self) -> None:
         self._lock.check()
-        try:
-            self.folder.mkdir(exist_ok=True)
-            for entry in os.scandir(self.folder):
-                if PARTIAL.fullmatch(entry.name):
-                    remove(Path(entry.path))
-        except OSError as error:
-            raise disk_error(self.folder, error) from None
+        self._shelf.open()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -108,11 +104,11 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Of all, newest first, the damaged ones too."""
-        return json.loads(processes.led(lambda: json.dumps(_steps(self.folder))))
+        return json.loads(processes.led(lambda: json.dumps(steps_in(self.folder))))
 
     def _sound(self) -> list[Checkpoint]:
         found = []
-        for step in _steps(self.folder):
+        for step in steps_in(self.folder):
             with contextlib.suppress(DamagedError):
                 found.append(Checkpoint(step, read_record(self.folder / str(step))["score"]))
         return found
@@ -131,6 +127,7 @@ class Checkpoints:
         self.wait()
         partial = self.folder / processes.led(lambda: self._new_name(step))
         _quiet()
+        look_anew(partial)
         try:
             written = ocp.save_checkpointables_async(str(partial), dict(parts))
         except BaseException as error:
@@ -150,9 +147,9 @@ class Checkpoints:
     def _new_name(self, step: int) -> str:
         """Of the folder to write in; the lead looks whether it may."""
         self._lock.check()
-        if os.path.lexists(self.folder / str(step)):
+        if self._shelf.has(step):
             raise RunError(f"{self.folder / str(step)}: is already there; move it away, then the same command goes on")
-        return self._partial(step).name
+        return self._shelf.new_name(step)
 
     def _finish(self, written: Any, step: int, partial: Path, score: float | None) -> None:
         """Give a checkpoint its record and its name when all processes have written their parts of it."""
@@ -160,55 +157,32 @@ class Checkpoints:
             written.result()
             if not processes.lead():
                 return
-            write_record(partial, self.folder.parent, step=step, score=score)
-            sync_tree(partial)
-            self._lock.check()
-            partial.rename(self.folder / str(step))
-            sync_folder(self.folder)
+            self._shelf.finish(partial.name, step, score, self._lock.check)
         except BaseException as error:
             raise self._failed(step, partial, error) from None
         self._remove_old()
-
-    def _partial(self, step: int) -> Path:
-        return self.folder / f".{step}.partial-{secrets.token_hex(4)}"
 
     def _failed(self, step: int, partial: Path, error: BaseException) -> BaseException:
         """Remove what was begun; the error to raise."""
         if processes.lead():
             try:
-                self._give_up(partial)
+                self._shelf.give_up(partial.name, self._lock.check)
             except RunError as gone:
                 return gone
+        if is_store(self.folder) and isinstance(error, Exception) and not isinstance(error, InputError | RunError):
+            return RunError(f"{self.folder / str(step)}: cannot be written: {one_line(error)}; {GOES_ON}")
         if isinstance(error, OSError | ValueError) and not isinstance(error, InputError):
             failure = _system_error(error)
             if failure is not None:
                 return disk_error(self.folder / str(step), failure, GOES_ON)
         return error
 
-    def _give_up(self, partial: Path) -> None:
-        """Remove what was begun; RunError if the run's folder was taken away meanwhile, which Orbax makes again."""
-        with contextlib.suppress(OSError):
-            for path in self.folder.glob(f"{partial.name}*"):
-                remove(path)
-        try:
-            self._lock.check()
-        except RunError:
-            with contextlib.suppress(OSError):  # what holds anything stays
-                self.folder.rmdir()
-                self.folder.parent.rmdir()
-            raise
-
     def _remove_old(self) -> None:
         found = self._sound()
         best = best_of(found)
         for each in found[self._keep :]:
             if each != best:
-                partial = self._partial(each.step)
-                try:
-                    (self.folder / str(each.step)).rename(partial)  # half of one is no checkpoint, nor a damaged one
-                except OSError as error:
-                    raise disk_error(self.folder / str(each.step), error) from None
-                remove(partial)
+                self._shelf.remove(each.step)
 
     def restore(self, step: int, parts: Mapping[str, Any]) -> dict[str, Any]:
         """The parts of a checkpoint: arrays like the abstract ones given, on whatever mesh they were written.
@@ -223,17 +197,7 @@ class Checkpoints:
 
     def set_aside(self, step: int) -> Path:
         """Rename a damaged checkpoint, so that its step can be written again; where it is now."""
-        return Path(processes.led(lambda: self._set_aside(step)))
-
-    def _set_aside(self, step: int) -> str:
-        source, number = self.folder / str(step), 1
-        while os.path.lexists(aside := self.folder.parent / f"damaged-{step}-{number}"):
-            number += 1
-        try:
-            source.rename(aside)
-        except OSError as error:
-            raise disk_error(aside, error) from None
-        return str(aside)
+        return place(processes.led(lambda: str(self._shelf.set_aside(step))))
 
 
 def is_run(folder: Path, kind: str) -> bool:
@@ -260,7 +224,7 @@ def best_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
     check_path(folder)
     where = folder / CHECKPOINTS
     found = {}
-    for step in _steps(where):
+    for step in steps_in(where):
         try:
             found[step] = read_record(where / str(step))
         except DamagedError:
@@ -268,9 +232,38 @@ def best_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
                 raise
     if not found:
         raise InputError(f"{folder}: the run has no checkpoint yet; training writes the first one later")
-    best = best_of([Checkpoint(step, record["score"]) for step, record in found.items()])
-    step = best.step if best else max(found)
+    step = _chosen(found)
     return where / str(step), found[step]
+
+
+def _chosen(records: Mapping[int, Mapping[str, Any]]) -> int:
+    """The step of the checkpoint to use: the best, or the newest if none was measured."""
+    best = best_of([Checkpoint(step, record["score"]) for step, record in records.items()])
+    return best.step if best else max(records)
+
+
+def _used(record: Mapping[str, Any]) -> str:
+    """The part of a checkpoint to decode with."""
+    return "average" if any(name.startswith("average/") for name in record["files"]) else "params"
+
+
+def needed(run: Path, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """What of a run's folder on a store `read_best` reads: the other checkpoints stay there, but for their records."""
+    names = [name for name in entries if name in (RECIPE, IDENTITY) or name.startswith((f"{DRAFTER}/", f"{TARGET}/"))]
+    records = {}
+    for name in entries:
+        where, _, rest = name.removeprefix(f"{CHECKPOINTS}/").partition("/")
+        if name.startswith(CHECKPOINTS) and STEP.fullmatch(where) and rest == RECORD:
+            names.append(name)
+            with contextlib.suppress(RunError):  # who reads it here will say so
+                records[int(where)] = read_record(run / CHECKPOINTS / where)
+    if records:
+        step = _chosen(records)
+        used = [
+            name for name in records[step]["files"] if "/" not in name or name.startswith(f"{_used(records[step])}/")
+        ]
+        names += [f"{CHECKPOINTS}/{step}/{name}" for name in used]
+    return {name: entries[name] for name in names if name in entries}
 
 
 def read_best(folder: Path, shapes: Params) -> Params:
@@ -283,7 +276,7 @@ def read_best(folder: Path, shapes: Params) -> Params:
     where = None
     try:
         where, record = best_checkpoint(folder)
-        part = "average" if any(name.startswith("average/") for name in record["files"]) else "params"
+        part = _used(record)
         verify(where, record, only=part)
         verify_description(folder, record)
         here = SingleDeviceSharding(jax.local_devices()[0])  # and not where the run had them
@@ -297,20 +290,11 @@ def read_best(folder: Path, shapes: Params) -> Params:
         raise
 
 
-def _steps(folder: Path) -> list[int]:
-    """Of the checkpoints in a folder, newest first."""
-    try:
-        return sorted((int(entry.name) for entry in os.scandir(folder) if STEP.fullmatch(entry.name)), reverse=True)
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise unreadable(folder, error) from None
-
-
 def _load(folder: Path, name: str, like: Any) -> Any:
     """One part of a checkpoint whose files are those that were written."""
     # One at a time: of several, Orbax leaves those behind a failing one waiting, which Python complains about.
     _quiet()
+    look_anew(folder)
     try:
         return ocp.load_checkpointables(str(folder), {name: like})[name]
     except Exception as error:  # of any kind: Orbax, tensorstore and grain have no common one

@@ -24,10 +24,11 @@ from deer_jax.data.sources import Prompt, read_prompts, template_arguments
 from deer_jax.digests import Digests
 from deer_jax.drafters.drafter import Drafter
 from deer_jax.errors import InputError
-from deer_jax.files import Lock, check_file, write_file
 from deer_jax.formats import json_bytes
 from deer_jax.models.target import Target
 from deer_jax.sharding import MeshShape, make_mesh
+from deer_jax.spools import lock
+from deer_jax.stores import check_file, is_store, place, write
 
 DRAFTER_HELP = (
     f"a folder, a hub id ([hub:]OWNER/NAME), or '{FROM_TARGET}': an untrained drafter with the target's own weights "
@@ -186,7 +187,7 @@ def known_digests(output: Path, *, verify: bool = False) -> Digests:
 
     def known() -> str:
         read_state(output)
-        with Lock(output):  # one that is being written is refused here, before a model is loaded
+        with lock(output):  # one that is being written is refused here, before a model is loaded
             state = read_state(output)
         return json.dumps(state.files if state else None)
 
@@ -202,7 +203,7 @@ def check_writable(path: Path | None) -> None:
     """Refuse an output path before any work is done for it, by trying what can be tried."""
     if path is None:
         return
-    if not path.absolute().parent.is_dir():
+    if not is_store(path) and not path.absolute().parent.is_dir():
         raise InputError(f"{path}: no folder {path.absolute().parent} to write it to")
     check_file(path)
 
@@ -212,7 +213,7 @@ def check_distinct(outputs: Sequence[Path | None], inputs: Sequence[Path | str |
 
     The same file is recognised under another name too. Devices and pipes hold nothing that could be lost.
     """
-    read = [Path(path).expanduser() for path in inputs if path is not None]
+    read = [place(path).expanduser() for path in inputs if path is not None]
     names, files = {path.resolve() for path in read}, {found for path in read if (found := _file(path))}
     for path in outputs:
         if path is None or not (path.is_file() or not os.path.lexists(path)):
@@ -249,4 +250,4 @@ def write_json(path: Path, values: Any) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     sys.stdout.flush()  # of `--json /dev/stdout` what was printed before comes first
-    write_file(path, content)
+    write(path, content)

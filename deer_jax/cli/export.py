@@ -9,6 +9,7 @@ from deer_jax.checkpoints.export import export, is_exported
 from deer_jax.cli.common import ConfigOptions
 from deer_jax.cli.options import Source, parse
 from deer_jax.cli.progress import say
+from deer_jax.stores import folder_bytes
 
 EXAMPLE = "deer-jax export --source runs/mine --output models/mine"
 
@@ -39,5 +40,4 @@ def run(argv: Sequence[str]) -> None:
         say(f"{options.output}: is complete, nothing to do")
         return
     folder = export(options.source, options.output, **how)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    say(f"{folder}: {size / 1e6:,.1f} MB")
+    say(f"{folder}: {folder_bytes(folder) / 1e6:,.1f} MB")

@@ -25,6 +25,7 @@ from deer_jax.config import nearest
 from deer_jax.errors import InputError, one_line
 from deer_jax.formats import read_yaml
 from deer_jax.sharding import MeshShape
+from deer_jax.stores import place
 
 Options = TypeVar("Options")
 Source = NewType("Source", str)  # a path, or what else names a model: a hub id, NAME=PATH
@@ -190,7 +191,10 @@ def _mesh(text: str) -> MeshShape:
 
 
 def _path(text: str) -> Path:
-    return Path(_source(text))
+    try:
+        return place(_source(text))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _source(text: str) -> Source:

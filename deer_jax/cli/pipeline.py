@@ -24,8 +24,11 @@ from deer_jax.cli.processes import ProcessOptions
 from deer_jax.cli.progress import say, silent
 from deer_jax.config import nearest
 from deer_jax.errors import InputError, RunError
-from deer_jax.files import Lock, disk_error
+from deer_jax.files import disk_error
 from deer_jax.formats import json_bytes, parse_json, read_bytes, read_yaml
+from deer_jax.spools import Guard
+from deer_jax.spools import lock as lock_of
+from deer_jax.stores import exists, is_store, names, place
 
 EXAMPLE = "deer-jax pipeline --steps configs/quickstart.yaml --output runs/quickstart"
 VERBS = {"pretrain": "--recipe", "answers": "--config", "align": "--recipe", "bench": "--config", "export": "--config"}
@@ -52,7 +55,7 @@ def run(argv: Sequence[str]) -> None:
     options.join()
     steps = read_steps(options.steps, options.output)
     processes.same({"steps": steps})
-    lock = Lock(options.output, inside=True)
+    lock = lock_of(options.output, inside=True)
     with contextlib.ExitStack() as held:
 
         def claim() -> str:
@@ -88,7 +91,7 @@ def tell(text: str) -> None:
         say(text)
 
 
-def write(lock: Lock, path: Path, text: str) -> None:
+def write(lock: Guard, path: Path, text: str) -> None:
     """A file in the folder that is locked."""
     lock.check()
     write_text(path, text)
@@ -134,7 +137,7 @@ def read_steps(path: Path, output: Path) -> list[tuple[str, dict[str, Any]]]:
             raise InputError(f"{where}: {verb} must have keys and values, got {shown(given)}")
         options = filled(given, str(output), f"{where}: {verb}")
         own = (output.absolute(), (output / STATE).absolute())
-        if any(Path(text).absolute() in own for text in outputs(options)):
+        if any(place(text).absolute() in own for text in outputs(options)):
             raise InputError(f"{where}: {verb} would write over the pipeline's own; name one in it: {FOLDER}/run")
         found.append((str(verb), options))
     if not found:
@@ -169,7 +172,7 @@ def outputs(values: Mapping[str, Any]) -> list[str]:
 def check_folder(output: Path) -> None:
     """Refuse a folder that holds something and is no pipeline's: its files would be written over."""
     try:
-        found = sorted(entry.name for entry in output.iterdir()) if output.exists() else []
+        found = names(output) if is_store(output) or output.exists() else []
     except OSError as error:
         raise disk_error(output, error) from None
     others = [name for name in found if not name.startswith(".")]
@@ -180,17 +183,18 @@ def check_folder(output: Path) -> None:
 def begin(output: Path, steps: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     """Make the folder that of a pipeline; the steps that are done in it, up to the first of which an output is gone."""
     state = output / STATE
-    done = read_state(state) if os.path.lexists(state) else []
+    begun = STATE in names(output)
+    done = read_state(state) if begun else []
     for number, (before, (verb, values)) in enumerate(zip(done, steps, strict=False)):
         if (before["verb"], before["options"]) != (verb, values):
             raise InputError(
                 f"{output}: its step {number + 1}, {before['verb']}, was done with other options; name another output, "
                 f"or remove it and those behind it from {state}"
             )
-        if not all(Path(text).expanduser().exists() for text in outputs(values)):
+        if not all(exists(place(text).expanduser()) for text in outputs(values)):
             done = done[:number]
             break
-    if not state.exists():
+    if not begun:
         write_json(state, done)
     return done[: len(steps)]
 

@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 
 from deer_jax.data.answers import MOST_LINE
 from deer_jax.errors import InputError, RunError
-from deer_jax.files import Lock, disk_error, replaceable, write_file
+from deer_jax.files import disk_error, replaceable, write_file
 from deer_jax.formats import json_bytes, parse_json, read_json
+from deer_jax.spools import Spool, lock
+from deer_jax.stores import is_store, names, place
 
+PUT_EVERY = 60.0  # seconds between two copies of the file to a store, which takes it as a whole each time
 STATE = ".state.json"  # behind the name of a file: what is kept beside it of the run that makes it
 # What a run is known by that nobody can read: how a line says that it differs.
 UNREADABLE = {
@@ -41,11 +44,15 @@ def state_path(output: Path) -> Path:
 
 def read_state(output: str | Path) -> State | None:
     """The state of the run that makes an output, None before it has begun. InputError for what cannot go on."""
-    output = Path(output)
+    output = place(output)
+    path, special = state_path(output), False
     try:
-        special = replaceable(output) == "special"
-        path = state_path(output)
-        exists, begun = os.path.lexists(output), os.path.lexists(path)
+        if is_store(output):
+            there = names(output.parent)
+            exists, begun = output.name in there, path.name in there
+        else:
+            special = replaceable(output) == "special"
+            exists, begun = os.path.lexists(output), os.path.lexists(path)
     except (OSError, ValueError) as error:
         raise error if isinstance(error, InputError) else disk_error(output, error) from None
     if special:
@@ -113,7 +120,7 @@ class AnswerWriter:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = place(path)
         self.state = state_path(self.path)
         self.items: set[int] = set()
         self.running: dict[int, list[int]] = {}
@@ -123,7 +130,10 @@ class AnswerWriter:
         """InputError for an output that another process writes, or that cannot go on; nothing was written then."""
         read_state(self.path)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(Lock(self.path))
+            self._spool = Spool(self.path.parent, stack.enter_context(lock(self.path)))
+            self._spool.pull(self.path.name, self.state.name)
+            stack.push(self._put_all)
+            self._file = self._spool.path / self.path.name
             self._before = read_state(self.path)
             self._open = stack.pop_all()
         now = datetime.datetime.now().replace(microsecond=0)
@@ -132,7 +142,12 @@ class AnswerWriter:
         return self
 
     def __exit__(self, *error) -> None:
-        self._open.close()
+        self._open.__exit__(*error)
+
+    def _put_all(self, kind: type[BaseException] | None, *error) -> None:
+        """What a store does not have yet; where something went wrong before, that is what is said."""
+        with contextlib.suppress(*(() if kind is None else (InputError, RunError))):
+            self._spool.put(self.path.name, self.state.name)
 
     def begin(
         self,
@@ -156,7 +171,7 @@ class AnswerWriter:
         if self._before is None or self._before.size == 0:
             flags |= os.O_CREAT
         try:
-            self._descriptor = os.open(self.path, flags, 0o666)
+            self._descriptor = os.open(self._file, flags, 0o666)
         except FileNotFoundError:
             raise InputError(f"{self.path}: is gone, of which {self.state.name} says that it can go on; "
                              f"bring it back, or remove {self.state.name} to begin again") from None  # fmt: skip
@@ -169,23 +184,25 @@ class AnswerWriter:
             if any(item not in items for item in self.running):
                 raise InputError(f"{self.state}: is not the state of this run; {_remedy(self.path)}")
         self.save([], {})
+        self._spool.put(self.state.name, self.path.name)  # a file without its state would be refused
 
     def save(self, records: Sequence[Mapping[str, Any]], running: Mapping[int, list[int]]) -> None:
         """Append finished records, each with its "item", and replace what is known of those that run.
 
-        Both are on the disk when this returns. RunError for a full disk, or where something else has changed the file;
-        what was saved before is kept.
+        Both are on the disk when this returns; a store has them within PUT_EVERY seconds. RunError for a full disk, or
+        where something else has changed the file; what was saved before is kept.
         """
         self._append(b"".join(json_bytes(record) for record in records))
         finished = {record["item"] for record in records}
         self.items |= finished
         self.running = {item: tokens for item, tokens in {**self.running, **running}.items() if item not in finished}
         self._save_state()
+        self._spool.put(self.path.name, self.state.name, every=PUT_EVERY)
 
     def _append(self, content: bytes) -> None:
         ours = os.fstat(self._descriptor)
         try:
-            there = os.lstat(self.path)
+            there = os.lstat(self._file)
         except OSError:
             there = None
         if there is None or (there.st_dev, there.st_ino, there.st_size) != (ours.st_dev, ours.st_ino, self._size):
@@ -210,7 +227,7 @@ class AnswerWriter:
             "settings": self._settings, "running": {str(item): tokens for item, tokens in self.running.items()},
             "size": self._size, "sha256": self._hash.hexdigest(), "begun": self.begun.isoformat(), "files": self.files,
         }  # fmt: skip
-        write_file(self.state, json_bytes(values | {"checksum": _checksum(values)}))
+        write_file(self._spool.path / self.state.name, json_bytes(values | {"checksum": _checksum(values)}))
 
     def _check(self, theirs: Mapping[str, Any]) -> None:
         differ = [

@@ -18,6 +18,7 @@ import numpy as np
 from deer_jax.digests import Stamp
 from deer_jax.errors import InputError, RunError
 from deer_jax.formats import open_file, parse_json, unreadable
+from deer_jax.stores import local_file, names, place
 
 MOST_LINE = 2**26  # bytes; an answer that fills a context of a million tokens has some eight million
 # How a line of `answers` begins; no text in it can look like this, as its quotes would be escaped.
@@ -37,7 +38,7 @@ def shard_numbers(output: Path, ending: str = "") -> list[int]:
     whose names go on with `ending`."""
     name = re.compile(f"{re.escape(output.stem)}\\.shard-([1-9][0-9]{{0,5}}){re.escape(output.suffix + ending)}")
     try:
-        found = [name.fullmatch(each) for each in os.listdir(output.absolute().parent)]
+        found = [name.fullmatch(each) for each in names(output.absolute().parent)]
     except (OSError, ValueError):  # who reads or writes the output will say so
         return []
     return sorted(int(each[1]) for each in found if each)
@@ -51,8 +52,9 @@ class AnswerFiles:
     output's rows are in the order of its lines.
 
     Attributes:
-      paths: of the files, an output's shards behind it.
-      stamps: the files as they were when the offsets were found; a file that has changed since is a RunError.
+      paths: of the files as they are named, an output's shards behind it.
+      stamps: the files, or the copies here of those on a store, as they were when the offsets were found;
+        a file that has changed since is a RunError.
     """
 
     def __init__(self, paths: Sequence[str | Path], *, vocab_size: int, tokenizer: str | None = None):
@@ -61,12 +63,13 @@ class AnswerFiles:
         vocab_size: of the target; ids beyond it are refused.
         tokenizer: fingerprint of the target's; records that carry another are refused.
         """
-        outputs = [[Path(path), *(shard_path(Path(path), i) for i in shard_numbers(Path(path)))] for path in paths]
+        outputs = [[path, *(shard_path(path, i) for i in shard_numbers(path))] for path in map(place, paths)]
         self.paths = [path for output in outputs for path in output]
         self._output = [number for number, output in enumerate(outputs) for _ in output]  # of each file
         self._vocab_size, self._tokenizer = vocab_size, tokenizer
-        _check_distinct(self.paths)
-        self.stamps = [Stamp.of(path) for path in self.paths]
+        local = [Path(local_file(path)) for path in self.paths]
+        _check_distinct(local)
+        self.stamps = [Stamp.of(path) for path in local]
         self._lines, items = zip(*map(_scan, self.paths), strict=True) if self.paths else ((), ())
         self._first = np.cumsum([0, *(len(ends) for ends in self._lines)]).tolist()  # number of each file's first line
         self._kept = np.concatenate([np.zeros(0, int), *self._orders(items)])  # line, of all files, by number
@@ -115,7 +118,7 @@ class AnswerFiles:
         if ends[line] - start > MOST_LINE:
             raise InputError(f"{where}: a line of {ends[line] - start:,} bytes is no answer")
         try:
-            with os.fdopen(open_file(path), "rb") as stream:
+            with os.fdopen(open_file(self.stamps[file].path), "rb") as stream:
                 if not self.stamps[file].is_of(stream.fileno()):
                     raise RunError(f"{path}: was changed while it was in use; start again")
                 stream.seek(start)

@@ -33,6 +33,7 @@ from deer_jax.data.rows import read_rows
 from deer_jax.data.templates import check_name
 from deer_jax.errors import InputError, NotFiniteError, PromptError, RunError
 from deer_jax.formats import parse_json, parse_yaml
+from deer_jax.stores import place
 
 # The first of these whose fields a row has says what the row is.
 KINDS = (
@@ -109,7 +110,7 @@ def read_prompts(
     pattern = Pattern.parse(field) if field is not None and is_pattern(field) else None
     found: list[Prompt] = []
     cut = 0
-    for where, number, row in read_rows(Path(path)):
+    for where, number, row in read_rows(place(path)):
         try:
             if pattern is not None:
                 content = _checked(pattern.fill(row, where), "the pattern", row, where)

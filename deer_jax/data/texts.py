@@ -19,6 +19,7 @@ from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.errors import InputError
 from deer_jax.files import write_file
 from deer_jax.formats import json_bytes
+from deer_jax.stores import local_folder
 
 STDLIB = "stdlib"
 REPEATED = 0.5  # a document of which more lines than this share stand in earlier ones is a duplicate
@@ -90,7 +91,7 @@ def read_corpus(
 
 
 def _files(source: str) -> list[tuple[str, Path]]:
-    root = Path(sysconfig.get_path("stdlib")) if source == STDLIB else Path(source).expanduser()
+    root = Path(sysconfig.get_path("stdlib")) if source == STDLIB else local_folder(source).expanduser()
     if root.is_file():
         return [(root.name, root)]
     if not root.is_dir():

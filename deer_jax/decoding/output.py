@@ -11,6 +11,7 @@ from deer_jax import processes
 from deer_jax.data.answer_writer import STATE, AnswerWriter, state_path
 from deer_jax.data.answers import shard_numbers, shard_path
 from deer_jax.errors import InputError
+from deer_jax.stores import place
 
 Found = dict[int, tuple[set[int], dict[int, list[int]]]]  # of each shard, the items it answers and those that run
 
@@ -30,7 +31,7 @@ class Output:
 
     def __init__(self, path: str | Path, *, sharded: bool):
         """sharded: every process writes; otherwise the lead alone."""
-        self.path = Path(path)
+        self.path = place(path)
         self.state = state_path(self.path)
         self.items: set[int] = set()
         self.running: dict[int, list[int]] = {}

@@ -148,13 +148,16 @@ class ConditionedMethod(Trainable):
         return write_cache(state, fresh, seen.start, rows)
 
     def propose(self, params: Params, shared: Params, state: Any, row: Row, k: int, pick: Pick) -> tuple[Draft, Any]:
+        """Rows of a block see each other, so the pass has as many as in training even if fewer are drafted: with fewer
+        masks the first ones would say something else, and less (unless no row sees those behind it)."""
         with jax.named_scope("draft"):
-            start = row.length - 1
+            start, first = row.length - 1, self.reading.first
             anchor = jnp.take_along_axis(row.tokens, start[:, None], axis=1)
-            tokens = jnp.pad(anchor, ((0, 0), (0, k - 1 + self.reading.first)))
-            x = self._embed(shared, tokens, jnp.arange(tokens.shape[1])[None] > 0)
-            hidden = draft_block(self._bind(params), x, state, start)
-            scores = self._scores(shared, hidden[:, self.reading.first :])
+            rows = first + (k if all(self.shape.causal) else max(k, self.draft_length))
+            tokens = jnp.pad(anchor, ((0, 0), (0, rows - 1)))
+            x = self._embed(shared, tokens, jnp.arange(rows)[None] > 0)
+            hidden = draft_block(self._bind(params), x, state, start)[:, : first + k]
+            scores = self._scores(shared, hidden[:, first:])
         block = Block(hidden, scores, anchor[:, 0], shared.get("ids"))
         return self.head.draft(params.get(HEAD, {}), block, pick), state
 

@@ -21,30 +21,50 @@ class Seen(NamedTuple):
     """A block that the target has just read: a chunk of prompts, or in a round the anchor and the draft.
 
     The token that the target chose last in a round is committed, but not read yet: it is in `Row`, not in here.
+
+    Attributes:
+      tokens: int32 [R, T].
+      hidden: [R, T, n*D] outputs of the layers that the method taps, side by side; None without taps.
+      start: int32 [R] position of tokens[:, 0]; 0: a new row begins, and what it held is forgotten.
+      count: int32 [R] leading entries that stay; what lies behind them is padding, or a rejected draft.
+      first: all rows begin here; known when the program is made.
     """
 
-    tokens: jax.Array  # int32 [R, T]
-    hidden: jax.Array | None  # [R, T, n*D] outputs of the layers that the method taps, side by side; None without taps
-    start: jax.Array  # int32 [R] position of tokens[:, 0]; 0: a new row begins, and what it held is forgotten
-    count: jax.Array  # int32 [R] leading entries that stay; what lies behind them is padding, or a rejected draft
-    first: bool = False  # all rows begin here, known when the program is made
+    tokens: jax.Array
+    hidden: jax.Array | None
+    start: jax.Array
+    count: jax.Array
+    first: bool = False
 
 
 class Row(NamedTuple):
-    """What a drafter may see of the rows: their committed tokens."""
+    """What a drafter may see of the rows: their committed tokens.
 
-    tokens: jax.Array  # int32 [B, S]; row b holds length[b] committed tokens, scratch behind
-    length: jax.Array  # int32 [B]; the anchor is tokens[b, length[b] - 1]
-    prompt_index: jax.Array  # int32 [B] number of the row's prompt in the call
+    Attributes:
+      tokens: int32 [B, S]; row b holds length[b] committed tokens, scratch behind.
+      length: int32 [B]; the anchor is tokens[b, length[b] - 1].
+      prompt_index: int32 [B] number of the row's prompt in the call.
+    """
+
+    tokens: jax.Array
+    length: jax.Array
+    prompt_index: jax.Array
 
 
 class Draft(NamedTuple):
-    """Proposed tokens, and the distribution each was drawn from: dense, over some candidates, or a point mass."""
+    """Proposed tokens, and the distribution each was drawn from: dense, over some candidates, or a point mass.
 
-    tokens: jax.Array  # int32 [B, k]
-    log_q: jax.Array | None  # float32 [B, k, m]; None: each token was certain (point mass)
-    ids: jax.Array | None = None  # int32, broadcast to [B, k, m]: what log_q is of; None: of every id, m = V
-    finite: jax.Array | None = None  # bool [B], of the logits the tokens were picked from; None: there were none
+    Attributes:
+      tokens: int32 [B, k].
+      log_q: float32 [B, k, m]; None: each token was certain (point mass).
+      ids: int32, broadcast to [B, k, m]: what log_q is of; None: of every id, m = V.
+      finite: bool [B], of the logits that the tokens were picked from; None: there were none.
+    """
+
+    tokens: jax.Array
+    log_q: jax.Array | None
+    ids: jax.Array | None = None
+    finite: jax.Array | None = None
 
 
 def join(parts: Sequence[Draft]) -> Draft:

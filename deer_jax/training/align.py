@@ -36,6 +36,7 @@ from deer_jax.drafters.drafter import Drafter
 from deer_jax.errors import InputError, RunError
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params
+from deer_jax.stores import place
 from deer_jax.training.acceptance import Acceptance, measure, read_held_out, survey
 from deer_jax.training.loop import Batches, Progress, StagePlan, Trainer, TrainReport, Work, run_mesh, stage_seed
 from deer_jax.training.objectives import drafter_loss, reads_target
@@ -78,7 +79,7 @@ def align(
     """
     recipe = as_recipe(recipe)
     steps, show = sum(stage.steps for stage in recipe.stages), progress or (lambda *_: None)
-    with claimed(Path(recipe.output), to_mapping(recipe), kind=DRAFTER, essential=essential, verify=verify) as claim:
+    with claimed(place(recipe.output), to_mapping(recipe), kind=DRAFTER, essential=essential, verify=verify) as claim:
         inputs = read_inputs(recipe, claim, lambda note: show(0, steps, note))
         stages = [with_width(stage, inputs.drafter) for stage in recipe.stages]
         check(recipe, stages, inputs)

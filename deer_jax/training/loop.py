@@ -17,9 +17,10 @@ from deer_jax.build import Build
 from deer_jax.checkpoints.records import DamagedError
 from deer_jax.checkpoints.runs import Checkpoints, best_of
 from deer_jax.errors import InputError, RunError
-from deer_jax.files import Lock
 from deer_jax.models.transformer import Params
 from deer_jax.sharding import batch_placement, make_mesh, on_mesh
+from deer_jax.spools import Guard
+from deer_jax.stores import place
 from deer_jax.training.metrics import MetricsLog
 from deer_jax.training.objectives import Loss
 from deer_jax.training.recipe import RunSettings
@@ -134,13 +135,13 @@ class Trainer:
     """
 
     def __init__(
-        self, work: Work, settings: RunSettings, *, lock: Lock, show: Progress, should_stop: Callable[[], bool]
+        self, work: Work, settings: RunSettings, *, lock: Guard, show: Progress, should_stop: Callable[[], bool]
     ):
         """lock: of the run's folder."""
         self.work, self.settings, self.lock, self.show = work, settings, lock, show
         self.should_stop = processes.agreed(should_stop)
         self.share = processes.Share(batch_placement(work.mesh), settings.accumulate, settings.batch)
-        self.output, self.steps = Path(settings.output), sum(stage.steps for stage in work.stages)
+        self.output, self.steps = place(settings.output), sum(stage.steps for stage in work.stages)
         self.checkpoints = Checkpoints(self.output, keep=settings.keep, lock=lock)
         self.log: MetricsLog | None = None  # the lead's
         self.evaluations: dict[int, Any] = {}
@@ -180,7 +181,7 @@ class Trainer:
                 with on_mesh(self.work.mesh):
                     state = init_state(params, stage.optimizer, stage.steps)
             if step == 0 and self.work.evaluate_every and not self.checkpoints.newest_first():
-                self.checkpoints.begin(step, _parts(state), self.evaluate(step, state).score)
+                self.save(step, state, self.evaluate(step, state).score)
             step, state, stopped = self.run_stage(number, first, step, state)
             if stopped:
                 break
@@ -271,13 +272,19 @@ class Trainer:
                 note += f", {tokens / seconds:,.0f} tokens/s" if tokens else ""
                 if saved:
                     score = self.evaluate(step, state).score if measured else None
-                    self.show(step, self.steps, "writing a checkpoint")
-                    self.checkpoints.begin(step, _parts(state), score)
+                    self.save(step, state, score)
                 clock, untimed, before = _Clock(), 0, None
             self.show(step, self.steps, note)
             if stop:
                 return step, state, True
         return step, state, False
+
+    def save(self, step: int, state: TrainState, score: float | None) -> None:
+        """Begin to write a checkpoint, behind its metrics."""
+        self.show(step, self.steps, "writing a checkpoint")
+        if self.log is not None:
+            self.log.put()
+        self.checkpoints.begin(step, _parts(state), score)
 
     def evaluate(self, step: int, state: TrainState) -> Evaluated:
         """How good the parameters are, also written to the metrics."""

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from deer_jax.errors import InputError, RunError
-from deer_jax.files import Lock, disk_error, write_file
+from deer_jax.files import disk_error, write_file
 from deer_jax.formats import json_bytes, parse_json, read_bytes
+from deer_jax.spools import Guard, Spool
+from deer_jax.stores import local_file
 
 FILE, FOLDER = "metrics.jsonl", "tensorboard"
 MOST_BYTES = 2**32  # of metrics.jsonl: some ten million lines
+PUT_EVERY = 30.0  # seconds: as late a store shows the last line
 
 
 class MetricsLog:
@@ -24,7 +27,7 @@ class MetricsLog:
       tokens: text tokens read until the step that the run goes on from.
     """
 
-    def __init__(self, folder: Path, *, resumed_at: int, lock: Lock):
+    def __init__(self, folder: Path, *, resumed_at: int, lock: Guard):
         """resumed_at: step of the checkpoint that the run goes on from; -1 if there is none. lock: of the folder.
 
         Lines that are no metrics are dropped with a warning, but for a torn last one, of a run that was killed.
@@ -35,26 +38,29 @@ class MetricsLog:
 
         self.path, self._lock = folder / FILE, lock
         lock.check()
+        self._spool = Spool(folder, lock)
+        self._spool.pull(FILE)
+        local, board = self._spool.path / FILE, self._spool.path / FOLDER
         kept: list[dict[str, Any]] = []
-        if os.path.lexists(self.path):
-            content = read_bytes(self.path, most=MOST_BYTES)
+        if os.path.lexists(local):
+            content = read_bytes(local, most=MOST_BYTES)
             kept, foreign = _sound_lines(content)
             if foreign:
                 warnings.warn(f"{self.path}: {foreign} lines are no metrics and are dropped", stacklevel=6)
             kept = [line for line in kept if line["step"] <= resumed_at]
             sound = b"".join(json_bytes(line) for line in kept)
             if sound != content:
-                write_file(self.path, sound)
+                write_file(local, sound)
         self.tokens = max((line["tokens"] for line in kept if type(line.get("tokens")) is int), default=0)
         try:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-            (folder / FOLDER).mkdir(exist_ok=True)
+            board.mkdir(exist_ok=True)
             # Written in this thread: the usual writer of tensorboardX has one of its own, which hangs on a full disk.
             # A name of its own: two calls within one second would write the same file.
-            self._board = EventsWriter(str(folder / FOLDER / "events"), f".{secrets.token_hex(4)}")
+            self._board = EventsWriter(str(board / "events"), f".{secrets.token_hex(4)}")
             restart = SessionLog(status=SessionLog.START)
             self._board.write_event(Event(wall_time=time.time(), step=resumed_at + 1, session_log=restart))
-            self._file = os.fdopen(os.open(self.path, flags, 0o666), "ab")
+            self._file = os.fdopen(os.open(local, flags, 0o666), "ab")
         except OSError as error:
             raise self._refused(error) from None
 
@@ -65,9 +71,16 @@ class MetricsLog:
         try:
             self._file.close()
             self._board.close()
-        except OSError as failure:
+            if kind is None or not issubclass(kind, KeyboardInterrupt):  # a second one ends at once
+                self.put()
+        except (OSError, InputError, RunError) as failure:
             if error is None:  # otherwise it has been said already
-                raise self._refused(failure) from None
+                raise self._refused(failure) if isinstance(failure, OSError) else failure from None
+
+    def put(self) -> None:
+        """See to it that all that was written is there, also on a store: before a checkpoint, so that who goes on from
+        it finds the lines before it."""
+        self._spool.put(FILE, FOLDER)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line; its numbers also go to TensorBoard, those of inner mappings as `outer/inner`."""
@@ -85,6 +98,7 @@ class MetricsLog:
                         summary = scalar(name if key is None else f"{name}/{key}", number)
                         self._board.write_event(Event(wall_time=time.time(), step=step, summary=summary))
             self._board.flush()
+            self._spool.put(FILE, every=PUT_EVERY)
         except OSError as error:
             raise self._refused(error) from None
 
@@ -109,5 +123,5 @@ def _sound_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a torn last one, of a run that was killed, does not count."""
-    lines = (folder / FILE).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = Path(local_file(folder / FILE)).read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -54,6 +54,8 @@ def read_text(config: ModelConfig, params: Params, tokens, taps: tuple[int, ...]
 class Objective:
     """What a stage minimises: a sum of losses, each with a weight, at the tokens that are to be predicted.
 
+    Where a recipe has `loss`, `ce` is 0 unless it is named there.
+
     Attributes:
       ce, kl, tv, lk_alpha, lk_lambda: weights of a row's losses, see `losses.Mix`. `ce` alone reads nothing but the
         texts (the paper); the others read the target's distributions, which it computes anew in every step.

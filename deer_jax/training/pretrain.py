@@ -8,7 +8,6 @@ run has (see `checkpoints.runs`), beginnings of paragraphs as prompt files: `pro
 import dataclasses
 import hashlib
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +38,8 @@ from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.errors import InputError
 from deer_jax.models.transformer import Params, abstract_params, init_params, logical_axes
 from deer_jax.sharding import on_mesh, placements
+from deer_jax.spools import Spool
+from deer_jax.stores import names, place
 from deer_jax.training.loop import Batches, Progress, StagePlan, Trainer, TrainReport, Work, run_mesh, stage_seed
 from deer_jax.training.objectives import next_token_loss
 from deer_jax.training.recipe import INESSENTIAL, PretrainRecipe, as_pretrain_recipe, pretrain_recipe_from, to_mapping
@@ -103,7 +104,7 @@ def pretrain(
       RunError: a full disk, a loss that is not finite, no checkpoint that can be read, the output removed meanwhile.
     """
     recipe = as_pretrain_recipe(recipe)
-    output, show = Path(recipe.output), progress or (lambda *_: None)
+    output, show = place(recipe.output), progress or (lambda *_: None)
     with claimed(output, to_mapping(recipe), kind=TARGET, essential=essential, verify=verify) as claim:
         mesh = run_mesh(recipe)
         build = Build.here(mesh, recipe.dtype)
@@ -114,10 +115,10 @@ def pretrain(
             left_out = f"{len(corpus.duplicates)} texts mostly repeat others and are left out: {names}"
             warnings.warn(left_out, stacklevel=2)
         claim.settle(identity(corpus, build), lambda folder: describe(folder, recipe, corpus, show))
-        tokenizer = Tokenizer.load(output / TARGET)
+        tokenizer = Tokenizer.load(claim.spool.path / TARGET)
         if tokenizer is None:
             raise InputError(f"{output / TARGET}: has no tokenizer any more; name another output")
-        processes.led(lambda: write_openings(output, recipe, corpus, tokenizer))
+        processes.led(lambda: write_openings(claim.spool, recipe, corpus, tokenizer))
         show(0, recipe.steps, "reading the texts as tokens")
         run = Trainer(
             work_of(recipe, corpus, tokenizer, mesh, build), recipe, lock=claim.lock, show=show,
@@ -127,19 +128,20 @@ def pretrain(
     return PretrainReport(**vars(report), evaluations=run.evaluations)
 
 
-def write_openings(output: Path, recipe: PretrainRecipe, corpus: Corpus, tokenizer: Tokenizer) -> None:
+def write_openings(spool: Spool, recipe: PretrainRecipe, corpus: Corpus, tokenizer: Tokenizer) -> None:
     """The prompt files, where they are not there yet."""
-    room = PROMPT_SHARE * recipe.model.context
+    room, there = PROMPT_SHARE * recipe.model.context, names(spool.folder)
     for name, texts, count in (
         (PROMPTS, corpus.training, recipe.prompts),
         (HELD_OUT, corpus.held_out, HELD_OUT_PROMPTS),
     ):
-        if texts and not os.path.lexists(output / name):
+        if texts and name not in there:
             found = passages(
                 texts, count=count, most=PROMPT_LINES, seed=recipe.seed,
                 fits=lambda text: len(tokenizer.encode(text)) <= room,
             )  # fmt: skip
-            write_prompts(output / name, found)
+            write_prompts(spool.path / name, found)
+            spool.put(name)
 
 
 def identity(corpus: Corpus, build: Build) -> dict[str, Any]:

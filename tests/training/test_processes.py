@@ -68,10 +68,10 @@ def start(path, environment, number, where, *more, count=2):
 
 
 @contextlib.contextmanager
-def two(values, environment):
+def two(values, environment, *more):
     """Both processes of a run; they are gone when the block ends."""
     path, where = runs.write(values), address()
-    started = [start(path, environment, number, where) for number in (0, 1)]
+    started = [start(path, environment, number, where, *more) for number in (0, 1)]
     try:
         yield started
     finally:
@@ -158,6 +158,29 @@ def test_sigterm_at_one_ends_both_with_a_checkpoint_that_one_process_goes_on_fro
     assert all(f"terminated: step {steps[-1]} of 12 is written to" in each for each in said)
     assert align(values).finished
     assert_close(runs.everything(values), steps_of(alone))
+
+
+def test_two_processes_write_a_run_on_an_object_store_together(folder, together, environment, bucket, tmp_path):
+    """SIGTERM at one, and the next start goes on; the inputs are on the store too."""
+    bucket.put_tree(folder / "target", "in/target")
+    bucket.put("in/answers.jsonl", (folder / "answers.jsonl").read_bytes())
+    changes = {"target": "in/target", "answers": "in/answers.jsonl", "output": "run"}
+    more = [f"--set={name}={bucket.url}/{value}" for name, value in changes.items()]
+    names = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "HOME")
+    environment = environment | {name: os.environ[name] for name in names}
+    values = recipe(folder, "on_store", checkpoint_every=1)  # each takes so long that the signal comes in between
+    with two(values, environment, *more) as started:
+        while "run/checkpoints/1/checkpoint.json" not in bucket.names() and started[0].poll() is None:
+            time.sleep(0.01)
+        started[1].send_signal(signal.SIGTERM)
+        codes, said = ended(started)
+    assert codes == [143, 143], said
+    assert all(f"is written to {bucket.url}/run; the same command goes on from it" in each for each in said)
+    with two(values, environment, *more) as started:
+        codes, said = ended(started)
+    assert codes == [0, 0], said
+    found = values | {"output": str(bucket.get_tree("run", tmp_path))}
+    runs.assert_same_run(runs.everything(found), steps_of(together[0]))
 
 
 def test_processes_with_different_recipes_are_refused(folder, environment, tmp_path):
