@@ -56,7 +56,7 @@ def method_from(values: Mapping[str, Any], where: str) -> ConditionedMethod:
         if values.get(key) not in (None, False):
             raise InputError(f"{where}: {key} is not supported for DFlash")
     draft = {key: nested[key] if nested.get(key) is not None else values.get(key) for key in KEYS}
-    shape = shape_from(values, where)
+    shape = shape_from({**values, "model_type": "qwen3"}, where)  # the package reads any as one of Qwen3
     layers = shape["layers"]
     if draft["target_layer_ids"] is not None:
         taps = ids_in(draft, "target_layer_ids", where)

@@ -139,6 +139,8 @@ def test_drafters_of_text_alone_have_our_layout_only(target, tmp_path):
         deer_jax.save_drafter(tmp_path / "no", drafter, layout="dflash", target=target)
     with pytest.raises(InputError, match=r"\Alayout must be one of deer_jax, dflash, speculators, got 'zlab'"):
         deer_jax.save_drafter(tmp_path / "no", drafter, layout="zlab", target=target)
+    with pytest.raises(InputError, match=r"the drafter reads its target; config is for drafters that read text alone"):
+        deer_jax.load_drafter(GOLDEN / "zlab-dflash", target=target, config=deer_jax.DrafterConfig())
 
 
 FILL = ConditionedReading(taps=(1, 4), mask=63, draft_length=7)
@@ -333,11 +335,29 @@ def test_names_of_other_writers_are_read(target, tmp_path):
     def flat(values, tensors):
         values |= values.pop("dflash_config")
         values["rope_theta"] = values.pop("rope_parameters")["rope_theta"]
+        values["model_type"] = "llama"
 
     folder = changed("zlab-dflash2", tmp_path / "flat", flat)
     same_drafter(
         deer_jax.load_drafter(folder, target=target), deer_jax.load_drafter(GOLDEN / "zlab-dflash2", target=target)
     )
+
+
+def test_a_drafter_may_have_another_dtype_than_its_target():
+    config = dataclasses.replace(TARGET, layers=5)
+    target = Target(config=config, params=random_params(config, scan=False))
+    half = dataclasses.replace(target, params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), target.params))
+    found = {}
+    for name, beside, dtype in (
+        ("both", target, "float32"),
+        ("drafter", target, "bfloat16"),
+        ("target", half, "float32"),
+    ):
+        drafter = deer_jax.load_drafter(GOLDEN / "zlab-dflash-no-window", target=beside, dtype=dtype)
+        found[name] = np.delete(np.asarray(drafter.draft_logits(beside, [[3, 4]], [5])), 63, axis=-1)
+    spread = found["both"].std()
+    assert np.abs(found["drafter"] - found["both"]).max() < 0.1 * spread
+    assert np.abs(found["target"] - found["both"]).max() < 0.1 * spread
 
 
 def test_the_mask_is_no_ordinary_token_of_the_target(tmp_path):
