@@ -69,7 +69,7 @@ def begun(name: str, rng: np.random.Generator) -> tuple[Drafter, dict[str, np.nd
     ids = None if reading.draft_vocab is None else IDS
     drafter = conditioned_drafter(target_of(given), reading, layers=2, head=head, ids=ids, **shape)
     params = jax.tree.map(  # those that begin as zeros and ones too
-        lambda x: jnp.asarray(x + 0.2 * rng.normal(size=x.shape).astype(np.float32)), drafter.params
+        lambda x: jnp.asarray(x + 0.1 * rng.normal(size=x.shape).astype(np.float32)), drafter.params
     )
     for i, length in enumerate((3, 11)):
         given[f"states_{i}"] = rng.normal(size=(2, length, 64)).astype(np.float32)

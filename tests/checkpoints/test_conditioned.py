@@ -343,23 +343,6 @@ def test_names_of_other_writers_are_read(target, tmp_path):
     )
 
 
-def test_a_drafter_may_have_another_dtype_than_its_target():
-    config = dataclasses.replace(TARGET, layers=5)
-    target = Target(config=config, params=random_params(config, scan=False))
-    half = dataclasses.replace(target, params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), target.params))
-    found = {}
-    for name, beside, dtype in (
-        ("both", target, "float32"),
-        ("drafter", target, "bfloat16"),
-        ("target", half, "float32"),
-    ):
-        drafter = deer_jax.load_drafter(GOLDEN / "zlab-dflash-no-window", target=beside, dtype=dtype)
-        found[name] = np.delete(np.asarray(drafter.draft_logits(beside, [[3, 4]], [5])), 63, axis=-1)
-    spread = found["both"].std()
-    assert np.abs(found["drafter"] - found["both"]).max() < 0.1 * spread
-    assert np.abs(found["target"] - found["both"]).max() < 0.1 * spread
-
-
 def test_the_mask_is_no_ordinary_token_of_the_target(tmp_path):
     words = {f"w{i}": i for i in range(62)} | {"<mask>": 62}
     fast = Fast(models.WordLevel(words, unk_token="w0"))

@@ -157,6 +157,15 @@ def test_a_public_folder_answers_as_its_package_does(case, tmp_path):
     assert max(found.values()) < 1e-4, found  # false for NaN
 
 
+def test_a_drafter_may_have_another_dtype_than_its_target():
+    given = dict(np.load(GOLDEN / "zlab-dflash-no-window" / "golden.npz"))
+    whole = target_of(given)
+    half = dataclasses.replace(whole, params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), whole.params))
+    for target, dtype in ((whole, "bfloat16"), (half, "float32")):
+        drafter = deer_jax.load_drafter(GOLDEN / "zlab-dflash-no-window", target=target, dtype=dtype)
+        assert differences(drafter, given)["logits"] < 0.15  # of values up to 6
+
+
 @pytest.mark.parametrize("case", ["zlab-decode", "zlab-decode2"])
 def test_decoding_goes_as_with_the_package(case):
     """The same blocks are drafted, and as many tokens of them accepted. The package's first new token comes without a
