@@ -1,8 +1,8 @@
 """Drafters from and to Hugging Face folders, and from the folders of alignment runs.
 
 The folder of a drafter that reads text alone is that of its backbone, plus a `deer_jax` section in config.json (see
-`DrafterConfig`) and one more tensor, mask and separator. The public open-dCoder layout has neither: its mask is a row of
-the embedding. Those of drafters that read their target are in `conditioned`.
+`DrafterConfig`) and one more tensor, mask and separator. The public open-dCoder layout has neither: its mask is a row
+of the embedding. Those of drafters that read their target are in `conditioned`.
 """
 
 import dataclasses

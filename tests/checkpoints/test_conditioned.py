@@ -343,6 +343,16 @@ def test_names_of_other_writers_are_read(target, tmp_path):
     )
 
 
+def test_speculators_llama_layers_are_those_of_qwen3(target, tmp_path):
+    def change(values, tensors):
+        values["transformer_layer_config"] |= {"model_type": "llama", "head_dim": None}
+        del values["speculators_config"]
+
+    folder = changed("speculators-dspark", tmp_path / "folder", change)
+    plain = deer_jax.load_drafter(GOLDEN / "speculators-dspark", target=target)
+    same_drafter(deer_jax.load_drafter(folder, target=target), plain)
+
+
 def test_the_mask_is_no_ordinary_token_of_the_target(tmp_path):
     words = {f"w{i}": i for i in range(62)} | {"<mask>": 62}
     fast = Fast(models.WordLevel(words, unk_token="w0"))
