@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as Fast
 from tokenizers import models
 
 import deer_jax
+from deer_jax.checkpoints.conditioned import target_in
 from deer_jax.checkpoints.drafters import drafter_shapes
 from deer_jax.cli import export as cli
 from deer_jax.config import ConditionedConfig
@@ -131,6 +132,13 @@ def test_a_run_is_exported_in_the_layouts_that_can_say_its_drafter(run, tmp_path
     assert (tmp_path / "cli" / "model.safetensors").read_bytes() == (
         tmp_path / "speculators" / "model.safetensors"
     ).read_bytes()
+
+
+def test_a_target_is_named_by_its_hub_id_or_its_path(run, tmp_path):
+    hub = tmp_path / "models--an-owner--Its-Name" / "snapshots" / "0123"
+    shutil.copytree(run / "target", hub)
+    assert target_in(hub).name == "an-owner/Its-Name"
+    assert target_in(run / "target").name == str(run / "target")
 
 
 def test_drafters_of_text_alone_have_our_layout_only(target, tmp_path):
