@@ -169,7 +169,8 @@ def _check_mask(method: ConditionedMethod, target: Target) -> None:
 def describe(method: ConditionedMethod, ids: Sequence[int] | None, dtype, stop_ids: Sequence[int]) -> dict[str, Any]:
     """A config.json of our own layout."""
     section = method.section() | ({} if ids is None else {"ids": np.asarray(ids).tolist()})
-    return write_config(method.shape, dtype, stop_ids=stop_ids) | {"architectures": [ARCHITECTURE], SECTION: section}
+    own = {"architectures": [ARCHITECTURE], "attention_bias": method.shape.o_bias, SECTION: section}
+    return write_config(method.shape, dtype, stop_ids=stop_ids) | own
 
 
 def write_drafter(
