@@ -358,6 +358,7 @@ def test_speculators_llama_layers_are_those_of_qwen3(target, tmp_path):
 
     folder = changed("speculators-dspark", tmp_path / "folder", change)
     plain = deer_jax.load_drafter(GOLDEN / "speculators-dspark", target=target)
+    assert plain.method.taps == (0, 2)  # of the package's list 1 and 3, which begins with the embedding's output
     same_drafter(deer_jax.load_drafter(folder, target=target), plain)
 
 
