@@ -18,7 +18,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 WINDOW, LONGEST = 4096, 32768  # what Qwen3's configuration in transformers has where a file says nothing
 
 _LAYERS = {name: key.removeprefix("model.") for keys in KEYS.values() for name, key in keys.items() if "{i}" in key}
-BACKBONE = _LAYERS | {
+BACKBONE_KEYS = _LAYERS | {
     "fc": "fc.weight",
     "hidden_norm": "hidden_norm.weight",
     "norm": "norm.weight",
@@ -28,7 +28,7 @@ BACKBONE = _LAYERS | {
     "mlp_conv_base": "layers.{i}.mlp_conv.base_kernel",
     "mlp_conv_projection": "layers.{i}.mlp_conv.kernel_projection.weight",
 }
-HEADS = {
+HEAD_KEYS = {
     "predecessor": "candidate_selector.predecessor_codebook",
     "successor": "candidate_selector.successor_codebook",
     "projection": "candidate_selector.hidden_projection.weight",
@@ -53,14 +53,14 @@ class ItsTarget(NamedTuple):
 
 def prefix_of(found: Collection[str]) -> str:
     """What stands before all names, by the keys of a folder."""
-    return PREFIX if f"{PREFIX}{BACKBONE['fc']}" in found else ""
+    return PREFIX if f"{PREFIX}{BACKBONE_KEYS['fc']}" in found else ""
 
 
 def drafter_slots(method: ConditionedMethod, found: Collection[str] = ()) -> dict[str, Slot]:
     """The tensors of a drafter by key. found: the keys of its folder, whose spelling of names is followed."""
     shape, head, prefix = method.shape, method.head_weights(), prefix_of(found)
-    backbone = {name: prefix + key for name, key in BACKBONE.items()}
-    heads = {name: prefix + key for name, key in HEADS.items()}
+    backbone = {name: prefix + key for name, key in BACKBONE_KEYS.items()}
+    heads = {name: prefix + key for name, key in HEAD_KEYS.items()}
     for name in ("predecessor", "successor"):
         if heads[name] + CODEBOOK in found:
             heads[name] += CODEBOOK

@@ -7,7 +7,7 @@ every drafter; the others are refused where they cannot.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ from deer_jax.models.transformer import Params
 SECTION, KIND = "deer_jax", "conditioned"
 ARCHITECTURE = "DeerJaxDrafter"  # no other library takes such a folder for a model of its own
 Layout = Literal["deer_jax", "dflash", "speculators"]
-LAYOUTS = ("deer_jax", "dflash", "speculators")
+LAYOUTS: tuple[str, ...] = get_args(Layout)
 SHARED = "shared"  # the group of the head of a reduced vocabulary, which is not a parameter
 
 Ids = tuple[int, ...]
@@ -113,7 +113,7 @@ def read_drafter(
         check_target(method, target.config, target.name)
         if package:
             speculators.check_taps(method, target.config.layers)
-        if not own:  # training looked through its texts
+        if not own:  # there training has looked for it in the texts
             _check_mask(method, target)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
@@ -169,7 +169,8 @@ def _check_mask(method: ConditionedMethod, target: Target) -> None:
 def describe(method: ConditionedMethod, ids: Sequence[int] | None, dtype, stop_ids: Sequence[int]) -> dict[str, Any]:
     """A config.json of our own layout."""
     section = method.section() | ({} if ids is None else {"ids": np.asarray(ids).tolist()})
-    return write_config(method.shape, dtype, stop_ids=stop_ids) | {"architectures": [ARCHITECTURE], SECTION: section}
+    own = {"architectures": [ARCHITECTURE], "attention_bias": method.shape.o_bias, SECTION: section}
+    return write_config(method.shape, dtype, stop_ids=stop_ids) | own
 
 
 def write_drafter(
@@ -217,7 +218,7 @@ def public_values(method: ConditionedMethod, layout: Layout, dtype, target: ItsT
     try:
         return write(method, dtype, target)
     except InputError as error:
-        raise InputError(f"layout {layout}: {error}") from None
+        raise InputError(f"layout {layout}: {error}; our own, deer_jax, says every drafter") from None
 
 
 def target_in(folder: Path) -> ItsTarget:

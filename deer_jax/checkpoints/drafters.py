@@ -1,7 +1,8 @@
 """Drafters from and to Hugging Face folders, and from the folders of alignment runs.
 
-A drafter's folder is that of its backbone, plus a `deer_jax` section in config.json (see `DrafterConfig`) and one more
-tensor, mask and separator. The public open-dCoder layout has neither: its mask is a row of the embedding.
+The folder of a drafter that reads text alone is that of its backbone, plus a `deer_jax` section in config.json (see
+`DrafterConfig`) and one more tensor, mask and separator. The public open-dCoder layout has neither: its mask is a row
+of the embedding. Those of drafters that read their target are in `conditioned`.
 """
 
 import dataclasses
@@ -72,9 +73,10 @@ def load_drafter(
 
     Args:
       source: a folder or hub id (see `load_target`): one this library saved, that of an alignment run (its best
-        checkpoint), one in the open-dCoder layout; or `from-target` (`from-target:0,2,4`): an untrained drafter with
-        the target's own weights, of all layers or of those listed; or `prompt-lookup`, which proposes what followed the
-        last time the text ended as it does now.
+        checkpoint), one in the layout of open-dCoder, of z-lab's dflash (DFlash, DFlash 2) or of speculators (dflash,
+        dflash2, dspark); or `from-target` (`from-target:0,2,4`): an untrained drafter with the target's own weights, of
+        all layers or of those listed; or `prompt-lookup`, which proposes what followed the last time the text ended as
+        it does now.
       dtype: "bfloat16" or "float32"; None is the target's.
       config: how the drafter reads, instead of what its folder says; a folder of a plain model needs it.
       progress: called with the bytes read so far and their total.

@@ -37,10 +37,13 @@ UNSUPPORTED = (
 
 def is_zlab(values: Mapping[str, Any]) -> bool:
     """Whether a config.json is of this layout."""
-    named = values.get("architectures")
-    if not isinstance(named, list) or not named:
-        return NESTED in values
-    return any(each in (FIRST, SECOND) for each in named)
+    found = _architectures(values)
+    return any(each in (FIRST, SECOND) for each in found) if found else NESTED in values
+
+
+def _architectures(values: Mapping[str, Any]) -> list[Any]:
+    found = values.get("architectures")
+    return found if isinstance(found, list) else []
 
 
 def method_from(values: Mapping[str, Any], where: str) -> ConditionedMethod:
@@ -53,7 +56,7 @@ def method_from(values: Mapping[str, Any], where: str) -> ConditionedMethod:
         if values.get(key) not in (None, False):
             raise InputError(f"{where}: {key} is not supported for DFlash")
     draft = {key: nested[key] if nested.get(key) is not None else values.get(key) for key in KEYS}
-    shape = shape_from(values, where)
+    shape = shape_from({**values, "model_type": "qwen3"}, where)  # the package reads any as one of Qwen3
     layers = shape["layers"]
     if draft["target_layer_ids"] is not None:
         taps = ids_in(draft, "target_layer_ids", where)
@@ -64,7 +67,7 @@ def method_from(values: Mapping[str, Any], where: str) -> ConditionedMethod:
     causal = sliding
     if values.get("is_causal") is not None:
         causal = (flag_of(values, "is_causal", where),) * layers
-    second = SECOND in (values.get("architectures") or [])
+    second = SECOND in _architectures(values)
     head, conv = Independent(), {}
     if second:
         conv = {

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from deer_jax.checkpoints.conditioned import Layout
 from deer_jax.checkpoints.export import export, is_exported
 from deer_jax.cli.common import ConfigOptions
 from deer_jax.cli.options import Source, parse
@@ -27,9 +28,7 @@ class Options(ConfigOptions):
     source: Annotated[Path, "the folder of the run: the output of its recipe", "FOLDER"]
     output: Annotated[Path, "the folder to make", "FOLDER"]
     dtype: Annotated[Literal["bfloat16", "float32"], "of the weights; values are rounded to it"] = "bfloat16"
-    layout: Annotated[
-        Literal["deer_jax", "dflash", "speculators"], "of a drafter that reads its target: ours, or a package's"
-    ] = "deer_jax"
+    layout: Annotated[Layout, "of a drafter that reads its target: ours, or a package's"] = "deer_jax"
     target: Annotated[Source | None, "its target, a folder or hub id: the packages' layouts name it", "SOURCE"] = None
 
 

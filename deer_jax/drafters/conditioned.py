@@ -144,7 +144,7 @@ class ConditionedMethod(Trainable):
 
     def observe(self, params: Params, shared: Params, state: Any, seen: Seen, rows) -> Any:
         """Keys and values of what the target has read; of what does not stay, they are written over later."""
-        fresh = context_kv(self._bind(params), seen.hidden, seen.start)
+        fresh = context_kv(self._bind(params), seen.hidden.astype(params["fc"].dtype), seen.start)
         return write_cache(state, fresh, seen.start, rows)
 
     def propose(self, params: Params, shared: Params, state: Any, row: Row, k: int, pick: Pick) -> tuple[Draft, Any]:
@@ -155,7 +155,7 @@ class ConditionedMethod(Trainable):
             anchor = jnp.take_along_axis(row.tokens, start[:, None], axis=1)
             rows = first + (k if all(self.shape.causal) else max(k, self.draft_length))
             tokens = jnp.pad(anchor, ((0, 0), (0, rows - 1)))
-            x = self._embed(shared, tokens, jnp.arange(rows)[None] > 0)
+            x = self._embed(shared, tokens, jnp.arange(rows)[None] > 0).astype(params["fc"].dtype)
             hidden = draft_block(self._bind(params), x, state, start)[:, : first + k]
             scores = self._scores(shared, hidden[:, first:])
         block = Block(hidden, scores, anchor[:, 0], shared.get("ids"))
@@ -171,6 +171,7 @@ class ConditionedMethod(Trainable):
 
     def _scores(self, shared: Params, hidden):
         """float32 [B, n, V'] of final states."""
+        hidden = hidden.astype(shared["head"].dtype)  # of the target, whose dtype may be another
         scores = constrain(logits(hidden, whole(shared["head"], ("vocab", "width"))), "batch", None, "vocab")
         scores = scores * self.reading.output_scale
         if self.reading.softcap is not None:

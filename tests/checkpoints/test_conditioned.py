@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as Fast
 from tokenizers import models
 
 import deer_jax
+from deer_jax.checkpoints.conditioned import target_in
 from deer_jax.checkpoints.drafters import drafter_shapes
 from deer_jax.cli import export as cli
 from deer_jax.config import ConditionedConfig
@@ -133,12 +134,21 @@ def test_a_run_is_exported_in_the_layouts_that_can_say_its_drafter(run, tmp_path
     ).read_bytes()
 
 
+def test_a_target_is_named_by_its_hub_id_or_its_path(run, tmp_path):
+    hub = tmp_path / "models--an-owner--Its-Name" / "snapshots" / "0123"
+    shutil.copytree(run / "target", hub)
+    assert target_in(hub).name == "an-owner/Its-Name"
+    assert target_in(run / "target").name == str(run / "target")
+
+
 def test_drafters_of_text_alone_have_our_layout_only(target, tmp_path):
     drafter = deer_jax.drafter_from_target(target, layers=(0,))
     with pytest.raises(InputError, match=r"\Alayout dflash: is for drafters that read their target"):
         deer_jax.save_drafter(tmp_path / "no", drafter, layout="dflash", target=target)
     with pytest.raises(InputError, match=r"\Alayout must be one of deer_jax, dflash, speculators, got 'zlab'"):
         deer_jax.save_drafter(tmp_path / "no", drafter, layout="zlab", target=target)
+    with pytest.raises(InputError, match=r"the drafter reads its target; config is for drafters that read text alone"):
+        deer_jax.load_drafter(GOLDEN / "zlab-dflash", target=target, config=deer_jax.DrafterConfig())
 
 
 FILL = ConditionedReading(taps=(1, 4), mask=63, draft_length=7)
@@ -333,11 +343,23 @@ def test_names_of_other_writers_are_read(target, tmp_path):
     def flat(values, tensors):
         values |= values.pop("dflash_config")
         values["rope_theta"] = values.pop("rope_parameters")["rope_theta"]
+        values["model_type"] = "llama"
 
     folder = changed("zlab-dflash2", tmp_path / "flat", flat)
     same_drafter(
         deer_jax.load_drafter(folder, target=target), deer_jax.load_drafter(GOLDEN / "zlab-dflash2", target=target)
     )
+
+
+def test_speculators_llama_layers_are_those_of_qwen3(target, tmp_path):
+    def change(values, tensors):
+        values["transformer_layer_config"] |= {"model_type": "llama", "head_dim": None}
+        del values["speculators_config"]
+
+    folder = changed("speculators-dspark", tmp_path / "folder", change)
+    plain = deer_jax.load_drafter(GOLDEN / "speculators-dspark", target=target)
+    assert plain.method.taps == (0, 2)  # of the package's list 1 and 3, which begins with the embedding's output
+    same_drafter(deer_jax.load_drafter(folder, target=target), plain)
 
 
 def test_the_mask_is_no_ordinary_token_of_the_target(tmp_path):

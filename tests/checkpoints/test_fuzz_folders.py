@@ -7,6 +7,7 @@ import random
 import shutil
 import struct
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ import deer_jax
 from deer_jax.checkpoints.huggingface import save_folder
 from deer_jax.errors import InputError, RunError
 from deer_jax.models.layers import inverse_frequencies
+from deer_jax.models.target import Target
 from tests.tiny import random_params, tiny
 
+GOLDEN = Path(__file__).parent.parent / "drafters" / "golden"
 DEEP = "DEEP"  # stands for a nesting that json.dumps refuses to write
 VALUES = [
     None, True, False, 0, 1, -1, 2, 7, 2**31, 2**31 - 1, 2**53, 10**9, 10**400, -(10**30), 0.0, -0.0, 0.5, 1e-30, 1e30,
@@ -191,6 +194,32 @@ def test_sections_of_drafters(folders, target, tmp_path):
         values = good | {"deer_jax": section if rng.random() < 0.9 else rng.choice(VALUES)}
         (folder / "config.json").write_bytes(written(values))
         outcome(f"seed {seed}: {values['deer_jax']}", lambda: deer_jax.load_drafter(folder, target=target))
+
+
+@pytest.mark.parametrize("case", ["zlab-dflash2", "zlab-dflash-sliding", "speculators-dspark-gated", "ours"])
+def test_configurations_of_conditioned_drafters(tmp_path, case):
+    config = tiny("qwen3", vocab_size=64, layers=8, mlp_width=16)
+    target = Target(config=config, params=random_params(config, scan=False))
+    source = GOLDEN / ("speculators-dspark-gated" if case == "ours" else case)
+    folder = shutil.copytree(source, tmp_path / "drafter")
+    if case == "ours":
+        deer_jax.save_drafter(tmp_path / "ours", deer_jax.load_drafter(source, target=target))
+        folder = tmp_path / "ours"
+    good = json.loads((folder / "config.json").read_text())
+    absent = [
+        "architectures", "is_causal", "max_window_layers", "block_size", "num_target_layers", "rope_theta",
+        "rope_scaling", "quantization_config", "model_type", "conv_kernel_size", "a\nb", "speculators_model_type",
+    ]  # fmt: skip
+    loaded = 0
+    for seed in range(150):
+        rng = random.Random(seed)
+        values = mutated(rng, good, absent)
+        if case == "ours" and rng.random() < 0.6:
+            values = good | {"deer_jax": mutated(rng, good["deer_jax"], ["new", "ids", "head"])}
+        (folder / "config.json").write_bytes(written(values))
+        what = f"{case}, seed {seed}: {values}"
+        loaded += outcome(what, lambda: deer_jax.load_drafter(folder, target=target))
+    assert loaded  # some changes are none
 
 
 @pytest.mark.parametrize(
