@@ -91,6 +91,17 @@ def test_nothing_behind_the_anchor_changes_a_draft(kind):
     assert ((other != results[0]).any(axis=(1, 2)) == (length > 1)).all()
 
 
+@pytest.mark.parametrize("kind", ["independent", "selector", "gated", "rnn reduced"])
+def test_fewer_tokens_are_the_first_of_a_whole_draft(kind):
+    """Masks see each other: with fewer of them than in training, the first ones would say something else."""
+    drafter, texts = drafter_of(kind), np.random.default_rng(2).integers(0, V, (3, 16)).astype(np.int32)
+    length = np.array([1, 6, 13], np.int32)
+    arrays = drafter.params, drafter.shared, read_texts(drafter, texts, length - 1)
+    row = Row(jnp.pad(texts, ((0, 0), (0, CAPACITY - 16))), jnp.asarray(length), jnp.arange(3))
+    few, _ = jax.jit(functools.partial(draft_scores, drafter.method, k=2))(*arrays, row)
+    np.testing.assert_allclose(few, drafted(drafter.method, *arrays, row)[0][:, :2], rtol=0, atol=1e-5)
+
+
 def cost(drafter: Drafter, capacity: int) -> float:
     """Flops of the products of a draft of two rows, over a cache that is read at once."""
     method, build = drafter.method, Build.of("cpu")
