@@ -107,12 +107,14 @@ def read_drafter(
 ) -> Drafter:
     """The conditioned drafter in a folder; with dtype None without parameters, as what describes a run."""
     method, ids = read_method(folder)
-    public = speculators.KIND in (values := read_values(folder)) and SECTION not in values
+    values = read_values(folder)
+    own, package = SECTION in values, SECTION not in values and speculators.KIND in values
     try:
         check_target(method, target.config, target.name)
-        if public:
+        if package:
             speculators.check_taps(method, target.config.layers)
-        _check_mask(method, target)
+        if not own:  # training looked through its texts
+            _check_mask(method, target)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
     made: dict[str, Any] = {"method": method, "name": name, "tokenizer": tokenizer or target.tokenizer}
@@ -123,13 +125,13 @@ def read_drafter(
     slots, ignored = drafter_slots(method, headers), []
     check_count(headers, len(slots), method.shape.layers, 0, str(folder))
     head = Slot(SHARED, "head", (), (method.draft_vocab, method.shape.width), ("vocab", "width"))
-    if reduced and (public or LM_HEAD in headers):
+    if reduced and (package or LM_HEAD in headers):
         slots[prefix + LM_HEAD] = head
-    if public:
+    if package:
         others = (*speculators.OF_TARGET, *([speculators.TO_TARGET, speculators.TO_DRAFT] if reduced else [LM_HEAD]))
         ignored = [prefix + key for key in others]
     check_headers(headers, slots, str(folder), ignored=ignored)
-    if public and reduced:
+    if package and reduced:
         ids = _public_ids(headers, prefix, method, folder)
     params = load_slots(
         headers, slots, (method.shape.layers, 0), dtype, scan=target.build.scan, mesh=target.mesh, progress=progress

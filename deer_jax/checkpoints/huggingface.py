@@ -340,11 +340,12 @@ def _save(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def write_description(folder: Path, values: Mapping[str, Any], *, tokenizer_source: Path | None = None) -> None:
-    """Everything of a model's folder but its weights. values: its config.json, whose ids of BOS and EOS are written as
-    generation_config.json too; tokenizer_source: the folder whose tokenizer files are copied."""
+    """Everything of a model's folder but its weights. values: its config.json, whose ids of BOS and EOS, if it has any,
+    are in generation_config.json too; tokenizer_source: the folder whose tokenizer files are copied."""
     _write_json(folder / CONFIG, values)
-    ids = {key: values.get(key) for key in ("bos_token_id", "eos_token_id")}
-    _write_json(folder / GENERATION, {key: v for key, v in ids.items() if v is not None})
+    ids = {key: values[key] for key in ("bos_token_id", "eos_token_id") if values.get(key) is not None}
+    if ids:
+        _write_json(folder / GENERATION, ids)
     if tokenizer_source is not None:
         copy_tokenizer(tokenizer_source, folder)
 

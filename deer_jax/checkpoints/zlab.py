@@ -37,8 +37,10 @@ UNSUPPORTED = (
 
 def is_zlab(values: Mapping[str, Any]) -> bool:
     """Whether a config.json is of this layout."""
-    architectures = values.get("architectures")
-    return NESTED in values or (isinstance(architectures, list) and any(a in (FIRST, SECOND) for a in architectures))
+    named = values.get("architectures")
+    if not isinstance(named, list) or not named:
+        return NESTED in values
+    return any(each in (FIRST, SECOND) for each in named)
 
 
 def method_from(values: Mapping[str, Any], where: str) -> ConditionedMethod:

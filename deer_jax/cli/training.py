@@ -9,6 +9,7 @@ from deer_jax.cli.common import check_distinct, check_writable, write_json
 from deer_jax.cli.progress import say, silent
 from deer_jax.cli.stopping import Stopping
 from deer_jax.formats import read_yaml
+from deer_jax.sharding import MeshShape
 from deer_jax.training.loop import TrainReport
 from deer_jax.training.recipe import with_settings
 
@@ -21,6 +22,9 @@ class RecipeOptions:
     set: Annotated[
         tuple[str, ...], "replace a value of the recipe, as in stages.0.steps=100; repeatable", "KEY=VALUE"
     ] = ()
+    mesh: Annotated[
+        MeshShape | None, "devices to train on, instead of the recipe's `mesh`, as in fsdp=4,tensor=2", "AXES"
+    ] = None
     verify: Annotated[
         bool, "when a run goes on, read every file again instead of trusting its size and time of change"
     ] = False
@@ -30,7 +34,8 @@ class RecipeOptions:
         """The recipe's plain values."""
         check_distinct([self.json], [self.recipe])
         check_writable(self.json)
-        return with_settings(read_yaml(self.recipe), self.set)
+        values = with_settings(read_yaml(self.recipe), self.set)
+        return values if self.mesh is None else values | {"mesh": dataclasses.asdict(self.mesh)}
 
 
 def report_end(options: RecipeOptions, report: TrainReport, stopping: Stopping) -> None:
