@@ -34,21 +34,18 @@ def pair(kind: str, mesh):
     return target, usable_drafter(drafter, drafter.params, target)
 
 
-@pytest.mark.parametrize(("kind", "shape"), [("vanilla", "2x1x4"), ("gated", "2x2x2")])
-def test_a_mesh_drafts_what_one_device_drafts(kind, shape):
+def test_a_mesh_drafts_what_one_device_drafts():
     tokens = np.random.default_rng(1).integers(0, 96, (3, 7))
     alone, spread = (
         np.asarray(drafter.draft_logits(target, tokens[:, :-1], tokens[:, -1]))
-        for target, drafter in (pair(kind, None), pair(kind, mesh_of(shape)))
+        for target, drafter in (pair("gated", None), pair("gated", mesh_of("2x2x2")))
     )
     np.testing.assert_allclose(spread, alone, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(
     ("kind", "shape", "temperature"),
-    representing(
-        [("selector", "2x2x2", 0.0), ("selector", "2x2x2", 1.0), ("rnn", "2x1x4", 1.0)], ("rnn", "2x1x4", 1.0)
-    ),
+    representing([("selector", "2x2x2", 1.0), ("rnn", "2x1x4", 0.0)], ("selector", "2x2x2", 1.0)),
 )
 def test_the_same_tokens_on_a_mesh(kind, shape, temperature):
     """Greedy and sampled, more prompts than slots; and as many of them accepted."""

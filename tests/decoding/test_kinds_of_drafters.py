@@ -91,7 +91,7 @@ def test_nothing_behind_the_anchor_changes_a_draft(kind):
     assert ((other != results[0]).any(axis=(1, 2)) == (length > 1)).all()
 
 
-@pytest.mark.parametrize("kind", ["independent", "selector", "gated", "rnn reduced"])
+@pytest.mark.parametrize("kind", ["independent", "selector"])
 def test_fewer_tokens_are_the_first_of_a_whole_draft(kind):
     """Masks see each other: with fewer of them than in training, the first ones would say something else."""
     drafter, texts = drafter_of(kind), np.random.default_rng(2).integers(0, V, (3, 16)).astype(np.int32)
@@ -115,9 +115,8 @@ def cost(drafter: Drafter, capacity: int) -> float:
     return Program(program.as_text()).whole().flops
 
 
-@pytest.mark.parametrize("kind", ["selector", "rnn"])
-def test_a_draft_costs_the_same_behind_any_context_but_for_attention(kind):
-    drafter = drafter_of(kind)
+def test_a_draft_costs_the_same_behind_any_context_but_for_attention():
+    drafter = drafter_of("selector")
     short, long = 256, 4096
     shape, rows = drafter.method.shape, K + drafter.method.reading.first
     scores = 2 * shape.layers * shape.heads * rows * (long - short)
@@ -211,8 +210,8 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(("kind", "settings"), [*((kind, {}) for kind in BROKEN), ("selector", {"temperature": 1.0})])
-def test_weights_that_are_not_finite_end_a_decode_with_the_drafters_name(prompts, kind, settings, monkeypatch):
+@pytest.mark.parametrize("kind", BROKEN)
+def test_weights_that_are_not_finite_end_a_decode_with_the_drafters_name(prompts, kind, monkeypatch):
     monkeypatch.setattr(programs, "PREFILL_CHUNK", 16)  # the programs of the greedy test
     drafter = drafter_of(kind)
     for name in BROKEN[kind]:
@@ -224,4 +223,4 @@ def test_weights_that_are_not_finite_end_a_decode_with_the_drafters_name(prompts
 
         broken = dataclasses.replace(drafter, params=jax.tree_util.tree_map_with_path(spoil, drafter.params))
         with pytest.raises(NotFiniteError, match=rf"drafter conditioned are not .* after 0 new .* not finite: {path}$"):
-            decode(target_of(), prompts[:3], drafter=broken, draft_length=K, max_new_tokens=40, **settings)
+            decode(target_of(), prompts[:3], drafter=broken, draft_length=K, max_new_tokens=40)
