@@ -37,7 +37,13 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
                 {"kl": 1, "selector": 1, "decay": 4}),
     "dspark": ({"head": "markov", "rank": 16, "layout": "next_token"}, {"ce": 0.1, "tv": 0.9, "decay": 4}),
 }  # fmt: skip
-ROWS = ["standalone", *(f"{kind} {how}" for kind in KINDS for how in ("published", "stages"))]
+# Of the kind that does best here: from layers of the target, and with other losses.
+TRIALS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "dspark started": ("dspark", "from-target:3,4", {"ce": 0.1, "tv": 0.9, "decay": 4}),
+    "dspark kl": ("dspark", "random:2", {"kl": 1, "decay": 4}),
+    "dspark pace": ("dspark", "random:2", {"kl": 0.5, "tv": 0.5, "pace": True}),
+}
+ROWS = ["standalone", *(f"{kind} {how}" for kind in KINDS for how in ("published", "stages")), *TRIALS]
 
 
 def recipe(row: str, seed: int, target: str, data: Path, output: Path) -> dict[str, Any]:
@@ -55,13 +61,17 @@ def recipe(row: str, seed: int, target: str, data: Path, output: Path) -> dict[s
     ]
     if row == "standalone":
         return values | {"drafter": "from-target", "reading": {"draft_length": K}, "stages": stages}
-    kind, how = row.split()
-    start, loss = KINDS[kind]
+    if row in TRIALS:
+        (kind, source, loss), how = TRIALS[row], "published"
+        start = KINDS[kind][0]
+    else:
+        kind, how = row.split()
+        (start, loss), source = KINDS[kind], "random:2"
     if how == "published":
         stages = [{"stage": "continuation", "steps": STEPS, "least_rate": 1.0, **optimizer}]
     begun = {"taps": TAPS, "mask": MASK, "draft_length": K} | start
     return values | {
-        "drafter": "random:2",
+        "drafter": source,
         "conditioned": begun,
         "stages": [stage | {"loss": loss} for stage in stages],
     }

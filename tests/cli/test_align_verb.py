@@ -58,7 +58,7 @@ def test_a_run_prints_its_table_and_goes_on_with_nothing_to_do(folder, capsys):
             "{recipe}: stages[0]: unknown key 'learning_rat', ",
         ),
         (["--recipe", "{recipe}", "--set", "batch"], "expected KEY=VALUE, as in stages.0.steps=100, got 'batch'"),
-        (["--recipe", "{recipe}", "--mesh", "data=16"], "a 16x1x1 mesh needs 16 devices, 8 are there"),
+        (["--recipe", "{recipe}", "--mesh", "tensor=16"], "a 1x1x16 mesh needs 16 devices, 8 are there"),
         (["--recipe", "{recipe}", "--json", "{recipe}"], "{recipe}: is read or written under another option too"),
     ],
 )
