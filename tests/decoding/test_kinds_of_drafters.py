@@ -21,7 +21,7 @@ from deer_jax.errors import NotFiniteError
 from deer_jax.planning.hlo import Program
 from tests.decoding.agreement import assert_greedy, assert_same_greedy
 from tests.fast import representing
-from tests.kinds import CONDITIONED, KINDS, K, V, drafter_of, target_of, with_head
+from tests.kinds import CONDITIONED, KINDS, MASK, K, V, drafter_of, target_of, with_head
 
 # Of one token, of one prefill pass and of several; more than slots.
 LENGTHS, LIMITS, SLOTS = (1, 33, 5, 1, 16, 17, 40, 2), (24, 9, 30, 17, 40, 12, 26, 21), 3
@@ -224,3 +224,12 @@ def test_weights_that_are_not_finite_end_a_decode_with_the_drafters_name(prompts
         broken = dataclasses.replace(drafter, params=jax.tree_util.tree_map_with_path(spoil, drafter.params))
         with pytest.raises(NotFiniteError, match=rf"drafter conditioned are not .* after 0 new .* not finite: {path}$"):
             decode(target_of(), prompts[:3], drafter=broken, draft_length=K, max_new_tokens=40)
+
+
+def test_a_mask_that_is_not_finite_is_named_though_it_is_the_targets(prompts, monkeypatch):
+    monkeypatch.setattr(programs, "PREFILL_CHUNK", 16)
+    params = target_of().params
+    broken = dataclasses.replace(target_of(), params=params | {"embed": params["embed"].at[MASK].set(np.nan)})
+    texts = [[token % MASK for token in prompt] for prompt in prompts[:3]]
+    with pytest.raises(NotFiniteError, match=r"drafter conditioned are not .* after 0 new .* not finite: embed$"):
+        decode(broken, texts, drafter=drafter_of("independent", broken), draft_length=K, max_new_tokens=40)
