@@ -165,7 +165,8 @@ class Engine:
         """What to say of a row that has ended with this `DecodeState.fault`."""
         if fault == TARGET or self.drafter is None:
             return not_finite(f"the target {self.target.name}", self.weights.target, new_tokens)
-        return not_finite(f"the drafter {self.drafter.name}", self.weights.drafter, new_tokens)
+        read = self.weights.drafter | self.weights.shared  # its mask, for one, is the target's
+        return not_finite(f"the drafter {self.drafter.name}", read, new_tokens)
 
     def fetch(self, tree):
         """Copy to the host, to that of every process, and wait: the only place that does."""

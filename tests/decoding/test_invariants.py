@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,9 @@ from deer_jax.decoding import decode as decoding
 from deer_jax.decoding import loop, programs
 from deer_jax.decoding.engine import Engine
 from deer_jax.decoding.programs import bucket
+from deer_jax.models.cache import KVCache
 from tests.doubles import Pieces, table_drafter, table_drafters, text_table
+from tests.kinds import CONDITIONED, conditioned
 from tests.tiny import random_params, tiny
 
 V, K, SLOTS, CAPACITY = 48, 3, 4, 64
@@ -59,7 +62,16 @@ def plain(target, prompts):
 
 
 def drafter_for(target: Target, name: str):
+    if name in CONDITIONED:
+        return conditioned(target, CONDITIONED[name], k=K, scan=target.build.scan)
     return None if name == "none" else drafter_from_target(target, DrafterConfig(attention=name))
+
+
+def kept_by(drafter: Any, length) -> tuple[KVCache | None, Any]:
+    """What a drafter keeps of the rows, and int32 [B] how many of their tokens it has."""
+    if isinstance(drafter, KVCache):  # a conditioned drafter's: what the target has read
+        return drafter, length - 1
+    return (drafter["cache"], drafter["read"]) if drafter else (None, length)
 
 
 def make_engine(target: Target, name: str, settings: dict, slots: int = SLOTS) -> Engine:
@@ -77,9 +89,10 @@ def poison(state):
         where = free[None, :, None, :, None]
         return jax.tree.map(lambda x: jnp.where(where, signs[None, None, None, :, None], x), cache)
 
-    drafter = state.drafter
-    if drafter:
-        drafter = drafter | {"cache": spoil(drafter["cache"], drafter["read"])}
+    drafter, (cache, exists) = state.drafter, kept_by(state.drafter, length)
+    if cache is not None:
+        spoiled = spoil(cache, exists)
+        drafter = spoiled if cache is drafter else drafter | {"cache": spoiled}
     scratch = jnp.arange(CAPACITY, dtype=jnp.int32)[None] >= length[:, None]
     tokens = jnp.where(scratch, jnp.int32(GARBAGE), state.tokens)
     return dataclasses.replace(state, cache=spoil(state.cache, length - 1), drafter=drafter, tokens=tokens)
@@ -102,8 +115,24 @@ def rows_of(after) -> list[tuple]:
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("none", {}), ("none", SAMPLED), ("block_causal", {}), ("block_causal", SAMPLED), ("bidirectional", {})],
-    ids=["plain-greedy", "plain-sampled", "causal-greedy", "causal-sampled", "bidirectional-greedy"],
+    [
+        ("none", {}),
+        ("none", SAMPLED),
+        ("block_causal", {}),
+        ("block_causal", SAMPLED),
+        ("bidirectional", {}),
+        ("selector", {}),
+        ("rnn reduced", SAMPLED),
+    ],
+    ids=[
+        "plain-greedy",
+        "plain-sampled",
+        "causal-greedy",
+        "causal-sampled",
+        "bidirectional-greedy",
+        "selector-greedy",
+        "rnn-sampled",
+    ],
 )
 def test_garbage_beyond_what_exists_changes_nothing(target, prompts, limits, name, settings):
     results = []
@@ -212,15 +241,14 @@ def cache_copies(text: str, shapes: set[tuple[int, ...]]) -> list[str]:
 @pytest.mark.parametrize(
     ("scan", "auto"), [(False, False), (True, False), (True, True)], ids=["unrolled", "scanned", "auto_layouts"]
 )
-@pytest.mark.parametrize("name", ["none", "block_causal"])
+@pytest.mark.parametrize("name", ["none", "block_causal", "selector"])
 def test_the_loop_works_in_the_memory_it_was_given(prompts, limits, scan, auto, name):
     """Every cache is aliased with the donated one, and nothing as large as a cache is copied anywhere."""
     target = choosing(make_target(scan)) if auto else make_target(scan)
     test_engine = make_engine(target, name, {})
     test_engine.admit(prompts[:1], limits[:1], [0], [0])
     test_engine.segment()
-    caches = [test_engine.state.cache] + ([test_engine.state.drafter["cache"]] if name != "none" else [])
-    arrays = jax.tree.leaves(caches)
+    arrays = jax.tree.leaves([test_engine.state.cache, kept_by(test_engine.state.drafter, 0)[0]])
     plan = test_engine.plan
     wanted = {(plan,), (plan.target, plan.drafter)}  # the loop's static arguments, and those of prefill
     found = [

@@ -175,8 +175,6 @@ CASES = {
     "few": Case(5, 2, few_logits, {"temperature": 1.0}),
     "few-other-temperature": Case(5, 2, few_logits, {"temperature": 0.6, "draft_temperature": 1.7}),
     "few-top-k-top-p": Case(5, 2, few_logits, {"temperature": 0.8, "top_k": 4, "top_p": 0.9}),
-    "few-point-mass": Case(5, 2, few_logits, {"temperature": 1.0, "draft_temperature": 0.0}),
-    "reading": Case(5, 2, reading, {"temperature": 0.6}, prompt=(1, 0, 2)),
     "selector": Case(5, 2, SELECTOR, {"temperature": 1.0}, prompt=(1, 0, 2)),
     "selector-other-temperature": Case(
         5, 2, SELECTOR, {"temperature": 0.6, "draft_temperature": 1.7}, prompt=(1, 0, 2)
