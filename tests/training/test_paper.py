@@ -157,7 +157,9 @@ def test_its_steps_and_rounds_trace_on_its_slices(name):
         assert recipe.reading is not None
         assert recipe.evaluation is not None
         # Most recipes have the same step, which knows nothing of these.
-        trace_last_step(dataclasses.replace(recipe, target="-", drafter="-", answers=("-",), output="-", evaluation=None))
+        trace_last_step(
+            dataclasses.replace(recipe, target="-", drafter="-", answers=("-",), output="-", evaluation=None)
+        )
         # Its evaluation decodes on the same mesh.
         mesh, config = abstract_mesh(recipe.mesh), TARGETS[recipe.target]
         method = StandaloneMethod(DRAFTER, recipe.reading, config.vocab_size)
