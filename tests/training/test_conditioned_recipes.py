@@ -88,7 +88,7 @@ def test_a_recipe_says_how_it_is_run_and_what_it_makes(name):
     text = (FOLDER / f"{name}.yaml").read_text()
     comment = text.split("\ntarget:")[0]
     for part in (f"deer-jax align --recipe configs/conditioned/{name}.yaml", recipe.target, "Hardware: ", "Expected",
-                 "Not yet run here", "run on none"):  # fmt: skip
+                 "Not yet run here", "Run on none"):  # fmt: skip
         assert part in comment
     assert recipe.evaluation is not None
     answers, bench = (line for line in comment.replace("\\\n#", "").split("\n") if "--target" in line)
