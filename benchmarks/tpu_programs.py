@@ -69,6 +69,7 @@ from deer_jax.drafters.heads import Markov, PathSelector
 from deer_jax.drafters.protocol import Draft, Method
 from deer_jax.drafters.standalone import StandaloneMethod
 from deer_jax.drafters.start import ConditionedStart
+from deer_jax.models.experts import TILE_ROWS
 from deer_jax.models.piecewise import KEYS, ROWS
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import abstract_params, logical_axes
@@ -544,10 +545,14 @@ def align_allowed_collectives(case: Align, args, method: ConditionedMethod) -> f
 
 
 def align_trips(case: Align, method: ConditionedMethod) -> dict[str, float]:
+    """How often the loops run whose end depends on data: texts are full, blocks stand evenly, experts are chosen alike."""
     recipe = case.file
     blocks = recipe.stages[0].corruption.blocks
     keys, rows = -(-recipe.length // KEYS), -(-blocks * (method.draft_length + method.reading.first) // ROWS)
+    config = MODELS[RECIPES[case.recipe]]
+    choices = case.texts * recipe.length * config.experts_per_token
     return {
+        "_by_tile": choices / TILE_ROWS[1] + config.experts / 2,  # an expert's last tile is half full
         "cross_entropy": -(-case.texts * blocks * method.draft_length // CHUNK_ROWS),
         "attend_blocks": keys * (rows + 1) / (2 * rows),
         "attend_text": (keys + 1) / 2,
