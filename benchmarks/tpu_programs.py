@@ -3,6 +3,7 @@
     python benchmarks/tpu_programs.py --list
     python benchmarks/tpu_programs.py --case 8b-drafter-b1-4k-v5e train-1x16x1 [--json FILE] [--dearest 10]
     python benchmarks/tpu_programs.py --case '8b-*-v5e'
+    python benchmarks/tpu_programs.py --case '8b-dflash*-4k-v5e' 'align-*-v5e16'
 
 Needs libtpu beside the environment, not in it (there every program on CPU would look for a TPU first):
 
@@ -12,14 +13,17 @@ or DEER_JAX_LIBTPU, a path to libtpu.so. The version is the one that this jax's 
 
 Decoding: one round at full caches. `minimum` is what a round must read: the weights once as they are placed (of a
 mixture of experts those that are expected to be active; an embedding that is no head is only looked up), and the
-caches once as they are placed. On TPU a ratio below 1 is real: small arrays stay in on-chip memory across rounds.
+caches once as they are placed. On TPU a ratio below 1 is real: small arrays stay in on-chip memory across rounds. A
+conditioned drafter reads the target's head once more; tables that are looked up in alone cost nothing. What it shares
+with the target are arguments of the program twice, but the same arrays: `arguments` and `peak` count them once.
 
 `once` is what a call costs beside its rounds, `copies` the large ones within a round, `not aliased` what of the state
 is not updated in place. A `prefill` is one chunk, the last of a prompt that fills the cache.
 
 Training: one step. `ideal` counts every product of the forward pass once and of the backward pass twice, nothing twice
 for memory's sake. `allowed` is what the placement itself costs: weights gathered, gradients reduced, and under tensor
-parallelism the activations that are summed.
+parallelism the activations that are summed. `train-` is the standalone drafter's step, `align-` that of a recipe in
+configs/conditioned, on all devices of the slice as `fsdp`, with the texts that the recipe's first comment says.
 
 One process per case; a case that does not fit its devices is reported with the compiler's words.
 """
@@ -50,6 +54,7 @@ os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
 import jax
 import jax.numpy as jnp
 import jaxlib
+import numpy as np
 from jax.experimental import topologies
 from jax.experimental.layout import Layout
 
@@ -59,15 +64,21 @@ from deer_jax.decoding import loop
 from deer_jax.decoding.programs import PREFILL_CHUNK, compiled, formats_of
 from deer_jax.decoding.sampling import Kind, Knobs
 from deer_jax.decoding.state import StateShape, abstract_state
+from deer_jax.drafters.conditioned import HEAD, ConditionedMethod
+from deer_jax.drafters.heads import Markov, PathSelector
 from deer_jax.drafters.protocol import Draft, Method
 from deer_jax.drafters.standalone import StandaloneMethod
+from deer_jax.drafters.start import ConditionedStart
+from deer_jax.models.experts import TILE_ROWS
 from deer_jax.models.piecewise import KEYS, ROWS
+from deer_jax.models.target import Target
 from deer_jax.models.transformer import abstract_params, logical_axes
 from deer_jax.planning.hlo import Memory, Program
 from deer_jax.sharding import batch_placement, bytes_per_device, make_mesh, on_mesh, placements, replicated
 from deer_jax.training import step as training
 from deer_jax.training.cross_entropy import CHUNK_ROWS
 from deer_jax.training.objectives import CROSS_ENTROPY, Objective, drafter_loss
+from deer_jax.training.recipe import Recipe, read_recipe
 
 LIBTPU = Path(os.environ["TPU_LIBRARY_PATH"])
 
@@ -79,7 +90,20 @@ MODELS = {
     "30b": ModelConfig(family="qwen3_moe", vocab_size=151936, width=2048, layers=48, heads=32, kv_heads=4,
                        head_width=128, mlp_width=6144, context=40960, rope=Rope(theta=1e6), qk_norm=True, experts=128,
                        experts_per_token=8, expert_width=768),
+    "llama8b": ModelConfig(family="llama", vocab_size=128256, width=4096, layers=32, heads=32, kv_heads=8,
+                           head_width=128, mlp_width=14336, context=131072, norm_eps=1e-5,
+                           rope=Rope(theta=500000.0, kind="llama3", factor=8.0, original_context=8192)),
 }  # fmt: skip
+# Conditioned drafters of five layers for Qwen3, as published.
+CONDITIONED = {
+    "dflash": ConditionedStart(mask=151669, draft_length=15),
+    "dflash2": ConditionedStart(mask=151669, draft_length=15, head="selector", conv_kernel=2),
+    "dspark": ConditionedStart(mask=151669, draft_length=15, layout="next_token", head="markov"),
+    "dspark32k": ConditionedStart(
+        mask=151669, draft_length=15, layout="next_token", head="markov", draft_vocab=32000
+    ),
+}  # fmt: skip
+RECIPES = {"qwen3_8b": "8b", "qwen3_30b_a3b": "30b", "llama3_1_8b": "llama8b"}  # and their targets
 SLICES = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v5p": "v5p:2x2x2", "v5e16": "v5e:4x4", "v5e4": "v5e:2x2"}
 Attention = Literal["bidirectional", "block_causal"]
 K = 16
@@ -102,7 +126,7 @@ class Decoding:
     """One program of decoding; attention is that of the drafter."""
 
     target: str
-    drafting: str  # "plain", "fixed" or "drafter"
+    drafting: str  # "plain", "fixed", "drafter" (standalone), or one of CONDITIONED
     rows: int
     capacity: int
     slice: str
@@ -127,14 +151,30 @@ class Training:
         return self.mesh[0] * self.mesh[1] * self.mesh[2]
 
 
-def cases() -> dict[str, Decoding | Training]:
-    found: dict[str, Decoding | Training] = {}
+@dataclasses.dataclass(frozen=True)
+class Align:
+    """One step of a recipe in configs/conditioned; texts are those of a device."""
+
+    recipe: str
+    slice: str
+    texts: int
+
+    @property
+    def file(self) -> Recipe:
+        return read_recipe(Path(__file__).resolve().parent.parent / "configs" / "conditioned" / f"{self.recipe}.yaml")
+
+
+def cases() -> dict[str, Decoding | Training | Align]:
+    found: dict[str, Decoding | Training | Align] = {}
     for kind in ("v5e", "v6e", "v5p"):
         for rows in (1, 16):
             for name, capacity in (("4k", 4096), ("32k", 32768)):
                 for drafting in ("plain", "fixed", "drafter"):
                     found[f"8b-{drafting}-b{rows}-{name}-{kind}"] = Decoding("8b", drafting, rows, capacity, kind)
                 found[f"8b-prefill-b{rows}-{name}-{kind}"] = Decoding("8b", "drafter", rows, capacity, kind, True)
+            for drafting in CONDITIONED:
+                found[f"8b-{drafting}-b{rows}-4k-{kind}"] = Decoding("8b", drafting, rows, 4096, kind)
+        found[f"8b-dflash-prefill-b1-4k-{kind}"] = Decoding("8b", "dflash", 1, 4096, kind, True)
         for drafting in ("plain", "fixed"):
             found[f"30b-{drafting}-b1-4k-{kind}"] = Decoding("30b", drafting, 1, 4096, kind)
         found[f"30b-prefill-b1-4k-{kind}"] = Decoding("30b", "plain", 1, 4096, kind, True)
@@ -144,6 +184,9 @@ def cases() -> dict[str, Decoding | Training]:
         found[f"train-{name}-target"] = Training(mesh, teacher="8b")
     for mesh in ((4, 1, 1), (1, 4, 1), (2, 2, 1), (2, 1, 2)):
         found["train-" + "x".join(map(str, mesh))] = Training(mesh, "v5e4")
+    for recipe in RECIPES:
+        for kind, texts in (("v5e16", 4), ("v6e", 8), ("v5p", 8)):
+            found[f"align-{recipe}-{kind}"] = Align(recipe, kind, texts)
     return found
 
 
@@ -170,6 +213,40 @@ def drafter_params(mesh, dtype):
     return placed(mesh, params, logical_axes(model) | {"special": SPECIAL_AXES})
 
 
+def begun(start: ConditionedStart, layers: int, config: ModelConfig) -> tuple[ConditionedMethod, dict, dict]:
+    """What a conditioned drafter begins as: its method, and as shapes its parameters and what it shares."""
+    found = []
+
+    def begin(params):
+        target = Target(config=config, params=params, build=Build.of("tpu"))
+        drafter = start.begin(target, layers, np.zeros(config.vocab_size, np.int64), 0)
+        found.append(drafter.method)
+        return drafter.params, drafter.shared
+
+    params, shared = jax.eval_shape(begin, abstract_params(config, jnp.bfloat16))
+    return found[0], params, shared
+
+
+def placed_drafter(mesh, method: ConditionedMethod, params, shared, dtype):
+    """Its parameters in a dtype and what it shares, with their places."""
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
+    axes = {"embed": ("vocab", "width"), "head": ("vocab", "width"), "ids": (None,)}
+    return placed(mesh, params, method.axes()), placed(mesh, shared, {name: axes[name] for name in shared})
+
+
+def tables(method: ConditionedMethod, params) -> dict:
+    """Of its head the tables that are only looked up in."""
+    names = {PathSelector: ("predecessor", "successor"), Markov: ("w1",)}.get(type(method.head), ())
+    return {name: params[HEAD][name] for name in names}
+
+
+def twice(method: Method | None, shared) -> int:
+    """Bytes of the target's own arrays in what a drafter shares, which are arguments of a program twice."""
+    if not isinstance(method, ConditionedMethod):
+        return 0
+    return bytes_per_device({name: x for name, x in shared.items() if name == "embed" or "ids" not in shared})
+
+
 def held_gb(**trees) -> dict[str, float]:
     """What a device holds of each."""
     return {name: bytes_per_device(tree) / 1e9 for name, tree in trees.items()}
@@ -184,25 +261,28 @@ def compile_decoding(case: Decoding):
     config, k = MODELS[case.target], draft_length(case)
     build = Build.of("tpu")
     params = placed(mesh, abstract_params(config, build.dtype), logical_axes(config))
-    method, drafter = None, {}
+    method, drafter, shared = None, {}, {}
     if case.drafting == "fixed":
         method = FixedMethod(config.vocab_size)
     elif case.drafting == "drafter":
         reading = DrafterConfig(draft_length=K, attention=case.attention)
         method = StandaloneMethod(MODELS["0.5b"], reading, config.vocab_size)
         drafter = drafter_params(mesh, build.dtype)
-    state = abstract_state(StateShape(config, method, case.rows, case.capacity, k, build), drafter, {}, mesh)
+    elif case.drafting in CONDITIONED:
+        method, *own = begun(CONDITIONED[case.drafting], 5, config)
+        drafter, shared = placed_drafter(mesh, method, *own, build.dtype)
+    weights = loop.Weights(params, drafter, shared)
+    state = abstract_state(StateShape(config, method, case.rows, case.capacity, k, build), drafter, shared, mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     knobs = jax.eval_shape(lambda: Knobs.of(Sampling(), 0))
     rest = everywhere(mesh, (knobs, jax.ShapeDtypeStruct((2,), jnp.int32), number, number))
-    plan, args = loop.Plan(config, method, k, Kind.of(Sampling())), (state, loop.Weights(params, drafter, {}), *rest)
+    plan, args = loop.Plan(config, method, k, Kind.of(Sampling())), (state, weights, *rest)
     with on_mesh(mesh):
         executable, _ = compiled(loop.run_segment, (plan,), *args, formats=Layout.AUTO)
         if not case.prefill:
             return executable, args
         # The last chunk of prompts that fill the caches; more than one chunk goes row by row.
         tokens, rows = jax.ShapeDtypeStruct((1, PREFILL_CHUNK), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-        weights = loop.Weights(params, drafter, {})
         args = ((state.cache, state.drafter), weights, *everywhere(mesh, (tokens, number, rows, rows)))
         formats = formats_of(executable)
         formats = (formats.cache, formats.drafter)
@@ -210,6 +290,8 @@ def compile_decoding(case: Decoding):
 
 
 def draft_length(case: Decoding) -> int:
+    if case.drafting in CONDITIONED:
+        return CONDITIONED[case.drafting].draft_length
     return 0 if case.drafting == "plain" else K
 
 
@@ -231,13 +313,20 @@ def read_once(config: ModelConfig, params, rows: int) -> float:
 def minimum_bytes(case: Decoding, args) -> float:
     """Bytes per device of a round, or of a chunk of a prefill with its caches full."""
     config = MODELS[case.target]
-    state, (params, drafter, _), *_ = args
+    state, (params, drafter, shared), *_ = args
     if case.prefill:
         weights = read_once(config, params, PREFILL_CHUNK) - bytes_per_device(params["head"])  # no logits are made
-        weights += bytes_per_device(drafter) - bytes_per_device(drafter["embed"]) if drafter else 0
+        if case.drafting in CONDITIONED:  # keys and values of the context alone
+            weights += bytes_per_device((drafter["fc"], *(drafter["layers"][name] for name in ("k", "v"))))
+        elif drafter:
+            weights += bytes_per_device(drafter) - bytes_per_device(drafter["embed"])
         return weights + bytes_per_device(state) / case.rows  # of one row
     weights = read_once(config, params, case.rows * (draft_length(case) + 1))
-    weights += read_once(MODELS["0.5b"], drafter, 1) if drafter else 0
+    if case.drafting in CONDITIONED:
+        method, *_ = begun(CONDITIONED[case.drafting], 5, config)
+        weights += bytes_per_device((drafter, shared["head"])) - bytes_per_device(tables(method, drafter))
+    elif drafter:
+        weights += read_once(MODELS["0.5b"], drafter, 1)
     return weights + bytes_per_device((state.cache, state.drafter))
 
 
@@ -254,6 +343,8 @@ def decoding_trips(case: Decoding) -> dict[str, float]:
 
 def measure_decoding(case: Decoding, executable, args) -> dict:
     program, memory = Program(executable.as_text(), decoding_trips(case)), Memory.of(executable)
+    if case.drafting in CONDITIONED and not case.prefill:  # which reads nothing of what is shared
+        memory = without(memory, twice(begun(CONDITIONED[case.drafting], 5, MODELS[case.target])[0], args[1].shared))
     one = program.whole() if case.prefill else program.per_round()
     minimum = minimum_bytes(case, args)
     state, (params, drafter, _), *_ = args
@@ -269,6 +360,11 @@ def measure_decoding(case: Decoding, executable, args) -> dict:
         "not_aliased_gb": max(0, bytes_per_device(state) - memory.aliased) / 1e9,
     }
     return result | {"program": program, "cost": one, "memory": memory}
+
+
+def without(memory: Memory, size: int) -> Memory:
+    """Without so many bytes of arguments."""
+    return dataclasses.replace(memory, arguments=memory.arguments - size, peak=memory.peak - size)
 
 
 # Training
@@ -307,10 +403,12 @@ def compile_training(case: Training):
         return run.lower(*args).compile(), args
 
 
-def matrices(config: ModelConfig) -> int:
-    """Entries of the weights of all layers that rows are multiplied with."""
+def matrices(config: ModelConfig, *, stored: bool = False) -> int:
+    """Entries of the weights of all layers that a row is multiplied with; stored: all that there are."""
     attention = config.width * config.head_width * 2 * (config.heads + config.kv_heads)
-    return config.layers * (attention + 3 * config.width * config.mlp_width)
+    experts = config.experts if stored else config.experts_per_token
+    mlp = config.expert_width * experts if config.experts else config.mlp_width
+    return config.layers * (attention + 3 * config.width * mlp)
 
 
 def ideal_flops(case: Training) -> float:
@@ -376,17 +474,133 @@ def measure_training(case: Training, executable, args) -> dict:
     return result | {"program": program, "cost": one, "memory": memory}
 
 
+# The step of a recipe for a conditioned drafter
+
+
+def compile_align(case: Align):
+    """The program and the abstract arguments of its call."""
+    recipe, config, build = case.file, MODELS[RECIPES[case.recipe]], Build.of("tpu")
+    mesh = make_mesh(fsdp=len(devices(case.slice)), devices=devices(case.slice))
+    (stage,), start = recipe.stages, recipe.conditioned
+    assert start is not None
+    method, *own = begun(start, int(recipe.drafter.removeprefix("random:")), config)
+    params, shared = placed_drafter(mesh, method, *own, jnp.float32)
+    state = training.abstract_state(params, stage.optimizer, stage.steps)
+    T, M, W = recipe.length, stage.corruption.blocks, method.draft_length
+    shapes = {"tokens": ("int32", (T,)), "length": ("int32", ()), "total": ("float32", ()), "anchor": ("int32", (M,)),
+              "size": ("int32", (M,)), "masked": ("bool", (M, W)), "weight": ("float32", (M, W)),
+              "text_weight": ("float32", (T,))}  # fmt: skip
+    batch = {
+        name: jax.ShapeDtypeStruct((1, recipe.batch, *shape), dtype, sharding=batch_placement(mesh))
+        for name, (dtype, shape) in shapes.items()
+    }
+    fixed = {"target": placed(mesh, abstract_params(config, jnp.bfloat16), logical_axes(config)), "shared": shared}
+    run = training.make_step(
+        drafter_loss(method, config, stage.loss, build.remat), stage.optimizer, stage.steps, build=build,
+        shardings=jax.tree.map(lambda x: x.sharding, state),
+    )  # fmt: skip
+    args = (state, batch, fixed)
+    with on_mesh(mesh):
+        return run.lower(*args).compile(), args
+
+
+def align_ideal_flops(case: Align, method: ConditionedMethod) -> float:
+    """Of a step per device: what is not trained once forward, and of what lies behind it the gradient of rows alone."""
+    recipe, config, shape, head = case.file, MODELS[RECIPES[case.recipe]], method.shape, method.head
+    (stage,), T = recipe.stages, recipe.length
+    D, rows = config.width, stage.corruption.blocks * (method.draft_length + method.reading.first)
+    predicted = stage.corruption.blocks * method.draft_length
+    # The target reads the text.
+    total = 2 * matrices(config) * T + 2 * 2 * config.layers * config.heads * config.head_width * T * T
+    if stage.loss.reads_target:
+        total += 2 * config.vocab_size * D * predicted
+    # Context: no gradient of what the target says.
+    total += 2 * 2 * shape.tapped_width * D * T + 3 * 2 * shape.layers * D * 2 * shape.kv_heads * shape.head_width * T
+    # Blocks.
+    total += 3 * 2 * matrices(shape) * rows
+    total += 3 * 2 * 2 * shape.layers * shape.heads * shape.head_width * rows * (T + rows // stage.corruption.blocks)
+    if shape.conv_kernel:
+        total += 3 * 2 * shape.layers * 2 * 2 * shape.conv_kernel * (D // shape.conv_group) * D * rows
+    # Scores: the target's head is not trained.
+    total += 2 * 2 * method.draft_vocab * D * predicted
+    if isinstance(head, Markov):
+        total += 3 * 2 * method.draft_vocab * head.rank * predicted
+    if isinstance(head, PathSelector):
+        total += 3 * 2 * head.rank * (D + head.candidates) * predicted
+    return case.texts * total
+
+
+def align_allowed_collectives(case: Align, args, method: ConditionedMethod) -> float:
+    """Bytes of collectives that the placement itself costs, over fsdp, in bfloat16."""
+    state, _, fixed = args
+    config = MODELS[RECIPES[case.recipe]]
+    tables = 2 * 2 * config.vocab_size * config.width  # embedding and head, of target and drafter
+    own = 2 * sum(x.size for name, x in state.params.items() if name not in ("layers", HEAD))
+    own += 2 * sum(x.size for x in jax.tree.leaves(state.params["layers"]))
+    # Gathered for the forward pass, and once more for the backward pass; gradients summed.
+    total = 2 * matrices(config, stored=True) + tables + 3 * own
+    total += 2 * fixed["shared"]["head"].size if "ids" in fixed["shared"] else 0
+    # A head's tables are gathered once, and their gradients summed in float32.
+    return total + 3 * 2 * sum(x.size for x in jax.tree.leaves(state.params.get(HEAD, {})))
+
+
+def align_trips(case: Align, method: ConditionedMethod) -> dict[str, float]:
+    """How often the loops run whose end depends on data: full texts, evenly spread blocks, experts chosen alike."""
+    recipe = case.file
+    blocks = recipe.stages[0].corruption.blocks
+    keys, rows = -(-recipe.length // KEYS), -(-blocks * (method.draft_length + method.reading.first) // ROWS)
+    config = MODELS[RECIPES[case.recipe]]
+    choices = case.texts * recipe.length * config.experts_per_token
+    return {
+        "_by_tile": choices / TILE_ROWS[1] + config.experts / 2,  # an expert's last tile is half full
+        "cross_entropy": -(-case.texts * blocks * method.draft_length // CHUNK_ROWS),
+        "attend_blocks": keys * (rows + 1) / (2 * rows),
+        "attend_text": (keys + 1) / 2,
+        "piecewise.py": (keys + 1) / 2,
+    }
+
+
+def measure_align(case: Align, executable, args) -> dict:
+    start, config = case.file.conditioned, MODELS[RECIPES[case.recipe]]
+    assert start is not None
+    method, *_ = begun(start, int(case.file.drafter.removeprefix("random:")), config)
+    program = Program(executable.as_text(), align_trips(case, method))
+    state, _, fixed = args
+    one, again = program.whole(), twice(method, fixed["shared"])
+    ideal = align_ideal_flops(case, method)
+    held = held_gb(target=fixed["target"], drafter=state.params, optimizer=state.optimizer)
+    kept = bytes_per_device((fixed, state.params)) - again  # and what training started from
+    kept += bytes_per_device((state.params, state.optimizer))
+    result = {
+        "flops": one.flops,
+        "ideal_flops": ideal,
+        "flops_ratio": one.flops / ideal,
+        "hbm_gb": one.hbm_bytes / 1e9,
+        "collectives_gb": one.collectives.bytes / 1e9,
+        "allowed_gb": align_allowed_collectives(case, args, method) / 1e9,
+        "held_gb": held,
+        "keeps_gb": kept / 1e9,
+    }
+    memory = without(Memory.of(executable), again)
+    result["makes_gb"] = (memory.peak - memory.arguments) / 1e9
+    return result | {"program": program, "cost": one, "memory": memory}
+
+
 # Running
+
+COMPILED = {
+    Decoding: (compile_decoding, measure_decoding),
+    Training: (compile_training, measure_training),
+    Align: (compile_align, measure_align),
+}
 
 
 def measure(name: str, dearest: int, text: str | None) -> dict:
     case = CASES[name]
     begin = time.perf_counter()
     try:
-        if isinstance(case, Decoding):
-            report, (executable, args) = measure_decoding, compile_decoding(case)
-        else:
-            report, (executable, args) = measure_training, compile_training(case)
+        compile_case, report = COMPILED[type(case)]
+        executable, args = compile_case(case)
     except jax.errors.JaxRuntimeError as error:
         return {"case": name, "error": str(error).replace("\n", " ")[:600]}
     result = {"case": name, "compile_seconds": time.perf_counter() - begin} | report(case, executable, args)
@@ -416,6 +630,7 @@ HEADS = {
     Training: ("case", "peak GB", "flops / ideal", "HBM GB", "collectives GB", "allowed GB", "collectives",
                "parameters / optimizer GB", "arguments / peak GB"),
 }  # fmt: skip
+HEADS[Align] = (*HEADS[Training][:7], "target / drafter / optimizer GB", "arguments / peak GB", "keeps / makes GB")
 
 
 def table_row(cells) -> str:
@@ -439,6 +654,7 @@ def shown(result: dict) -> str:
     else:
         cells = [f"{memory['peak']:.2f}", f"{result['flops_ratio']:.2f}", f"{result['hbm_gb']:.0f}",
                  f"{size / 1e9:.2f}", f"{result['allowed_gb']:.2f}", kinds, held, sizes]  # fmt: skip
+        cells += [f"{result['keeps_gb']:.2f} / {result['makes_gb']:.2f}"] if "keeps_gb" in result else []
     return table_row([result["case"], *cells])
 
 

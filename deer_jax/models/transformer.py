@@ -75,6 +75,7 @@ class Layer(nnx.Module):
         if not isinstance(config, ConditionedConfig) or not config.conv_kernel:
             return h, lambda y: y
         base, dynamic = self._weight(f"{name}_base"), linear(h, self._weight(f"{name}_projection"))
+        dynamic = constrain(dynamic, "batch", None, "mlp")  # so that these are gathered, and not the projection
         dynamic = constrain(dynamic, "batch", None, None).reshape(*h.shape[:2], *base.shape[:2], -1)
         into, after = ((base[side], dynamic[:, :, side], visible.rows) for side in (0, 1))
         return convolve(h, *into), lambda y: convolve(y, *after)

@@ -114,7 +114,8 @@ def drafter_loss(
             assert target is not None
             view = read_text(target, fixed["target"], tokens, method.taps)
         if objective.decay is not None:
-            batch = batch | {"weight": batch["weight"] * decay(batch["weight"].shape[-1], objective.decay)[None, None]}
+            weight = batch["weight"]
+            batch = batch | {"weight": weight * decay(weight.shape[-1], objective.decay)[None, None]}
         tapped = None if view is None else view.tapped
         said = method.predict(spread_vocabulary(params), fixed.get("shared", {}), batch, tapped, remat)
         loss = loss_of(said, tokens, objective, view if objective.reads_target else None, batch["masked"].shape)

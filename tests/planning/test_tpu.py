@@ -1,4 +1,4 @@
-"""The programs for TPU slices keep to what they may move: two of the cases of `benchmarks/tpu_programs.py`, compiled.
+"""The programs for TPU slices keep to what they may move: a few of the cases of `benchmarks/tpu_programs.py`, compiled.
 
 libtpu lies beside the environment (`make test` installs it); without it these tests are skipped.
 """
@@ -44,20 +44,23 @@ def count(found: dict[str, Any]) -> float:
 
 
 ROUND = "8b-drafter-b1-4k-v5e"  # Qwen3-8B and the 0.5 B drafter on 8 devices, tensor = 8
+CONDITIONED = "8b-dflash2-b1-4k-v5e"  # and a drafter that reads the target, with convolutions and a path selector
 EXPERTS = "30b-fixed-b1-4k-v5e"  # Qwen3-30B-A3B on the same
 STEP = "train-2x2x1"  # the drafter's step on 4 devices, data = 2, fsdp = 2
 
 
-def test_a_round_reads_weights_and_caches_once():
-    found = figures(ROUND)
+@pytest.mark.parametrize("case", [ROUND, CONDITIONED])
+def test_a_round_reads_weights_and_caches_once(case):
+    found = figures(case)
     assert found["ratio"] <= 1.02
     assert found["round_copies_gb"] == 0
     assert count(found) <= 150
     assert len(found["unresolved"]) == 1  # the rounds
 
 
-def test_a_call_of_rounds_copies_nothing():
-    found = figures(ROUND)
+@pytest.mark.parametrize("case", [ROUND, CONDITIONED])
+def test_a_call_of_rounds_copies_nothing(case):
+    found = figures(case)
     assert found["not_aliased_gb"] == 0
     assert found["once_gb"] <= 0.001
 
