@@ -545,7 +545,7 @@ def align_allowed_collectives(case: Align, args, method: ConditionedMethod) -> f
 
 
 def align_trips(case: Align, method: ConditionedMethod) -> dict[str, float]:
-    """How often the loops run whose end depends on data: full texts, evenly spread blocks, experts chosen alike."""
+    """How often loops run whose end depends on data: texts are full, blocks stand evenly, experts are chosen alike."""
     recipe = case.file
     blocks = recipe.stages[0].corruption.blocks
     keys, rows = -(-recipe.length // KEYS), -(-blocks * (method.draft_length + method.reading.first) // ROWS)
