@@ -24,10 +24,12 @@ import jax
 import numpy as np
 
 import deer_jax
+from deer_jax.data.answers import AnswerFiles
 from deer_jax.decoding.acceptance import acceptance_interval
 from deer_jax.drafters.heads import Markov, PathSelector
+from deer_jax.training.acceptance import survey
 
-STEPS, SPLIT, BLOCKS, K, MASK = 4000, 1000, 24, 8, 0
+STEPS, SPLIT, BLOCKS, K, MASK, PROMPTS = 4000, 1000, 24, 8, 0, 104
 COMMON = {"length": 176, "batch": 4, "checkpoint_every": 1000}
 TAPS = [0, 2, 4]
 # The published loss of each kind; what is weighed how behind the anchor is the kind's own.
@@ -52,7 +54,7 @@ def recipe(row: str, seed: int, target: str, data: Path, output: Path) -> dict[s
     values: dict[str, Any] = COMMON | {
         "target": target, "answers": [str(data / "sampled.jsonl"), str(data / "continued.jsonl")], "seed": seed,
         "output": str(output / f"{row.replace(' ', '-')}-{seed}"),
-        "evaluation": {"prompts": str(data / "held_out.jsonl"), "every": STEPS, "limit": 104, "draft_lengths": [K],
+        "evaluation": {"prompts": str(data / "held_out.jsonl"), "every": STEPS, "limit": PROMPTS, "draft_lengths": [K],
                        "temperatures": [0, 1], "max_new_tokens": 64, "batch_size": 104},
     }  # fmt: skip
     optimizer = {"learning_rate": 2e-3, "blocks": BLOCKS}
@@ -100,6 +102,9 @@ def run_cell(row: str, seed: int, args, folder: Path) -> dict[str, Any]:
     drafter = deer_jax.load_drafter(values["output"], target=target)
     metrics = [json.loads(line) for line in (Path(values["output"]) / "metrics.jsonl").open()]
     prompts = [json.loads(line)["tokens"] for line in (args.data / "held_out.jsonl").open()]
+    records = AnswerFiles(values["answers"], vocab_size=target.config.vocab_size)
+    met = survey(records, prompts, COMMON["length"]).met
+    prompts = [prompt for prompt, seen in zip(prompts, met, strict=True) if not seen][:PROMPTS]
     found = {}
     for k in (4, K, 16) if seed == 0 else (K,):
         for temperature in (0.0, 1.0):
