@@ -79,14 +79,17 @@ def test_a_round_moves_rows_and_nothing_else(kind):
     width, L = target.config.width, target.config.layers
     # Target: look-up and layers of k + 1 rows. Drafter: of its block, and the context of k + 1 rows.
     summed = ((2 * L + 1) * (K + 1) + 3 * rows + (K + 1)) * width
-    # Predecessors; of a selector also what may follow. Convolutions' kernels go with the rows.
+    # Predecessors; of a selector also what may follow.
     summed += K * RANK + (K * CANDIDATES * RANK if kind == "selector" else 0)
     found, ways = moved["run_segment"].per_round().by_kind(), mesh.shape["tensor"]
     assert set(found) == {"all-reduce", "all-gather"}
     assert 1 <= found["all-reduce"].bytes / (slots * number * summed) < 1.02  # and numbers of positions
     # Of every shard value and place of the best: the target's, and the drafter's or a selector's candidates.
     compared = K + 1 + K * (CANDIDATES if kind == "selector" else 1)
-    assert found["all-gather"].bytes == slots * 2 * number * ways * compared
+    # And the kernels of convolutions, for each row two of attention and two of the MLP.
+    shape = drafter.method.shape
+    kernels = 4 * shape.conv_kernel * (shape.width // shape.conv_group) * shape.layers
+    assert found["all-gather"].bytes == slots * number * (2 * ways * compared + rows * kernels)
     # A chunk of 16 of one row a shard: the target's, and the context once.
     found = moved["prefill"].whole().by_kind()
     assert set(found) == {"all-reduce"}
