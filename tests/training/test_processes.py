@@ -160,7 +160,6 @@ def test_sigterm_at_one_ends_both_with_a_checkpoint_that_one_process_goes_on_fro
     assert_close(runs.everything(values), steps_of(alone))
 
 
-@pytest.mark.skipif("DEER_JAX_KILLS" not in os.environ, reason="many starts of the program: make soak")
 def test_two_processes_write_a_run_on_an_object_store_together(folder, together, environment, bucket, tmp_path):
     """SIGTERM at one, and the next start goes on; the inputs are on the store too."""
     bucket.put_tree(folder / "target", "in/target")
