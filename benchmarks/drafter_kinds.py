@@ -33,22 +33,31 @@ STEPS, SPLIT, BLOCKS, K, MASK, PROMPTS = 4000, 1000, 24, 8, 0, 104
 COMMON = {"length": 176, "batch": 4, "checkpoint_every": 1000}
 TAPS = [0, 2, 4]
 MARKOV = {"head": "markov", "rank": 16, "layout": "next_token"}
+FEW = MARKOV | {"rank": 64, "draft_vocab": 256, "taps": [0, 1, 2, 3, 4]}
+CONVOLVED = FEW | {"conv_kernel": 2, "conv_group": 16}
+PUBLISHED = {"ce": 0.1, "tv": 0.9, "decay": 4}  # the loss of DSpark
 # Of each kind its beginning, its layers, and the loss of its authors.
 KINDS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "dflash": ({}, "random:2", {"kl": 1, "decay": 4}),
     "dflash2": ({"head": "selector", "rank": 32, "candidates": 16, "conv_kernel": 2, "conv_group": 16}, "random:2",
                 {"kl": 1, "selector": 1, "decay": 4}),
-    "dspark": (MARKOV, "random:2", {"ce": 0.1, "tv": 0.9, "decay": 4}),
-    "started": (MARKOV, "from-target:3,4", {"ce": 0.1, "tv": 0.9, "decay": 4}),
+    "dspark": (MARKOV, "random:2", PUBLISHED),
+    "combined": (CONVOLVED | {"rank": 96, "causal": True}, "from-target:3,4", PUBLISHED),
 }  # fmt: skip
-# With the published plan: other losses, another form of the head.
+# With the published plan: other losses, and what leads from dspark to combined.
 TRIALS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "dspark kl": (MARKOV, "random:2", {"kl": 1, "decay": 4}),
     "dspark pace": (MARKOV, "random:2", {"kl": 0.5, "tv": 0.5, "pace": True}),
-    "started rnn": (MARKOV | {"form": "rnn"}, "from-target:3,4", {"ce": 0.1, "tv": 0.9, "decay": 8}),
+    "started": (MARKOV, "from-target:3,4", PUBLISHED),
+    "few ids": (FEW, "from-target:3,4", PUBLISHED),
+    "few ids causal": (FEW | {"causal": True}, "from-target:3,4", PUBLISHED),
+    "convolved": (CONVOLVED | {"rank": 32}, "from-target:3,4", PUBLISHED | {"decay": 6}),
 }
 UNTRAINED = "untrained"
-ROWS = [UNTRAINED, "standalone", *(f"{kind} {how}" for kind in KINDS for how in ("published", "stages")), *TRIALS]
+REFINED = "combined refined"  # the published plan, and DEER's refinement for the last quarter
+ROWS = [
+    UNTRAINED, "standalone", *(f"{kind} {how}" for kind in KINDS for how in ("published", "stages")), REFINED, *TRIALS,
+]  # fmt: skip
 
 
 def recipe(row: str, seed: int, target: str, data: Path, output: Path) -> dict[str, Any]:
@@ -70,6 +79,11 @@ def recipe(row: str, seed: int, target: str, data: Path, output: Path) -> dict[s
     start, source, loss = TRIALS.get(kind) or KINDS[kind]
     if how == "published":
         stages = [{"stage": "continuation", "steps": STEPS, "least_rate": 1.0, **optimizer}]
+    if how == "refined":
+        stages = [
+            {"stage": "continuation", "steps": STEPS - SPLIT, "least_rate": 1.0, **optimizer},
+            {"stage": "refinement", "steps": SPLIT, **optimizer | {"learning_rate": 5e-4}},
+        ]
     return values | {
         "drafter": source,
         "conditioned": {"taps": TAPS, "mask": MASK, "draft_length": K} | start,
