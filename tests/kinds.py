@@ -60,8 +60,8 @@ STANDALONE = {
 }
 # Block-causal drafters with a head: how they read, and which.
 HEADED: dict[str, tuple[DrafterConfig, Head]] = {
-    "standalone selector": (DrafterConfig(draft_length=K), PathSelector(rank=8, candidates=6)),
-    "standalone vanilla": (DrafterConfig(draft_length=K, head="in_place"), Markov(rank=8, has_confidence=True)),
+    "standalone selector": (DrafterConfig(draft_length=K), PathSelector(rank=8, candidates=6, has_confidence=True)),
+    "standalone vanilla": (DrafterConfig(draft_length=K, head="in_place"), Markov(rank=8)),
     "standalone rnn": (DrafterConfig(draft_length=K, separator=False), Markov(rank=8, form="rnn")),
 }
 KINDS = (*STANDALONE, *HEADED, *CONDITIONED)

@@ -12,14 +12,14 @@ import pytest
 from deer_jax import decode
 from deer_jax.decoding import programs
 from deer_jax.drafters.drafter import Drafter
-from deer_jax.drafters.heads import PathSelector
+from deer_jax.drafters.heads import INDEPENDENT, PathSelector
 from deer_jax.drafters.protocol import Draft, Row, Seen
 from deer_jax.models.layers import logits
 from deer_jax.training import objectives
 from deer_jax.training.cross_entropy import weighted_loss
-from deer_jax.training.objectives import CROSS_ENTROPY, loss_of, read_text
+from deer_jax.training.objectives import CROSS_ENTROPY, Objective, loss_of, read_text
 from tests.fast import representing
-from tests.kinds import HEADED, K, V, drafter_of, target_of
+from tests.kinds import HEADED, K, V, drafter_of, target_of, with_head
 
 B, PROMPT, NEW = 3, 18, 48
 ANCHORS = np.arange(PROMPT - 1, PROMPT - 1 + NEW)
@@ -204,3 +204,23 @@ def test_no_prediction_knows_its_token_or_those_behind_it(texts, tapped, kind):
         for name in set(after) - {"loss", "path"}:
             np.testing.assert_array_equal(after[name][:, m, : j + 1], before[name][:, m, : j + 1], err_msg=name)
         assert (after["loss"][:, m, j] != before["loss"][:, m, j]).any()
+
+
+@pytest.mark.parametrize("kind", ["standalone selector", "standalone rnn"])
+def test_a_texts_own_predictions_are_the_backbones(texts, kind):
+    """A head changes the losses of blocks and not those of the text, whatever it is trained with."""
+    drafter, batch = drafter_of(kind), masked_blocks(texts)
+    bare = with_head(drafter, INDEPENDENT)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def loss(params, method, batch):
+        said = method.predict(params, {}, batch, None, "none")
+        return loss_of(said, batch["tokens"], Objective(confidence=0.7), None, batch["masked"].shape)
+
+    def losses(**weights):
+        return [float(loss(each.params, each.method, batch | weights)) for each in (drafter, bare)]
+
+    one, other = losses(weight=0 * batch["weight"])
+    assert one == pytest.approx(other, rel=1e-6)
+    one, other = losses(text_weight=0 * batch["text_weight"])
+    assert abs(one - other) > 1
