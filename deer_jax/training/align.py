@@ -161,7 +161,8 @@ def start_drafter(recipe: Recipe, target: Target, records: AnswerFiles, progress
     """What training starts from."""
     begun, source = recipe.conditioned, recipe.drafter
     if begun is None:
-        return load_drafter(source, target=target, dtype="float32", config=recipe.reading, progress=progress)
+        drafter = load_drafter(source, target=target, dtype="float32", config=recipe.reading, progress=progress)
+        return drafter if recipe.draft_head is None else recipe.draft_head.begin(drafter, recipe.seed)
     kind, _, number = source.partition(":")
     layers = listed_layers(source) if kind == FROM_TARGET else None
     if kind == RANDOM and re.fullmatch("[1-9][0-9]{0,2}", number):
