@@ -31,7 +31,7 @@ from deer_jax.config import (
 from deer_jax.diffusion.corruption import Corruption
 from deer_jax.drafters.drafter import Drafter
 from deer_jax.drafters.heads import HEADS, INDEPENDENT, Block, Head, PathSelector, initial
-from deer_jax.drafters.protocol import Draft, Pick, Predictions, Row, Seen, Term, Trainable
+from deer_jax.drafters.protocol import Draft, Pick, Predictions, Row, Seen, Term, Trainable, check_tapped
 from deer_jax.drafters.standalone import chosen_layers
 from deer_jax.errors import InputError
 from deer_jax.models.blocks import Blocks
@@ -267,9 +267,7 @@ def check_target(method: ConditionedMethod, config: ModelConfig, target: str) ->
     ):
         if ours != theirs:
             raise InputError(f"the drafter is for another target: one of {name} {ours}, and {target} has {theirs}")
-    for tap in method.taps:
-        if tap >= config.layers:
-            raise InputError(f"the drafter reads layer {tap} of its target, {target} has 0..{config.layers - 1}")
+    check_tapped(method, config.layers, target)
 
 
 def default_taps(layers: int, count: int) -> tuple[int, ...]:

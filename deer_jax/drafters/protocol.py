@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from deer_jax.build import Build, Remat
 from deer_jax.config import ModelConfig
 from deer_jax.diffusion.corruption import Corruption
+from deer_jax.errors import InputError
 from deer_jax.models.transformer import Params
 
 
@@ -138,6 +139,16 @@ class Method:
     def propose(self, params: Params, shared: Params, state: Any, row: Row, k: int, pick: Pick) -> tuple[Draft, Any]:
         """k drafted tokens after each row's committed ones, and the next state."""
         raise NotImplementedError
+
+
+def check_tapped(method: Method, layers: int, target: str) -> None:
+    """InputError for a tap that is none of the layers of a target, which has so many and is called `target`."""
+    for tap in method.taps:
+        if not 0 <= tap < layers:
+            raise InputError(
+                f"the drafter reads layer {tap} of its target, {target} has layers 0..{layers - 1}: give it the target "
+                "that it was trained for"
+            )
 
 
 @jax.tree_util.register_dataclass
