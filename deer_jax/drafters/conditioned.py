@@ -33,7 +33,7 @@ from deer_jax.drafters.drafter import Drafter
 from deer_jax.drafters.heads import HEADS, INDEPENDENT, Block, Head, PathSelector, initial
 from deer_jax.drafters.protocol import Draft, Pick, Predictions, Row, Seen, Term, Trainable, check_tapped
 from deer_jax.drafters.standalone import chosen_layers
-from deer_jax.errors import InputError
+from deer_jax.errors import InputError, shown
 from deer_jax.models.blocks import Blocks
 from deer_jax.models.cache import empty_cache, write_cache
 from deer_jax.models.conditioned import context_kv, draft_block, read_blocks
@@ -44,6 +44,7 @@ from deer_jax.sharding import constrain, on_mesh, placement, whole
 
 HEAD = "draft_head"  # among the parameters: those of the drafter's head; the others are the backbone's
 MOST_FACTOR = 1e6
+Ids = Sequence[int] | np.ndarray  # of a reduced vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,22 +240,49 @@ class ConditionedMethod(Trainable):
         }  # fmt: skip
 
 
-def shared_of(method: ConditionedMethod, target: Target, ids: Sequence[int] | None = None) -> Params:
-    """What such a drafter reads of its target; ids: those it proposes, where they are not all.
+def shared_of(
+    method: ConditionedMethod, target: Target, ids: Ids | None = None, *, rows: jax.Array | None = None
+) -> Params:
+    """What such a drafter reads of its target.
 
-    The head of a reduced vocabulary is gathered, everything else are the target's own arrays.
+    The head of a reduced vocabulary is gathered unless it is given, everything else are the target's own arrays.
+
+    Args:
+      ids: those of a reduced vocabulary, see `draft_ids`.
+      rows: [V', D] of the head for these, where it is not to have the target's.
     """
     config = target.config
     check_target(method, config, target.name)
+    chosen = draft_ids(method, ids)
     head = target.params["embed" if config.tied else "head"]
     shared = {"embed": target.params["embed"], "head": head}
-    if ids is None:
+    if chosen is None:
         return shared
-    chosen = np.asarray(ids, np.int32)
-    where = placement(target.mesh, (len(chosen), config.width), ("vocab", "width"))
-    with on_mesh(target.mesh):
-        rows = jax.jit(lambda head, ids: head[ids], out_shardings=where)(head, chosen)
+    if rows is None:
+        where = placement(target.mesh, (len(chosen), config.width), ("vocab", "width"))
+        with on_mesh(target.mesh):
+            rows = jax.jit(lambda head, ids: head[ids], out_shardings=where)(head, chosen)
     return shared | {"head": rows, "ids": jnp.asarray(chosen)}
+
+
+def draft_ids(method: ConditionedMethod, ids: Any, where: str = "ids") -> np.ndarray | None:
+    """int32 [V'] the ids of a method's reduced vocabulary, None of a whole one; InputError, which calls them `where`,
+    for what they cannot be: other than so many, not ascending, none of the target."""
+    count = method.reading.draft_vocab
+    if ids is None and count is None:
+        return None
+    if ids is None or count is None:
+        raise InputError(f"{where} and reading.draft_vocab belong together: give both, or neither")
+    found = np.array(ids, object)
+    whole = found.ndim == 1 and all(isinstance(each, int | np.integer) and type(each) is not bool for each in found)
+    right = whole and len(found) == count and bool(np.all(np.diff(found) > 0))
+    if not right or found[0] < 0 or found[-1] >= method.target_vocab:
+        many = f"{len(found):,} of them, " if whole else ""
+        raise InputError(
+            f"{where} must be {count:,} ascending ids of the target's {method.target_vocab:,}, as reading.draft_vocab "
+            f"says, got {many}{shown(ids)}"
+        )
+    return found.astype(np.int32)
 
 
 def check_target(method: ConditionedMethod, config: ModelConfig, target: str) -> None:
@@ -283,7 +311,7 @@ def conditioned_drafter(
     *,
     layers: int | Sequence[int] = 2,
     head: Head | None = None,
-    ids: Sequence[int] | None = None,
+    ids: Ids | None = None,
     seed: int = 0,
     name: str = "conditioned",
     dtype=None,

@@ -206,13 +206,49 @@ def test_our_layout_says_what_the_others_cannot(tmp_path, family, layers, head, 
     config = tiny(family, vocab_size=64, tied=True)
     target = Target(config=config, params=random_params(config, scan=False))
     reading = ConditionedReading(taps=(1, 0), mask=60, draft_length=3, draft_vocab=24, softcap=9.0, output_scale=0.5)
-    ids = [*range(10, 32), 50, 61]
-    drafter = conditioned_drafter(target, reading, layers=layers, head=head, ids=ids, **shape)
+    drafter = conditioned_drafter(target, reading, layers=layers, head=head, ids=IDS, **shape)
     deer_jax.save_drafter(tmp_path / "ours", drafter, max_shard_bytes=9000)
     assert (tmp_path / "ours" / "model.safetensors.index.json").exists()
     same_drafter(deer_jax.load_drafter(tmp_path / "ours", target=target), drafter)
     with pytest.raises(InputError, match="architecture DeerJaxDrafter is not supported"):
         deer_jax.load_target(tmp_path / "ours")
+
+
+IDS = [*range(10, 32), 50, 61]
+
+
+@pytest.mark.parametrize(
+    ("count", "ids", "problem"),
+    [
+        (
+            16,
+            IDS,
+            "ids must be 16 ascending ids of the target's 64, as reading.draft_vocab says, got 24 of them, [10, ",
+        ),
+        (24, [*IDS[:-1], 64], "ids must be 24 ascending ids of the target's 64, "),
+        (24, [-1, *IDS[1:]], "ids must be 24 ascending ids of the target's 64, "),
+        (24, IDS[::-1], "ids must be 24 ascending ids of the target's 64, "),
+        (24, [*IDS[:-1], 50], "ids must be 24 ascending ids of the target's 64, "),
+        (24, [*IDS[:-1], 61.5], "ids must be 24 ascending ids of the target's 64, "),
+        (24, [*IDS[:-1], [61]], "ids must be 24 ascending ids of the target's 64, "),
+        (24, 7, "ids must be 24 ascending ids of the target's 64, as reading.draft_vocab says, got 7"),
+        (24, None, "ids and reading.draft_vocab belong together: give both, or neither"),
+        (None, IDS, "ids and reading.draft_vocab belong together: give both, or neither"),
+    ],
+)
+def test_ids_of_a_reduced_vocabulary_are_those_that_its_method_says(target, tmp_path, count, ids, problem):
+    """Of a user's own drafter, and of a folder."""
+    reading = ConditionedReading(taps=(1, 4), mask=63, draft_length=3, draft_vocab=24)
+    right = conditioned_drafter(target, reading, ids=np.array(IDS))
+    np.testing.assert_array_equal(right.shared["head"], target.params["head"][np.array(IDS)])
+    with pytest.raises(InputError, match=rf"\A{re.escape(problem)}[^\n]*\Z"):
+        conditioned_drafter(target, dataclasses.replace(reading, draft_vocab=count), ids=ids)
+    deer_jax.save_drafter(tmp_path / "ours", right)
+    values = json.loads((tmp_path / "ours" / "config.json").read_text())
+    values["deer_jax"] |= {"ids": ids, "reading": values["deer_jax"]["reading"] | {"draft_vocab": count}}
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=rf"\A{tmp_path}/ours/config.json: deer_jax: {re.escape(problem)}[^\n]*\Z"):
+        deer_jax.load_drafter(tmp_path / "ours", target=target)
 
 
 def changed(case: str, folder: Path, change) -> Path:
@@ -283,7 +319,7 @@ LAYER = "transformer_layer_config"
         ("zlab-dflash", put("architectures", ["DFlash2DraftModel"]), "conv_kernel_size is missing"),
         ("speculators-dspark", tensor("markov_head.markov_w1.weight"), r"missing: markov_head\.markov_w1\.weight"),
         ("speculators-dflash-reduced", tensor("d2t"), "d2t is missing: the ids of the reduced vocabulary"),
-        ("speculators-dflash-reduced", tensor("d2t", np.arange(32) * 2), "d2t does not give ascending ids"),
+        ("speculators-dflash-reduced", tensor("d2t", np.arange(32) * 2), "what d2t gives must be 32 ascending ids of"),
         ("speculators-dflash-reduced", tensor("d2t", np.zeros(31, int)), r"d2t must be 32 whole numbers, got int64 \["),
         ("speculators-dflash-reduced", tensor("t2d", np.ones(64, bool)), "t2d and d2t are of different ids"),
         ("speculators-dflash-reduced", tensor("lm_head.weight"), r"missing: lm_head\.weight"),
