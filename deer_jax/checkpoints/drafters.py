@@ -47,7 +47,14 @@ from deer_jax.drafters.conditioned import ConditionedMethod
 from deer_jax.drafters.drafter import Drafter
 from deer_jax.drafters.prompt_lookup import prompt_lookup
 from deer_jax.drafters.protocol import Trainable
-from deer_jax.drafters.standalone import MASK, StandaloneMethod, drafter_from_target, new_entries
+from deer_jax.drafters.standalone import (
+    FROM_TARGET,
+    MASK,
+    StandaloneMethod,
+    drafter_from_target,
+    listed_layers,
+    new_entries,
+)
 from deer_jax.errors import InputError, named, shown
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params, is_stacked, stack_layers, unstack_layers
@@ -55,7 +62,7 @@ from deer_jax.sharding import placements
 
 SPECIAL = "deer_jax.mask_and_separator"
 DRAFTERS = re.compile(r"eagle|medusa|draft|dspark|speculator|mtp", re.IGNORECASE)  # architectures of other drafters
-FROM_TARGET, PROMPT_LOOKUP = "from-target", "prompt-lookup"
+PROMPT_LOOKUP = "prompt-lookup"
 OPEN_DCODER_MASK = "<M>"
 OPEN_DCODER_DIFFERING = (151665, 151666, 151667, 151668)  # <M> and unused rows there, tool and think tags in Qwen3
 PAPER_DRAFT_LENGTH = 32  # k of the DEER paper, for folders that do not say theirs
@@ -266,16 +273,6 @@ def usable_drafter(drafter: Drafter, params: Params, target: Target, dtype=None)
     if not target.build.scan:
         params = unstack_layers(params, params["layers"]["input_norm"].shape[0])
     return dataclasses.replace(drafter, params=params)
-
-
-def listed_layers(name: str) -> tuple[int, ...] | None:
-    listed = name.partition(":")[2]
-    if not listed:
-        return None
-    try:
-        return tuple(int(layer) for layer in listed.split(","))
-    except ValueError:
-        raise InputError(f"{named(name)}: expected layer numbers, as in {FROM_TARGET}:0,2,4") from None
 
 
 def _with_tuple(section, folder: Path) -> dict:

@@ -136,6 +136,10 @@ class ConditionedMethod(Trainable):
     def examples(self) -> Literal["blocks", "cut"]:
         return "blocks"
 
+    @property
+    def reserved(self) -> tuple[int, ...]:
+        return (self.reading.mask,)
+
     def state(self, params: Params, shared: Params, batch: int, capacity: int, build: Build) -> Any:
         build = dataclasses.replace(build, dtype=params["fc"].dtype)
         return empty_cache(self.shape, batch, capacity, build)

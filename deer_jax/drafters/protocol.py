@@ -206,6 +206,11 @@ class Trainable(Method):
         @property
         def shape(self) -> ModelConfig: ...
 
+    @property
+    def reserved(self) -> tuple[int, ...]:
+        """Ids of the target that mean something else to it, such as the mask: texts to train on must not have them."""
+        return ()
+
     def shapes(self) -> Params:
         """Its parameters as training holds them, float32 and stacked, as shapes."""
         raise NotImplementedError

@@ -18,7 +18,7 @@ from deer_jax.config import DrafterConfig, ModelConfig
 from deer_jax.diffusion.corruption import Corruption
 from deer_jax.drafters.drafter import Drafter
 from deer_jax.drafters.protocol import Draft, Pick, Predictions, Row, Seen, Term, Trainable
-from deer_jax.errors import InputError
+from deer_jax.errors import InputError, named
 from deer_jax.models.cache import KVCache, empty_cache, write_cache, write_rows
 from deer_jax.models.piecewise import Before, BlockMask
 from deer_jax.models.target import Target
@@ -34,6 +34,7 @@ from deer_jax.models.transformer import (
 from deer_jax.sharding import constrain
 
 MASK, SEPARATOR = 0, 1  # rows of params["special"] [2, D]
+FROM_TARGET = "from-target"  # an untrained drafter, where the name of one is asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,6 +320,17 @@ def drafter_from_target(
     params["special"] = new_entries(params["embed"], seed)
     method = StandaloneMethod(model, config or DrafterConfig(), model.vocab_size)
     return Drafter(method=method, params=params, name=name, tokenizer=target.tokenizer)
+
+
+def listed_layers(name: str) -> tuple[int, ...] | None:
+    """(0, 2) for from-target:0,2; None for from-target."""
+    listed = name.partition(":")[2]
+    if not listed:
+        return None
+    try:
+        return tuple(int(layer) for layer in listed.split(","))
+    except ValueError:
+        raise InputError(f"{named(name)}: expected layer numbers, as in {FROM_TARGET}:0,2,4") from None
 
 
 def chosen_layers(target: Target, layers: Sequence[int]) -> Params:

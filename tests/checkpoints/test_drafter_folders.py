@@ -20,6 +20,7 @@ from deer_jax.checkpoints.conditioned import target_in
 from deer_jax.checkpoints.drafters import drafter_shapes
 from deer_jax.cli import export as cli
 from deer_jax.config import ConditionedConfig
+from deer_jax.data.answers import AnswerFiles
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.drafters.conditioned import ConditionedMethod, ConditionedReading, conditioned_drafter
 from deer_jax.drafters.drafter import Drafter
@@ -95,14 +96,38 @@ def run(tmp_path_factory):
     """A folder with a target, and a run of two steps of a drafter of a reduced vocabulary."""
     folder = runs.prepare(tmp_path_factory.mktemp("conditioned"))
     answers = folder / "answers.jsonl"
+    answers.with_name("masked.jsonl").write_text(answers.read_text())
     answers.write_text(re.sub(r"\b31\b", "30", answers.read_text()))  # no text has the mask
-    stage = runs.recipe(folder)["stages"][0] | {"steps": 2}
-    begun = {"taps": [0], "mask": 31, "draft_length": 4, "layout": "next_token", "draft_vocab": 16, "head": "markov",
-             "rank": 4, "form": "gated", "confidence": True}  # fmt: skip
-    deer_jax.align(
-        runs.recipe(folder, evaluation=None, stages=[stage], reading=None, conditioned=begun, drafter="random:1")
-    )
+    deer_jax.align(recipe_of(folder, drafter="random:1", conditioned=BEGUN))
     return folder
+
+
+BEGUN = {"taps": [0], "mask": 31, "draft_length": 4, "layout": "next_token", "draft_vocab": 16, "head": "markov",
+         "rank": 4, "form": "gated", "confidence": True}  # fmt: skip
+
+
+def recipe_of(folder: Path, **changes) -> dict:
+    """A run of two steps without evaluations."""
+    stage = runs.recipe(folder)["stages"][0] | {"steps": 2}
+    return runs.recipe(folder, evaluation=None, stages=[stage], reading=None) | changes
+
+
+@pytest.mark.parametrize("start", ["a recipe", "a run", "a folder"])
+def test_a_text_with_the_mask_is_refused_wherever_training_begins(run, tmp_path, start, monkeypatch):
+    read, record = [], AnswerFiles._read
+    monkeypatch.setattr(AnswerFiles, "_read", lambda self, index: read.append(index) or record(self, index))
+    rows = (run / "masked.jsonl").read_text().splitlines()
+    number = next(i for i, row in enumerate(rows) if 31 in json.loads(row)["prompt"] + json.loads(row)["answer"])
+    source: dict[str, Any] = {"drafter": str(run / "run")}
+    if start == "a recipe":
+        source = {"drafter": "random:1", "conditioned": BEGUN}
+    elif start == "a folder":
+        source = {"drafter": str(deer_jax.export(run / "run", tmp_path / "folder", dtype="float32"))}
+    values = recipe_of(run, output=str(tmp_path / "on"), answers=str(run / "masked.jsonl"), **source)
+    with pytest.raises(InputError, match=rf"\A{run}/masked.jsonl:{number + 1}: has id 31 in it, which is the draf"):
+        deer_jax.align(values)
+    assert not (tmp_path / "on").exists()
+    assert sorted(read) == sorted([0, *range(len(rows)), number])  # to begin with, once each, and for the message
 
 
 def test_a_run_is_exported_in_the_layouts_that_can_say_its_drafter(run, tmp_path):
