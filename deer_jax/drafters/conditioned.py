@@ -140,6 +140,10 @@ class ConditionedMethod(Trainable):
     def reserved(self) -> tuple[int, ...]:
         return (self.reading.mask,)
 
+    def borrowed(self, target: ModelConfig) -> dict[str, str]:
+        head = {} if self.reading.draft_vocab else {"head": "embed" if target.tied else "head"}
+        return {"embed": "embed"} | head
+
     def state(self, params: Params, shared: Params, batch: int, capacity: int, build: Build) -> Any:
         build = dataclasses.replace(build, dtype=params["fc"].dtype)
         return empty_cache(self.shape, batch, capacity, build)

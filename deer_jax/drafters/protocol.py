@@ -211,6 +211,10 @@ class Trainable(Method):
         """Ids of the target that mean something else to it, such as the mask: texts to train on must not have them."""
         return ()
 
+    def borrowed(self, target: ModelConfig) -> dict[str, str]:
+        """Which of its shared arrays are parameters of a target of such sizes, and which: {"head": "embed"}, say."""
+        return {}
+
     def shapes(self) -> Params:
         """Its parameters as training holds them, float32 and stacked, as shapes."""
         raise NotImplementedError

@@ -39,7 +39,7 @@ from deer_jax.models.transformer import Params
 from deer_jax.stores import place
 from deer_jax.training.acceptance import Acceptance, Survey, measure, read_held_out, survey
 from deer_jax.training.loop import Batches, Progress, StagePlan, Trainer, TrainReport, Work, run_mesh, stage_seed
-from deer_jax.training.objectives import drafter_loss, reads_target
+from deer_jax.training.objectives import drafter_loss, fixed_params, reads_target
 from deer_jax.training.recipe import INESSENTIAL, Recipe, Stage, as_recipe, recipe_from, to_mapping
 
 
@@ -216,11 +216,11 @@ def work_of(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> Work:
                 batch=recipe.batch, seed=stage_seed(recipe.seed, number), first=first, rows=rows,
             )  # fmt: skip
 
-        read = reads_target(method, stage.loss)
         return StagePlan(
             name=stage.corruption.stage, steps=stage.steps, optimizer=stage.optimizer,
             loss=drafter_loss(method, target.config, stage.loss, recipe.remat or target.build.remat),
-            examples=examples, fixed={"target": target.params if read else {}, "shared": drafter.shared},
+            examples=examples,
+            fixed=fixed_params(method, target.config, stage.loss, target.params, drafter.shared),
         )  # fmt: skip
 
     def evaluate(params: Params, show: Callable[[str], Any]) -> _Measured:

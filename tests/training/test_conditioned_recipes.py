@@ -19,7 +19,7 @@ from deer_jax.drafters.heads import Independent, Markov, PathSelector
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import abstract_params, logical_axes
 from deer_jax.sharding import bytes_per_device
-from deer_jax.training.objectives import drafter_loss
+from deer_jax.training.objectives import drafter_loss, fixed_params
 from deer_jax.training.recipe import read_recipe
 from tests.tiny import REAL
 from tests.training.sizes import DEVICES, abstract_mesh, batch_of, placed, slices_of, trace_segment, trace_step
@@ -137,7 +137,7 @@ def test_its_steps_and_rounds_trace_on_its_slices(name):
             method.check(stage.corruption)
             loss = drafter_loss(method, config, stage.loss, recipe.remat or Build.of("tpu").remat)
             batch = batch_of(recipe, stage, method.draft_length)
-            fixed = {"target": weights.target, "shared": weights.shared}
+            fixed = fixed_params(method, config, stage.loss, weights.target, weights.shared)
             trace_step(mesh, stage, weights.drafter, loss, batch, fixed)
         assert slots % recipe.mesh.batch_ways == 0
         trace_segment(mesh, config, method, method.draft_length, slots, 2048, weights_on(mesh, name, jnp.bfloat16))
