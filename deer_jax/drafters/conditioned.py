@@ -28,7 +28,6 @@ from deer_jax.config import (
     check_token_ids,
     check_whole,
 )
-from deer_jax.diffusion.corruption import Corruption
 from deer_jax.drafters.drafter import Drafter
 from deer_jax.drafters.heads import HEADS, INDEPENDENT, Block, Head, PathSelector, initial
 from deer_jax.drafters.protocol import Draft, Pick, Predictions, Row, Seen, Term, Trainable, check_tapped
@@ -202,10 +201,6 @@ class ConditionedMethod(Trainable):
         axes, head = logical_axes(self.shape), {name: weight.axes for name, weight in self.head_weights().items()}
         return axes | ({HEAD: head} if head else {})
 
-    def check(self, corruption: Corruption) -> None:
-        if self.reading.softcap is not None:
-            raise InputError("drafters whose scores have a softcap can be used, but not trained")
-
     def predict(self, params: Params, shared: Params, batch: dict[str, jax.Array], tapped, remat: Remat) -> Predictions:
         """Shapes of the batch as in `corruption.Blocks`: W places behind each anchor, of which those masked count."""
         tokens, anchor, masked = batch["tokens"], batch["anchor"], batch["masked"]
@@ -227,7 +222,10 @@ class ConditionedMethod(Trainable):
         return Predictions(
             place=predicted,
             weight=batch["weight"].reshape(B, M * W),
-            terms=(Term(features, shared["head"], trained=False), *self.head.terms(head, states, before)),
+            terms=(
+                Term(features, shared["head"], trained=False, softcap=self.reading.softcap),
+                *self.head.terms(head, states, before),
+            ),
             ids=ids,
             allowed=every != self.reading.mask,
             choice=self.head.choice(head, states, before),

@@ -154,17 +154,19 @@ def check_tapped(method: Method, layers: int, target: str) -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """A part of the scores, features @ table.T.
+    """A part of the scores, features @ table.T, or cap * tanh(features @ table.T / cap).
 
     Attributes:
       features: [B, R, d], differentiated.
       table: [V, d], or what `sharding.spread` made of it.
       trained: whether the table has a gradient; where not, nothing is computed or held for one.
+      softcap: the cap; None has none.
     """
 
     features: jax.Array
     table: jax.Array
     trained: bool = dataclasses.field(default=True, metadata={"static": True})
+    softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 class Choice(NamedTuple):
