@@ -43,7 +43,7 @@ from deer_jax.checkpoints.records import DRAFTER
 from deer_jax.checkpoints.runs import is_run, read_best
 from deer_jax.config import DrafterConfig, check_choice, from_mapping
 from deer_jax.data.tokenizer import Tokenizer, differing_ids
-from deer_jax.drafters.conditioned import ConditionedMethod
+from deer_jax.drafters.conditioned import ConditionedMethod, shared_of
 from deer_jax.drafters.drafter import Drafter
 from deer_jax.drafters.prompt_lookup import prompt_lookup
 from deer_jax.drafters.protocol import Trainable
@@ -58,7 +58,7 @@ from deer_jax.drafters.standalone import (
 from deer_jax.errors import InputError, named, shown
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params, is_stacked, stack_layers, unstack_layers
-from deer_jax.sharding import placements
+from deer_jax.sharding import on_mesh, placements
 
 SPECIAL = "deer_jax.mask_and_separator"
 DRAFTERS = re.compile(r"eagle|medusa|draft|dspark|speculator|mtp", re.IGNORECASE)  # architectures of other drafters
@@ -238,6 +238,25 @@ def describe_drafter(folder: Path, drafter: Drafter, stop_ids: Sequence[int] = (
     else:
         values = write_config(method.shape, "float32", stop_ids=stop_ids) | {SECTION: method.section()}
     write_description(folder, values, tokenizer_source=tokenizer.folder if isinstance(tokenizer, Tokenizer) else None)
+
+
+def kept_by_runs(drafter: Drafter, target: Target) -> Drafter:
+    """The drafter as the folder of a run gives it back, which keeps no head: a reduced one has the target's own rows.
+
+    InputError where it came with others. Those that are the target's but for rounding to bfloat16 are none.
+    """
+    method, shared = drafter.method, drafter.shared
+    if not isinstance(method, ConditionedMethod) or "ids" not in shared:
+        return drafter
+    own = shared_of(method, target, np.asarray(shared["ids"]))
+    with on_mesh(target.mesh):
+        same = jax.jit(lambda *rows: jnp.array_equal(*(each.astype(jnp.bfloat16) for each in rows)))
+        if not same(shared["head"], own["head"]):
+            raise InputError(
+                f"{drafter.name}: its output head has other rows than {target.name}'s, and a run keeps no head: give "
+                "the target that it was trained for, or begin another drafter (`conditioned` in a recipe)"
+            )
+    return dataclasses.replace(drafter, shared=own)
 
 
 def trainable(drafter: Drafter) -> Trainable:

@@ -14,6 +14,7 @@ from deer_jax.checkpoints.claims import WHOLE, Claim, claimed
 from deer_jax.checkpoints.drafters import (
     describe_drafter,
     drafter_shapes,
+    kept_by_runs,
     load_drafter,
     place_drafter,
     trainable,
@@ -146,6 +147,7 @@ def read_inputs(recipe: Recipe, claim: Claim, say: Callable[[str], Any]) -> Inpu
         drafter = load_drafter(source, target=target, dtype="float32", config=recipe.reading, progress=say_bytes)
         if start_digests(source, claim.digests) != start:
             raise RunError(f"{source}: was changed while it was loaded; start again")
+        drafter = kept_by_runs(drafter, target)
         layers, examples = (), trainable(drafter).examples
     else:
         drafter, layers, examples = None, started_layers(source), begun.examples

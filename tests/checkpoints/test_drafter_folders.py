@@ -17,7 +17,7 @@ from tokenizers import models
 
 import deer_jax
 from deer_jax.checkpoints.conditioned import target_in
-from deer_jax.checkpoints.drafters import drafter_shapes
+from deer_jax.checkpoints.drafters import drafter_shapes, kept_by_runs
 from deer_jax.cli import export as cli
 from deer_jax.config import ConditionedConfig
 from deer_jax.data.answers import AnswerFiles
@@ -157,6 +157,23 @@ def test_a_run_is_exported_in_the_layouts_that_can_say_its_drafter(run, tmp_path
     assert (tmp_path / "cli" / "model.safetensors").read_bytes() == (
         tmp_path / "speculators" / "model.safetensors"
     ).read_bytes()
+
+
+def test_training_goes_on_with_the_head_that_its_run_is_loaded_with(run, tmp_path):
+    """The target's: where a folder has it rounded, unrounded; where a folder has another one, none is trained."""
+    target = deer_jax.load_target(run / "target")
+    public = {"layout": "speculators", "target": run / "target"}
+    rounded = deer_jax.load_drafter(deer_jax.export(run / "run", tmp_path / "rounded", **public), target=target)
+    own = deer_jax.load_drafter(run / "run", target=target).shared
+    assert (rounded.shared["head"] != own["head"]).any()
+    same_values(kept_by_runs(rounded, target).shared, own)
+    folder = deer_jax.export(run / "run", tmp_path / "other", dtype="float32", **public)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][-1, -1] += 0.1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"\Aother: its output head has other rows than target's, and a run[^\n]*\Z"):
+        deer_jax.align(recipe_of(run, output=str(tmp_path / "on"), drafter=str(folder)))
+    assert not (tmp_path / "on").exists()
 
 
 def test_a_target_is_named_by_its_hub_id_or_its_path(run, tmp_path):
