@@ -32,21 +32,32 @@ from deer_jax.training.acceptance import survey
 STEPS, SPLIT, BLOCKS, K, MASK, PROMPTS = 4000, 1000, 24, 8, 0, 104
 COMMON = {"length": 176, "batch": 4, "checkpoint_every": 1000}
 TAPS = [0, 2, 4]
-# The published loss of each kind; what is weighed how behind the anchor is the kind's own.
-KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "dflash": ({}, {"kl": 1, "decay": 4}),
-    "dflash2": ({"head": "selector", "rank": 32, "candidates": 16, "conv_kernel": 2, "conv_group": 16},
+MARKOV = {"head": "markov", "rank": 16, "layout": "next_token"}
+FEW = MARKOV | {"rank": 64, "draft_vocab": 256, "taps": [0, 1, 2, 3, 4]}
+CONVOLVED = FEW | {"conv_kernel": 2, "conv_group": 16}
+PUBLISHED = {"ce": 0.1, "tv": 0.9, "decay": 4}  # the loss of DSpark
+# Of each kind its beginning, its layers, and the loss of its authors.
+KINDS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "dflash": ({}, "random:2", {"kl": 1, "decay": 4}),
+    "dflash2": ({"head": "selector", "rank": 32, "candidates": 16, "conv_kernel": 2, "conv_group": 16}, "random:2",
                 {"kl": 1, "selector": 1, "decay": 4}),
-    "dspark": ({"head": "markov", "rank": 16, "layout": "next_token"}, {"ce": 0.1, "tv": 0.9, "decay": 4}),
+    "dspark": (MARKOV, "random:2", PUBLISHED),
+    "combined": (CONVOLVED | {"rank": 96, "causal": True}, "from-target:3,4", PUBLISHED),
 }  # fmt: skip
-# Of the kind that does best here: from layers of the target, and with other losses.
-TRIALS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "dspark started": ("dspark", "from-target:3,4", {"ce": 0.1, "tv": 0.9, "decay": 4}),
-    "dspark-rnn started": ("dspark-rnn", "from-target:3,4", {"ce": 0.1, "tv": 0.9, "decay": 8}),
-    "dspark kl": ("dspark", "random:2", {"kl": 1, "decay": 4}),
-    "dspark pace": ("dspark", "random:2", {"kl": 0.5, "tv": 0.5, "pace": True}),
+# With the published plan: other losses, and what leads from dspark to combined.
+TRIALS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "dspark kl": (MARKOV, "random:2", {"kl": 1, "decay": 4}),
+    "dspark pace": (MARKOV, "random:2", {"kl": 0.5, "tv": 0.5, "pace": True}),
+    "started": (MARKOV, "from-target:3,4", PUBLISHED),
+    "few ids": (FEW, "from-target:3,4", PUBLISHED),
+    "few ids causal": (FEW | {"causal": True}, "from-target:3,4", PUBLISHED),
+    "convolved": (CONVOLVED | {"rank": 32}, "from-target:3,4", PUBLISHED | {"decay": 6}),
 }
-ROWS = ["standalone", *(f"{kind} {how}" for kind in KINDS for how in ("published", "stages")), *TRIALS]
+UNTRAINED = "untrained"
+REFINED = "combined refined"  # the published plan, and DEER's refinement for the last quarter
+ROWS = [
+    UNTRAINED, "standalone", *(f"{kind} {how}" for kind in KINDS for how in ("published", "stages")), REFINED, *TRIALS,
+]  # fmt: skip
 
 
 def recipe(row: str, seed: int, target: str, data: Path, output: Path) -> dict[str, Any]:
@@ -64,18 +75,18 @@ def recipe(row: str, seed: int, target: str, data: Path, output: Path) -> dict[s
     ]
     if row == "standalone":
         return values | {"drafter": "from-target", "reading": {"draft_length": K}, "stages": stages}
-    if row in TRIALS:
-        (kind, source, loss), how = TRIALS[row], "published"
-        start = KINDS[kind.removesuffix("-rnn")][0] | ({"form": "rnn"} if kind.endswith("-rnn") else {})
-    else:
-        kind, how = row.split()
-        (start, loss), source = KINDS[kind], "random:2"
+    kind, how = (row, "published") if row in TRIALS else row.split()
+    start, source, loss = TRIALS.get(kind) or KINDS[kind]
     if how == "published":
         stages = [{"stage": "continuation", "steps": STEPS, "least_rate": 1.0, **optimizer}]
-    begun = {"taps": TAPS, "mask": MASK, "draft_length": K} | start
+    if how == "refined":
+        stages = [
+            {"stage": "continuation", "steps": STEPS - SPLIT, "least_rate": 1.0, **optimizer},
+            {"stage": "refinement", "steps": SPLIT, **optimizer | {"learning_rate": 5e-4}},
+        ]
     return values | {
         "drafter": source,
-        "conditioned": begun,
+        "conditioned": {"taps": TAPS, "mask": MASK, "draft_length": K} | start,
         "stages": [stage | {"loss": loss} for stage in stages],
     }
 
@@ -94,15 +105,24 @@ def multiplied(method) -> int:
     return count
 
 
-def run_cell(row: str, seed: int, args, folder: Path) -> dict[str, Any]:
-    values = recipe(row, seed, args.target, args.data, args.output)
-    begin = time.time()
-    report = deer_jax.align(values, progress=lambda done, steps, note: show(row, seed, done, steps, note))
+def run_cell(row: str, seed: int, args) -> dict[str, Any]:
+    """Train and measure one; the figures."""
     target = deer_jax.load_target(args.target)
-    drafter = deer_jax.load_drafter(values["output"], target=target)
-    metrics = [json.loads(line) for line in (Path(values["output"]) / "metrics.jsonl").open()]
+    result: dict[str, Any] = {"row": row, "seed": seed, "predicted": 0, "cpu_seconds": 0}
+    if row == UNTRAINED:
+        drafter = deer_jax.load_drafter("from-target", target=target)
+    else:
+        values = recipe(row, seed, args.target, args.data, args.output)
+        begun, began = (Path(values["output"]) / "metrics.jsonl").exists(), time.process_time()
+        deer_jax.align(values, progress=lambda done, steps, note: show(row, seed, done, steps, note))
+        result["cpu_seconds"] = None if begun else time.process_time() - began
+        drafter = deer_jax.load_drafter(values["output"], target=target)
+        metrics = [json.loads(line) for line in (Path(values["output"]) / "metrics.jsonl").open()]
+        losses = [line for line in metrics if "loss" in line]
+        result["predicted"] = int(sum(line["predicted"] for line in losses) / len(losses) * STEPS)
+    files = [args.data / "sampled.jsonl", args.data / "continued.jsonl"]
+    records = AnswerFiles(files, vocab_size=target.config.vocab_size)
     prompts = [json.loads(line)["tokens"] for line in (args.data / "held_out.jsonl").open()]
-    records = AnswerFiles(values["answers"], vocab_size=target.config.vocab_size)
     met = survey(records, prompts, COMMON["length"]).met
     prompts = [prompt for prompt, seen in zip(prompts, met, strict=True) if not seen][:PROMPTS]
     found = {}
@@ -114,13 +134,8 @@ def run_cell(row: str, seed: int, args, folder: Path) -> dict[str, Any]:
             ).stats  # fmt: skip
             interval = acceptance_interval(np.asarray(stats.accepted_histogram))
             found[f"k{k} T{temperature:g}"] = [stats.acceptance_length, *(interval or (None, None))]
-    losses = [line for line in metrics if "loss" in line]
-    return {
-        "row": row, "seed": seed, "tau": found, "multiplied": multiplied(drafter.method),
-        "parameters": sum(x.size for x in jax.tree.leaves(drafter.params)), "seconds": time.time() - begin,
-        "predicted": int(sum(line["predicted"] for line in losses) / len(losses) * STEPS),
-        "training_seconds": report.seconds, "loss": losses[-1]["loss"],
-    }  # fmt: skip
+    parameters = sum(x.size for x in jax.tree.leaves(drafter.params))
+    return result | {"tau": found, "multiplied": multiplied(drafter.method), "parameters": parameters}
 
 
 def show(row: str, seed: int, done: int, steps: int, note: str) -> None:
@@ -137,7 +152,7 @@ def run(args) -> None:
         if path.exists():
             continue
         begin = time.time()
-        result = run_cell(row, seed, args, path)
+        result = run_cell(row, seed, args)
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         took.append(time.time() - begin)
         left = sum(not (args.output / f"{r.replace(' ', '-')}-{s}.json").exists() for r, s in cells[number + 1 :])
@@ -147,8 +162,8 @@ def run(args) -> None:
 
 def table(args) -> None:
     results = [json.loads(path.read_text()) for path in sorted(args.output.glob("*.json"))]
-    print("| row | seed | tau k=8 T=0 | T=1 | k=4 | k=16 | multiplied | predicted | seconds |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| row | seed | tau k=8 T=0 | T=1 | k=4 | k=16 | multiplied | parameters | predicted | CPU seconds |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for each in sorted(results, key=lambda each: (ROWS.index(each["row"]), each["seed"])):
         tau = each["tau"]
 
@@ -157,8 +172,9 @@ def table(args) -> None:
             return " / ".join(f"{value[0]:.2f}" for value in values if value) or "-"
 
         zero, one = (f"{tau[f'k8 T{t}'][0]:.2f} [{tau[f'k8 T{t}'][1]:.2f}, {tau[f'k8 T{t}'][2]:.2f}]" for t in (0, 1))
+        seconds = "-" if each["cpu_seconds"] is None else f"{each['cpu_seconds']:.0f}"
         print(f"| {each['row']} | {each['seed']} | {zero} | {one} | {pair(4)} | {pair(16)} | {each['multiplied']:,} | "
-              f"{each['predicted']:,} | {each['training_seconds']:.0f} |")  # fmt: skip
+              f"{each['parameters']:,} | {each['predicted']:,} | {seconds} |")  # fmt: skip
 
 
 def main() -> None:

@@ -377,3 +377,13 @@ class Share:
             return jax.make_array_from_callback((*self._shape, *value.shape[2:]), self.placement, piece)
 
         return {name: whole(value) for name, value in local.items()}
+
+    def local(self, value: jax.Array) -> np.ndarray:
+        """Of an array [parts, rows, ...] that lies like a batch, the rows that this process reads: [n, ...]."""
+        parts = self._shape[0]
+        found = np.empty((parts, len(self._columns), *value.shape[2:]), value.dtype)
+        shards = {shard.index[1].indices(self._shape[1])[0]: shard for shard in value.addressable_shards}
+        for first, shard in shards.items():
+            start = int(np.searchsorted(self._columns, first))
+            found[:, start : start + shard.data.shape[1]] = shard.data
+        return found.reshape(-1, *value.shape[2:])

@@ -260,8 +260,9 @@ class _Handler(BaseHTTPRequestHandler):
             boundary = re.search('boundary="?([^";]+)', self.headers["Content-Type"])
             assert boundary is not None
             mark = b"--" + boundary[1].encode()
-            _, about, content, _ = re.split(rb"\r?\n?" + re.escape(mark) + rb"(?:--)?\r?\n?", body, maxsplit=3)
-            about, content = (re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in (about, content))
+            line = b"\r\n" if body.startswith(mark + b"\r\n") else b"\n"  # content may end with either, or a half of it
+            _, *parts, _ = (line + body).split(line + mark)
+            about, content = (part.partition(line + line)[2] for part in parts)
             self._write(bucket, json.loads(about)["name"], query, content)
         else:
             name = query.get("name") or json.loads(body or b"{}")["name"]

@@ -182,6 +182,13 @@ def test_files_are_written_whole_and_trials_leave_nothing(bucket):
     assert bucket.contents() == {"a/report.json": b"two"}
 
 
+@pytest.mark.parametrize("content", [b"", b"\r", b"a\r\n", b"a\n", b"\r\n\r\na\n\n"])
+def test_any_content_is_kept_byte_for_byte(bucket, content):
+    path = place(f"{bucket.url}/out/a.bin")
+    write(path, content)
+    assert stores.read(path) == bucket.read("out/a.bin") == content
+
+
 def test_a_large_file_goes_and_comes_in_parts(bucket, tmp_path):
     content = np.random.default_rng(0).bytes(2**20)
     bucket.put("f/large.bin", content)

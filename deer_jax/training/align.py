@@ -42,6 +42,7 @@ from deer_jax.training.acceptance import Acceptance, Survey, measure, read_held_
 from deer_jax.training.loop import Batches, Progress, StagePlan, Trainer, TrainReport, Work, run_mesh, stage_seed
 from deer_jax.training.objectives import drafter_loss, fixed_params, reads_target
 from deer_jax.training.recipe import INESSENTIAL, Recipe, Stage, as_recipe, recipe_from, to_mapping
+from deer_jax.training.target_states import TargetStates
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,6 +211,10 @@ def work_of(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> Work:
     target, drafter, evaluation = inputs.target, inputs.drafter, recipe.evaluation
     method = trainable(drafter)
     assert target.mesh is not None
+    states = None
+    if recipe.keep_states is not None:
+        hidden = any(stage.loss.reads_target for stage in stages)
+        states = TargetStates(target, method.taps, hidden, recipe.keep_states)
 
     def plan(number: int, stage: Stage) -> StagePlan:
         def examples(first: int, rows: np.ndarray) -> Batches:
@@ -221,7 +226,7 @@ def work_of(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> Work:
         return StagePlan(
             name=stage.corruption.stage, steps=stage.steps, optimizer=stage.optimizer,
             loss=drafter_loss(method, target.config, stage.loss, recipe.remat or target.build.remat),
-            examples=examples,
+            examples=examples, states=states if reads_target(method, stage.loss) else None,
             fixed=fixed_params(method, target.config, stage.loss, target.params, drafter.shared),
         )  # fmt: skip
 
@@ -275,6 +280,8 @@ def check(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> None:
         raise InputError(f"length {recipe.length} exceeds the drafter's context of {context}; lower length")
     if len(records) < recipe.batch:  # before the output becomes a run, whose batch could not be changed
         raise InputError(f"{records}: {len(records)} records are fewer than a batch of {recipe.batch}; lower batch")
+    if recipe.keep_states is not None and not any(reads_target(method, stage.loss) for stage in stages):
+        raise InputError("keep_states: no stage reads the target's states, so there is nothing to keep; leave it out")
     for number, stage in enumerate(stages):
         where, width = f"stages[{number}]", stage.corruption.width
         if reads_target(method, stage.loss) and recipe.length > target.config.context:

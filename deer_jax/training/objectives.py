@@ -37,7 +37,7 @@ Loss = Callable[[Params, dict[str, jax.Array], Params], tuple[jax.Array, jax.Arr
 class View(NamedTuple):
     """The target's view of a batch: what it says after each text position, and what its tapped layers give."""
 
-    hidden: jax.Array  # [B, T, D'] final hidden states over the clean texts
+    hidden: jax.Array | None  # [B, T, D'] final hidden states over the clean texts; None where nothing needs them
     head: jax.Array  # [V', D']
     tapped: jax.Array | None  # [B, T, n*D']
 
@@ -48,6 +48,13 @@ def read_text(config: ModelConfig, params: Params, tokens, taps: tuple[int, ...]
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     read = lax.stop_gradient(model(model.lookup(tokens), positions, taps=taps))
     return View(read.hidden, params["embed" if config.tied else "head"], read.tapped)
+
+
+def kept_view(config: ModelConfig, params: Params, batch: dict[str, jax.Array]) -> View | None:
+    """What `target_states` has added to a batch; None for a batch without."""
+    if not {"hidden", "tapped"} & batch.keys():
+        return None
+    return View(batch.get("hidden"), params["embed" if config.tied else "head"], batch.get("tapped"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +118,7 @@ def drafter_loss(
         tokens, view, shared = batch["tokens"], None, fixed.get("shared", {})
         if reads_target(method, objective):
             assert target is not None
-            view = read_text(target, fixed["target"], tokens, method.taps)
+            view = kept_view(target, fixed["target"], batch) or read_text(target, fixed["target"], tokens, method.taps)
             shared = shared | {name: fixed["target"][key] for name, key in method.borrowed(target).items()}
         if objective.decay is not None:
             weight = batch["weight"]
@@ -152,6 +159,7 @@ def loss_of(said: Predictions, tokens, objective: Objective, view: View | None, 
     weights = said.weight if objective.mix.reads_target else jnp.where(known, said.weight, 0)
     soft = None
     if view is not None:
+        assert view.hidden is not None
         before = (said.place - 1)[..., None]  # the target says the token at `place` one position earlier
         theirs = jnp.take_along_axis(view.hidden, before, axis=1, mode="clip")
         head, whole = (view.head, None) if said.ids is None else (said.terms[0].table, view.head)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from deer_jax.build import Remat
 from deer_jax.checkpoints.families import check_family
-from deer_jax.config import DrafterConfig, ModelConfig, Sampling
+from deer_jax.config import DrafterConfig, ModelConfig, Sampling, check_number
 from deer_jax.diffusion.corruption import Corruption
 from deer_jax.drafters.start import ConditionedStart
 from deer_jax.errors import InputError, shown
@@ -18,6 +18,8 @@ from deer_jax.sharding import MeshShape
 from deer_jax.training.objectives import CROSS_ENTROPY, Objective
 from deer_jax.training.step import OptimizerConfig
 from deer_jax.training.values import build, check_keys, placed
+
+MOST_GIB = 1e6  # of memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,7 @@ class RunSettings:
 
 
 # What may change while a run goes on.
-INESSENTIAL = ("output", "log_every", "checkpoint_every", "keep", "mesh", "remat")
+INESSENTIAL = ("output", "log_every", "checkpoint_every", "keep", "keep_states", "mesh", "remat")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +139,8 @@ class Recipe(RunSettings):
       reading: how a standalone drafter reads and is read; None: as its folder says, or the defaults for `from-target`.
       conditioned: begins a drafter that reads the target's hidden states; None: it is standalone, or in a folder.
       length: T, tokens per text.
+      keep_states: GiB of each host's memory for what the target says of the texts, so that it reads each of them once
+        and not in every epoch; None: it reads them in every step.
     """
 
     target: str
@@ -146,12 +150,15 @@ class Recipe(RunSettings):
     reading: DrafterConfig | None = None
     conditioned: ConditionedStart | None = None
     length: int = 256
+    keep_states: float | None = None
     evaluation: Evaluation | None = None
 
     def __post_init__(self):
         super().__post_init__()
         if self.length < 1:
             raise InputError(f"length must be at least 1, got {self.length}")
+        if self.keep_states is not None:
+            check_number("keep_states", self.keep_states, 0, MOST_GIB, above=True)
         if not self.answers:
             raise InputError("answers is empty: name at least one file")
         if not self.stages:

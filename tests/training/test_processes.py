@@ -83,6 +83,7 @@ def two(values, environment, *more):
 def ended(started):
     """Exit statuses, and what was said by each on stderr, when all have ended."""
     said = [each.communicate(timeout=LIMIT)[1] for each in started]
+    print("\n\n".join(said))  # whole where a test fails; an assertion shows the ends only
     return [each.returncode for each in started], said
 
 

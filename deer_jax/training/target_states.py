@@ -1,0 +1,81 @@
+"""What the target says of the training texts, kept in memory: the same texts come again in every epoch."""
+
+import functools
+import warnings
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax import lax
+
+from deer_jax import processes
+from deer_jax.config import ModelConfig
+from deer_jax.models.target import Target
+from deer_jax.models.transformer import Params
+from deer_jax.sharding import on_mesh
+from deer_jax.training.objectives import read_text
+
+GIB = 2**30
+
+
+class TargetStates:
+    """Adds what the target says of a batch's texts, by a program of its own: of a text that is kept it says it once.
+
+    Each process keeps those of its own rows, the first that it meets for as long as there is room; a batch with any
+    other text is read anew.
+
+    Attributes:
+      target: whose states they are.
+    """
+
+    def __init__(self, target: Target, taps: tuple[int, ...], hidden: bool, gib: float):
+        """taps: the layers to keep; hidden: whether the final states as well; gib: the room, of this host."""
+        self.target = target
+        self._taps, self._hidden = taps, hidden
+        self._room, self._full = int(gib * GIB), False
+        self._kept: dict[bytes, dict[str, np.ndarray]] = {}
+
+    def add(self, batch: Mapping[str, np.ndarray], share: processes.Share) -> dict[str, np.ndarray]:
+        """The batch, with `hidden` [rows, T, D] and `tapped` [rows, T, n*D] as far as they are kept."""
+        tokens = batch["tokens"]
+        keys = [row.tobytes() for row in tokens]
+        if not processes.agree(any(key not in self._kept for key in keys)):
+            return dict(batch) | {
+                name: np.stack([self._kept[key][name] for key in keys]) for name in self._kept[keys[0]]
+            }
+        with on_mesh(self.target.mesh):
+            read = _read(
+                self.target.params, share.place({"tokens": tokens})["tokens"], config=self.target.config,
+                taps=self._taps, hidden=self._hidden, where=share.placement,
+            )  # fmt: skip
+        states = {name: share.local(value) for name, value in read.items()}
+        for i, key in enumerate(keys):
+            self._keep(key, {name: value[i] for name, value in states.items()})
+        return dict(batch) | states
+
+    def _keep(self, key: bytes, states: dict[str, np.ndarray]) -> None:
+        size = sum(value.nbytes for value in states.values())
+        if key in self._kept:
+            return
+        if size <= self._room:
+            self._room -= size
+            self._kept[key] = {name: value.copy() for name, value in states.items()}
+        elif not self._full:
+            self._full = True
+            warnings.warn(
+                f"keep_states has room for the states of {len(self._kept):,} texts, of {size / 2**20:,.1f} MiB each; "
+                "batches with others are read anew in every epoch",
+                stacklevel=2,
+            )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "taps", "hidden", "where"))
+def _read(params: Params, tokens, *, config: ModelConfig, taps: tuple[int, ...], hidden: bool, where):
+    """tokens int32 [parts, rows, T] -> what is kept of each, so placed."""
+
+    def part(tokens):
+        view = read_text(config, params, tokens, taps)
+        found = {"hidden": view.hidden if hidden else None, "tapped": view.tapped}
+        return {name: value for name, value in found.items() if value is not None}
+
+    return jax.tree.map(lambda x: lax.with_sharding_constraint(x, where), lax.map(part, tokens))
