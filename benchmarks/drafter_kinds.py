@@ -54,9 +54,10 @@ TRIALS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "convolved": (CONVOLVED | {"rank": 32}, "from-target:3,4", PUBLISHED | {"decay": 6}),
 }
 UNTRAINED = "untrained"
+STANDALONE: dict[str, dict[str, Any]] = {"standalone": {}, "standalone markov": {"kind": "markov", "rank": 16}}
 REFINED = "combined refined"  # the published plan, and DEER's refinement for the last quarter
 ROWS = [
-    UNTRAINED, "standalone", *(f"{kind} {how}" for kind in KINDS for how in ("published", "stages")), REFINED, *TRIALS,
+    UNTRAINED, *STANDALONE, *(f"{kind} {how}" for kind in KINDS for how in ("published", "stages")), REFINED, *TRIALS,
 ]  # fmt: skip
 
 
@@ -73,8 +74,9 @@ def recipe(row: str, seed: int, target: str, data: Path, output: Path) -> dict[s
         {"stage": "continuation", "steps": SPLIT, **optimizer},
         {"stage": "refinement", "steps": STEPS - SPLIT, **optimizer},
     ]
-    if row == "standalone":
-        return values | {"drafter": "from-target", "reading": {"draft_length": K}, "stages": stages}
+    if row in STANDALONE:
+        head = {"draft_head": STANDALONE[row]} if STANDALONE[row] else {}
+        return values | {"drafter": "from-target", "reading": {"draft_length": K}, "stages": stages} | head
     kind, how = (row, "published") if row in TRIALS else row.split()
     start, source, loss = TRIALS.get(kind) or KINDS[kind]
     if how == "published":

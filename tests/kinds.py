@@ -9,9 +9,11 @@ import numpy as np
 
 from deer_jax import DrafterConfig, Target, drafter_from_target
 from deer_jax.config import ConditionedConfig, ModelConfig
-from deer_jax.drafters.conditioned import HEAD, ConditionedMethod, ConditionedReading, shared_of
+from deer_jax.drafters.conditioned import ConditionedMethod, ConditionedReading, shared_of
 from deer_jax.drafters.drafter import Drafter
-from deer_jax.drafters.heads import INDEPENDENT, Head, Markov, PathSelector
+from deer_jax.drafters.heads import HEAD, INDEPENDENT, Head, Markov, PathSelector
+from deer_jax.drafters.standalone import MASK as MASK_ENTRY
+from deer_jax.drafters.standalone import StandaloneMethod
 from deer_jax.models.transformer import Params, unstack_layers
 from tests.tiny import random_params, tiny
 
@@ -57,7 +59,13 @@ STANDALONE = {
     "block_causal": DrafterConfig(draft_length=K),
     "bidirectional": DrafterConfig(draft_length=K, attention="bidirectional"),
 }
-KINDS = (*STANDALONE, *CONDITIONED)
+# Block-causal drafters with a head: how they read, and which.
+HEADED: dict[str, tuple[DrafterConfig, Head]] = {
+    "standalone selector": (DrafterConfig(draft_length=K), PathSelector(rank=8, candidates=6, has_confidence=True)),
+    "standalone vanilla": (DrafterConfig(draft_length=K, head="in_place"), Markov(rank=8)),
+    "standalone rnn": (DrafterConfig(draft_length=K, separator=False), Markov(rank=8, form="rnn")),
+}
+KINDS = (*STANDALONE, *HEADED, *CONDITIONED)
 
 
 def follows(V: int) -> np.ndarray:
@@ -83,7 +91,7 @@ def backbone_of(config: ModelConfig, taps: int, **changes) -> ConditionedConfig:
     return ConditionedConfig(**(vars(config) | own | changes))
 
 
-def random_head(method: ConditionedMethod, ids, state) -> Params:
+def random_head(method: ConditionedMethod | StandaloneMethod, ids, state) -> Params:
     """Weights that all matter, unlike fresh ones, of a head that has an idea of what follows a token.
 
     ids: those it proposes; state: a final state [D] like those where it predicts.
@@ -131,11 +139,24 @@ def conditioned(target: Target, kind: Kind, *, ids=IDS, k: int = K, scan: bool =
     )  # fmt: skip
 
 
+def standalone(target: Target, reading: DrafterConfig, head: Head) -> Drafter:
+    """A standalone drafter of the target's first layer, with a head."""
+    drafter = drafter_from_target(target, reading, layers=(0,))
+    method = drafter.method
+    assert isinstance(method, StandaloneMethod)
+    method, state = dataclasses.replace(method, head=head), np.asarray(drafter.params["special"][MASK_ENTRY])
+    state = state / np.sqrt(np.mean(state**2))
+    head_params = random_head(method, range(target.config.vocab_size), state)
+    return dataclasses.replace(drafter, method=method, params=drafter.params | {HEAD: head_params})
+
+
 def drafter_of(kind: str, target: Target | None = None) -> Drafter:
     """The drafter of a kind, by its name in KINDS."""
     target = target_of() if target is None else target
     if kind in CONDITIONED:
         return conditioned(target, CONDITIONED[kind])
+    if kind in HEADED:
+        return standalone(target, *HEADED[kind])
     return drafter_from_target(target, STANDALONE[kind], layers=(0,))
 
 

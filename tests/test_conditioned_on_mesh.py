@@ -1,4 +1,4 @@
-"""Conditioned drafters on a mesh: the same tokens and the same training, and only rows move between the devices."""
+"""Drafters with heads on a mesh: the same tokens and the same training, and only rows move between the devices."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from deer_jax.planning.hlo import Program
 from deer_jax.sharding import on_mesh
 from deer_jax.training.objectives import Objective, drafter_loss, fixed_params
 from tests.fast import representing
-from tests.kinds import CONVOLVED, Kind, conditioned
+from tests.kinds import CONVOLVED, HEADED, Kind, conditioned, standalone
 from tests.meshes import SCANNED, batches, made, mesh_of, placed
 
 K, RANK, CANDIDATES = 3, 8, 4
@@ -30,7 +30,10 @@ KINDS = {
 def pair(kind: str, mesh):
     """Target and drafter with the same values on each mesh."""
     target = made("qwen3", mesh, scan=True)
-    drafter = conditioned(target, KINDS[kind], ids=IDS, k=K, scan=True)
+    if kind in HEADED:
+        drafter = standalone(target, *HEADED[kind])
+    else:
+        drafter = conditioned(target, KINDS[kind], ids=IDS, k=K, scan=True)
     return target, usable_drafter(drafter, drafter.params, target)
 
 
@@ -129,7 +132,7 @@ def test_a_step_gathers_each_table_once():
     assert found == size(target.params, own) + 2 * size(drafter.params["layers"])
 
 
-@pytest.mark.parametrize("kind", ["selector", "rnn"])
+@pytest.mark.parametrize("kind", ["selector", "rnn", "standalone rnn"])
 def test_a_mesh_has_the_loss_and_gradients_of_one_device(kind):
     """Of the target's distribution and the text's tokens, of a selector's choice and of the confidence."""
 

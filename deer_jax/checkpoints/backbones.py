@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from deer_jax.checkpoints.families import KEYS, Slot, config_from, fill_slots, flag_of, number_of, write_config
 from deer_jax.config import ConditionedConfig, ModelConfig
-from deer_jax.drafters.conditioned import HEAD, ConditionedMethod
+from deer_jax.drafters.conditioned import ConditionedMethod
+from deer_jax.drafters.heads import HEAD
 from deer_jax.errors import InputError, shown
 from deer_jax.models.weights import layer_weights, outer_weights
 

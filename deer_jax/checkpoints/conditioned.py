@@ -26,11 +26,11 @@ from deer_jax.checkpoints.huggingface import (
     save_slots,
 )
 from deer_jax.checkpoints.tensors import Header, check_count, check_headers, opened, read_headers
-from deer_jax.config import ConditionedConfig, ModelConfig, check_choice, from_mapping
+from deer_jax.config import ConditionedConfig, ModelConfig, from_mapping
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.drafters.conditioned import ConditionedMethod, ConditionedReading, Ids, check_target, draft_ids, shared_of
 from deer_jax.drafters.drafter import Drafter
-from deer_jax.drafters.heads import HEADS
+from deer_jax.drafters.heads import head_from
 from deer_jax.errors import InputError, shown
 from deer_jax.formats import mapping
 from deer_jax.models.target import Target
@@ -68,16 +68,14 @@ def _own_method(values: Mapping[str, Any], where: str) -> tuple[ConditionedMetho
     for key in section:
         if key not in ("kind", "reading", "shape", "head", "ids"):
             raise InputError(f"{where}: unknown key {shown(key)}")
-    reading, shape, head = (
+    reading, shape = (
         {name: tuple(value) if isinstance(value, list) else value for name, value in part.items()}
-        for part in (mapping(section.get(key), f"{where}: {key}") for key in ("reading", "shape", "head"))
+        for part in (mapping(section.get(key), f"{where}: {key}") for key in ("reading", "shape"))
     )
-    kind: Any = head.pop("kind", None)
-    check_choice(f"{where}: head: kind", kind, HEADS)
     method = ConditionedMethod(
         from_mapping(ConditionedConfig, shape_from(values, where) | shape, f"{where}: shape"),
         from_mapping(ConditionedReading, reading, f"{where}: reading"),
-        from_mapping(HEADS[kind], head, f"{where}: head"),
+        head_from(section.get("head"), f"{where}: head"),
     )
     return method, draft_ids(method, section.get("ids"), f"{where}: ids")
 

@@ -1,8 +1,9 @@
 """Drafters from and to Hugging Face folders, and from the folders of alignment runs.
 
 The folder of a drafter that reads text alone is that of its backbone, plus a `deer_jax` section in config.json (see
-`DrafterConfig`) and one more tensor, mask and separator. The public open-dCoder layout has neither: its mask is a row
-of the embedding. Those of drafters that read their target are in `conditioned`.
+`DrafterConfig`; its head under `draft_head`) and further tensors: mask and separator, and those of its head. The public
+open-dCoder layout has none of these: its mask is a row of the embedding. Folders of drafters that read their target are
+in `conditioned`.
 """
 
 import dataclasses
@@ -45,22 +46,19 @@ from deer_jax.config import DrafterConfig, check_choice, from_mapping
 from deer_jax.data.tokenizer import Tokenizer, differing_ids
 from deer_jax.drafters.conditioned import ConditionedMethod, shared_of
 from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.heads import HEAD, INDEPENDENT, head_from
 from deer_jax.drafters.prompt_lookup import prompt_lookup
 from deer_jax.drafters.protocol import Trainable
-from deer_jax.drafters.standalone import (
-    FROM_TARGET,
-    MASK,
-    StandaloneMethod,
-    drafter_from_target,
-    listed_layers,
-    new_entries,
-)
+from deer_jax.drafters.standalone import MASK, StandaloneMethod, backbone, drafter_from_target, new_entries
+from deer_jax.drafters.start import FROM_TARGET, listed_layers
 from deer_jax.errors import InputError, named, shown
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params, is_stacked, stack_layers, unstack_layers
+from deer_jax.models.weights import Weight
 from deer_jax.sharding import on_mesh, placements
 
 SPECIAL = "deer_jax.mask_and_separator"
+OF_HEAD = f"{SECTION}.{HEAD}."  # before the names of a head's weights
 DRAFTERS = re.compile(r"eagle|medusa|draft|dspark|speculator|mtp", re.IGNORECASE)  # architectures of other drafters
 PROMPT_LOOKUP = "prompt-lookup"
 OPEN_DCODER_MASK = "<M>"
@@ -126,20 +124,47 @@ def load_drafter(
         raise InputError(f"{folder}: {OPEN_DCODER_MASK} is id {mask}, the vocabulary ends at {model.vocab_size - 1}")
     if tokenizer and isinstance(target.tokenizer, Tokenizer):
         differing_ids(target.tokenizer, tokenizer, found.differing_ids)
-    method = StandaloneMethod(model, found, target.config.vocab_size)
+    method = standalone_method(folder, found, target.config.vocab_size)
     drafter = Drafter(method=method, params={}, name=model_name(source), tokenizer=tokenizer)
     if run is not None:
         return usable_drafter(drafter, read_best(run, drafter_shapes(method, target.mesh)), target, dtype)
     options: dict[str, Any] = {"scan": target.build.scan, "mesh": target.mesh, "progress": progress}
     if values.get(SECTION) is not None:
-        params, extra = load_params(folder, model, dtype, extra={SPECIAL: (2, model.width)}, **options)
-        special = extra[SPECIAL]
+        own = {SPECIAL: Weight((2, model.width), (None, None))}
+        own |= {OF_HEAD + name: weight for name, weight in method.head_weights().items()}
+        params, extra = load_params(folder, model, dtype, extra=own, **options)
+        special = extra.pop(SPECIAL)
+        if extra:
+            params[HEAD] = {key.removeprefix(OF_HEAD): value for key, value in extra.items()}
     else:
         params, _ = load_params(folder, model, dtype, **options)
         special = new_entries(params["embed"])
         if mask is not None:
             special = special.at[MASK].set(params["embed"][mask])
     return dataclasses.replace(drafter, params=params | {"special": special})
+
+
+def standalone_method(
+    folder: Path, reading: DrafterConfig | None = None, target_vocab: int | None = None
+) -> StandaloneMethod:
+    """The method of the drafter in a folder that reads text alone; None: the reading that the folder says, and a target
+    of as many ids as it has."""
+    section, model = read_values(folder).get(SECTION), read_config(folder)
+    if reading is None:
+        reading = _own_reading(section, folder)
+    head = INDEPENDENT
+    if section is not None and HEAD in section:
+        head = head_from(section[HEAD], f"{folder}: {SECTION}: {HEAD}")
+    try:
+        return StandaloneMethod(model, reading, model.vocab_size if target_vocab is None else target_vocab, head)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
+
+
+def own_tensors(params: Params) -> dict[str, Any]:
+    """What a folder of a drafter that reads text alone has beside its backbone, by key."""
+    head = {OF_HEAD + name: value for name, value in params.get(HEAD, {}).items()}
+    return {SPECIAL: params["special"]} | head
 
 
 def _own_tokenizer(folder: Path, target: Target) -> Tokenizer | None:
@@ -167,7 +192,7 @@ def _reading(
     """How the drafter in a folder reads, and the row of the embedding that is its mask, if one is."""
     section = read_values(folder).get(SECTION)
     if section is not None:
-        found = from_mapping(DrafterConfig, _with_tuple(section, folder), f"{folder}: {SECTION}")
+        found = _own_reading(section, folder)
         return given or found, None
     mask = tokenizer.vocabulary().get(OPEN_DCODER_MASK) if tokenizer else None
     if mask is None:
@@ -210,8 +235,8 @@ def save_drafter(
     save_folder(
         Path(folder),
         method.shape,
-        {name: value for name, value in drafter.params.items() if name != "special"},
-        extra={SPECIAL: np.asarray(drafter.params["special"])},
+        backbone(drafter.params),
+        extra=own_tensors(drafter.params),
         extra_config={SECTION: method.section()},
         **options,
     )
@@ -294,8 +319,11 @@ def usable_drafter(drafter: Drafter, params: Params, target: Target, dtype=None)
     return dataclasses.replace(drafter, params=params)
 
 
-def _with_tuple(section, folder: Path) -> dict:
+def _own_reading(section: Any, folder: Path) -> DrafterConfig:
+    """How the drafter reads, by its section of config.json, which has its head as well."""
     if not isinstance(section, dict):
         raise InputError(f"{folder}: {SECTION} in config.json must be keys and values, got {shown(section)}")
-    ids = section.get("differing_ids", [])
-    return section | {"differing_ids": tuple(ids) if isinstance(ids, list) else ids}
+    values = {key: value for key, value in section.items() if key != HEAD}
+    ids = values.get("differing_ids", [])
+    values["differing_ids"] = tuple(ids) if isinstance(ids, list) else ids
+    return from_mapping(DrafterConfig, values, f"{folder}: {SECTION}")

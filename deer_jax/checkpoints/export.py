@@ -24,7 +24,7 @@ from deer_jax.checkpoints.conditioned import (
     target_in,
     write_drafter,
 )
-from deer_jax.checkpoints.drafters import SPECIAL, check_own_layout
+from deer_jax.checkpoints.drafters import check_own_layout, own_tensors, standalone_method
 from deer_jax.checkpoints.hub import existing_folder, expanded, resolve_folder
 from deer_jax.checkpoints.huggingface import read_bos_id, read_config, read_stop_ids, read_values, save_folder
 from deer_jax.checkpoints.records import DRAFTER, TARGET
@@ -54,7 +54,8 @@ def export(
 
     A pretrained target becomes a plain model. A drafter of text alone becomes its backbone, which is a plain model too,
     with a `deer_jax` section in config.json that says how it reads, and one more tensor, `deer_jax.mask_and_separator`
-    [2, D]. A drafter that reads its target has no layout that transformers knows.
+    [2, D], beside those of its head if it has one, `deer_jax.draft_head.*`. A drafter that reads its target has no
+    layout that transformers knows.
 
     Args:
       source: the folder of a `pretrain` or `align` run.
@@ -144,14 +145,13 @@ def _write(source: Path, output: Path, dtype: jnp.dtype, about: Mapping[str, Any
     described = run / about["kind"]
     values, stop_ids = read_values(described), read_stop_ids(described)
     conditioned = about["kind"] == DRAFTER and is_conditioned(values)
+    standalone = about["kind"] == DRAFTER and not conditioned
     method, ids = read_method(described) if conditioned else (None, None)
     folder = None if target is None else resolve_folder(target)
     its = None if folder is None else target_in(folder)
     if method is None:
         check_own_layout(layout)
-        shapes = abstract_params(config := read_config(described))
-        if about["kind"] == DRAFTER:
-            shapes |= {"special": jax.ShapeDtypeStruct((2, config.width), jnp.float32)}
+        shapes = standalone_method(described).shapes() if standalone else abstract_params(read_config(described))
     else:
         shapes = method.shapes()
         if layout != "deer_jax":
@@ -174,9 +174,8 @@ def _write(source: Path, output: Path, dtype: jnp.dtype, about: Mapping[str, Any
         head = head_rows(folder, its.config, ids) if ids is not None and folder and its else None
         write_drafter(output, method, params, layout=layout, target=its, ids=ids, head=head, **options)
         return
-    special = params.pop("special", None)
+    extra, extra_config = (own_tensors(params), {SECTION: values[SECTION]}) if standalone else (None, None)
     save_folder(
-        output, read_config(described), params, bos_id=read_bos_id(described),
-        extra=None if special is None else {SPECIAL: special},
-        extra_config=None if special is None else {SECTION: values[SECTION]}, **options,
+        output, read_config(described), params, bos_id=read_bos_id(described), extra=extra, extra_config=extra_config,
+        **options,
     )  # fmt: skip

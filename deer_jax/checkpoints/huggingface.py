@@ -47,6 +47,7 @@ from deer_jax.errors import InputError, RunError, one_line
 from deer_jax.files import new_folder
 from deer_jax.formats import json_bytes, open_file, read_json
 from deer_jax.models.transformer import Params
+from deer_jax.models.weights import Weight
 from deer_jax.sharding import Axis, placement
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -142,14 +143,14 @@ def load_params(
     *,
     scan: bool,
     mesh: Mesh | None = None,
-    extra: Mapping[str, tuple[int, ...]] | None = None,
+    extra: Mapping[str, Weight] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Params, dict[str, jax.Array]]:
     """The parameters of a folder in `dtype`, and the extra tensors, both on the device or sharded over the mesh.
 
     Args:
       scan: stack the layers; otherwise params["layers"] is index -> name -> weight. Experts are always stacked.
-      extra: further keys that the folder must have, with their shapes; returned replicated, by key.
+      extra: further keys that the folder must have, and what they are; returned by key.
       progress: called with the bytes read so far and their total.
 
     Raises InputError once, with every missing, unknown and wrongly shaped tensor.
@@ -158,7 +159,7 @@ def load_params(
     headers = read_headers(folder)
     check_count(headers, tensor_count(config) + len(extra), config.layers, config.experts, str(folder))
     slots = tensor_slots(config) | {
-        key: Slot(EXTRA, key, (), shape, (None,) * len(shape)) for key, shape in extra.items()
+        key: Slot(EXTRA, key, (), weight.shape, weight.axes) for key, weight in extra.items()
     }
     check_headers(headers, slots, str(folder), ignored=(LM_HEAD,) if config.tied else ())
     if config.tied and LM_HEAD in headers and not _same_values(headers, LM_HEAD, EMBEDDING):

@@ -23,7 +23,7 @@ from deer_jax.data.chats import as_chat, is_chat
 from deer_jax.data.sources import Prompt, read_prompts, template_arguments
 from deer_jax.digests import Digests
 from deer_jax.drafters.drafter import Drafter
-from deer_jax.drafters.standalone import FROM_TARGET
+from deer_jax.drafters.start import FROM_TARGET
 from deer_jax.errors import InputError
 from deer_jax.formats import json_bytes
 from deer_jax.models.target import Target

@@ -29,7 +29,17 @@ from deer_jax.config import (
     check_whole,
 )
 from deer_jax.drafters.drafter import Drafter
-from deer_jax.drafters.heads import HEADS, INDEPENDENT, Block, Head, PathSelector, initial
+from deer_jax.drafters.heads import (
+    HEAD,
+    INDEPENDENT,
+    Block,
+    Head,
+    axes_of,
+    check_vocabulary,
+    initial,
+    section_of,
+    shapes_of,
+)
 from deer_jax.drafters.protocol import Draft, Pick, Predictions, Row, Seen, Term, Trainable, check_tapped
 from deer_jax.drafters.standalone import chosen_layers
 from deer_jax.errors import InputError, shown
@@ -41,7 +51,6 @@ from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params, abstract_params, bind, init_params, logical_axes, unstack_layers
 from deer_jax.sharding import constrain, on_mesh, placement, whole
 
-HEAD = "draft_head"  # among the parameters: those of the drafter's head; the others are the backbone's
 MOST_FACTOR = 1e6
 Ids = Sequence[int] | np.ndarray  # of a reduced vocabulary
 
@@ -106,10 +115,7 @@ class ConditionedMethod(Trainable):
             raise InputError(f"draft_vocab {reading.draft_vocab} is more than the target's {V} ids")
         if self.shape.tapped_width % len(reading.taps):
             raise InputError(f"{len(reading.taps)} taps do not make a context of width {self.shape.tapped_width}")
-        if isinstance(self.head, PathSelector) and self.head.candidates > self.draft_vocab:
-            raise InputError(
-                f"the selector chooses among {self.head.candidates} ids, more than the vocabulary of {self.draft_vocab}"
-            )
+        check_vocabulary(self.head, self.draft_vocab)
 
     def __str__(self) -> str:
         shape = self.shape
@@ -193,13 +199,10 @@ class ConditionedMethod(Trainable):
         return self.head.weights(self.shape.width, self.target_vocab, self.draft_vocab)
 
     def shapes(self) -> Params:
-        shapes = abstract_params(self.shape)
-        head = {name: jax.ShapeDtypeStruct(w.shape, jnp.float32) for name, w in self.head_weights().items()}
-        return shapes | ({HEAD: head} if head else {})
+        return abstract_params(self.shape) | shapes_of(self.head_weights())
 
     def axes(self) -> Params:
-        axes, head = logical_axes(self.shape), {name: weight.axes for name, weight in self.head_weights().items()}
-        return axes | ({HEAD: head} if head else {})
+        return logical_axes(self.shape) | axes_of(self.head_weights())
 
     def predict(self, params: Params, shared: Params, batch: dict[str, jax.Array], tapped, remat: Remat) -> Predictions:
         """Shapes of the batch as in `corruption.Blocks`: W places behind each anchor, of which those masked count."""
@@ -238,11 +241,10 @@ class ConditionedMethod(Trainable):
             "tapped_width", "windows", "causal", "window_from", "conv_kernel", "conv_group", "qk_norm", "qkv_bias",
             "o_bias",
         )  # fmt: skip
-        kind = next(name for name, kind in HEADS.items() if kind is type(self.head))
         return {
             "kind": "conditioned", "reading": dataclasses.asdict(self.reading),
             "shape": {name: getattr(shape, name) for name in names},
-            "head": {"kind": kind} | dataclasses.asdict(self.head),
+            "head": section_of(self.head),
         }  # fmt: skip
 
 

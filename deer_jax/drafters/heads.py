@@ -11,19 +11,23 @@ Each returns the q that it drew from, at any temperature. In training the predec
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deer_jax.config import check_choice, check_flag, check_whole
+from deer_jax.config import check_choice, check_flag, check_whole, from_mapping
 from deer_jax.drafters.protocol import Choice, Draft, Pick, Term, join
+from deer_jax.errors import InputError
+from deer_jax.formats import mapping
 from deer_jax.models.layers import linear, logits, look_up
 from deer_jax.models.transformer import Params
 from deer_jax.models.weights import Weight
 from deer_jax.sharding import gathered, here, on_shards, shard_index, whole
 
+HEAD = "draft_head"  # among a drafter's parameters: those of its head
 MOST_RANK, MOST_CANDIDATES = 4096, 1024
 
 
@@ -231,6 +235,38 @@ class Markov(Independent):
 INDEPENDENT = Independent()
 Head = Independent | PathSelector | Markov
 HEADS: dict[str, type[Independent]] = {"none": Independent, "selector": PathSelector, "markov": Markov}
+
+
+def head_from(values: Any, where: str) -> Head:
+    """The head that plain values say, as `section_of` writes them; InputError, which begins with `where`."""
+    values = dict(mapping(values, where))
+    kind: Any = values.pop("kind", None)
+    check_choice(f"{where}: kind", kind, HEADS)
+    return from_mapping(HEADS[kind], values, where)
+
+
+def section_of(head: Head) -> dict[str, Any]:
+    """Its part of config.json: plain values."""
+    kind = next(name for name, kind in HEADS.items() if kind is type(head))
+    return {"kind": kind} | dataclasses.asdict(head)
+
+
+def shapes_of(weights: Mapping[str, Weight]) -> Params:
+    """What a head with such weights adds to a drafter's parameters as training holds them: shapes."""
+    found = {name: jax.ShapeDtypeStruct(weight.shape, jnp.float32) for name, weight in weights.items()}
+    return {HEAD: found} if found else {}
+
+
+def axes_of(weights: Mapping[str, Weight]) -> Params:
+    """The logical axes of these, as tuples in a tree like it."""
+    found = {name: weight.axes for name, weight in weights.items()}
+    return {HEAD: found} if found else {}
+
+
+def check_vocabulary(head: Head, vocab: int) -> None:
+    """InputError for a head that wants more ids than a drafter's vocabulary has."""
+    if isinstance(head, PathSelector) and head.candidates > vocab:
+        raise InputError(f"the selector chooses among {head.candidates} ids, more than the vocabulary of {vocab}")
 
 
 def best_of(scores, count: int):

@@ -1,7 +1,8 @@
 """The standalone drafter (DEER): a diffusion language model that reads text only and drafts a block in one pass.
 
 It is the target's kind of backbone with another mask and two entries of its own, mask and separator, which live in a
-separate input-only parameter: no id of the target is shadowed and neither can be proposed.
+separate input-only parameter: no id of the target is shadowed and neither can be proposed. Its head may be any of
+`heads`, as a conditioned drafter's.
 """
 
 import dataclasses
@@ -17,8 +18,18 @@ from deer_jax.build import Build, Remat
 from deer_jax.config import DrafterConfig, ModelConfig
 from deer_jax.diffusion.corruption import Corruption
 from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.heads import (
+    HEAD,
+    INDEPENDENT,
+    Block,
+    Head,
+    axes_of,
+    check_vocabulary,
+    section_of,
+    shapes_of,
+)
 from deer_jax.drafters.protocol import Draft, Pick, Predictions, Row, Seen, Term, Trainable
-from deer_jax.errors import InputError, named
+from deer_jax.errors import InputError
 from deer_jax.models.cache import KVCache, empty_cache, write_cache, write_rows
 from deer_jax.models.piecewise import Before, BlockMask
 from deer_jax.models.target import Target
@@ -31,19 +42,35 @@ from deer_jax.models.transformer import (
     logical_axes,
     read_prompts,
 )
+from deer_jax.models.weights import Weight
 from deer_jax.sharding import constrain
 
 MASK, SEPARATOR = 0, 1  # rows of params["special"] [2, D]
-FROM_TARGET = "from-target"  # an untrained drafter, where the name of one is asked for
 
 
 @dataclasses.dataclass(frozen=True)
 class StandaloneMethod(Trainable):
-    """The static half: shapes, reading conventions, and the target's vocabulary that drafts must fit."""
+    """The static half: shapes, reading conventions, the target's vocabulary that drafts must fit, and the head."""
 
     shape: ModelConfig
     reading: DrafterConfig
     target_vocab: int
+    head: Head = INDEPENDENT  # what turns states into drafts; `reading.head` says which states those are
+
+    def __post_init__(self):
+        if self.head == INDEPENDENT:
+            return
+        if not self.cached:
+            raise InputError(
+                "a drafter whose attention is bidirectional is not trained on blocks, so it cannot have a head; set "
+                "attention: block_causal, or leave the head out"
+            )
+        if self.shape.vocab_size != self.target_vocab or self.reading.differing_ids:
+            raise InputError(
+                f"a head reads and proposes the target's {self.target_vocab} ids, and this drafter, of "
+                f"{self.shape.vocab_size}, does not have the same ones; leave the head out"
+            )
+        check_vocabulary(self.head, self.target_vocab)
 
     def __str__(self) -> str:
         return f"{self.reading.attention}, draft length {self.draft_length}, {self.shape.described()}"
@@ -103,8 +130,9 @@ class StandaloneMethod(Trainable):
             model = bind(self.shape, backbone(params))
             run = self._draft_block_causal if self.cached else self._draft_bidirectional
             hidden, state = run(model, params, state, row, k)
-            logits = self._fit_vocabulary(model.logits(hidden))
-        return pick(logits, 0), state
+            scores = self._fit_vocabulary(model.logits(hidden))
+            anchor = jnp.take_along_axis(row.tokens, row.length[:, None] - 1, axis=1)[:, 0]
+        return self.head.draft(params.get(HEAD, {}), Block(hidden, scores, anchor, None), pick), state
 
     def _draft_block_causal(self, model: Transformer, params: Params, state: Any, row: Row, k: int):
         """One pass over the tokens committed since the last one, k masks and the separator.
@@ -201,13 +229,18 @@ class StandaloneMethod(Trainable):
         return "blocks" if self.cached else "cut"
 
     def shapes(self) -> Params:
-        return abstract_params(self.shape) | {"special": jax.ShapeDtypeStruct((2, self.shape.width), jnp.float32)}
+        special = {"special": jax.ShapeDtypeStruct((2, self.shape.width), jnp.float32)}
+        return abstract_params(self.shape) | special | shapes_of(self.head_weights())
 
     def axes(self) -> Params:
-        return logical_axes(self.shape) | {"special": (None, "width")}
+        return logical_axes(self.shape) | {"special": (None, "width")} | axes_of(self.head_weights())
+
+    def head_weights(self) -> dict[str, Weight]:
+        return self.head.weights(self.shape.width, self.target_vocab, self.target_vocab)
 
     def section(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.reading)
+        head = {} if self.head == INDEPENDENT else {HEAD: section_of(self.head)}
+        return dataclasses.asdict(self.reading) | head
 
     def check(self, corruption: Corruption) -> None:
         if self.cached and corruption.next_token and self.reading.head != "shifted":
@@ -221,7 +254,29 @@ class StandaloneMethod(Trainable):
         hidden, place, weight = read(params, batch, remat)
         ids = jnp.arange(self.shape.vocab_size)
         term = Term(hidden, params["embed" if self.shape.tied else "head"])
-        return Predictions(place, weight, (term,), allowed=~self._unknown(ids))
+        said = Predictions(place, weight, (term,), allowed=~self._unknown(ids))
+        return self._with_head(params.get(HEAD, {}), batch, said) if self.cached else said
+
+    def _with_head(self, params: Params, batch: dict[str, jax.Array], said: Predictions) -> Predictions:
+        """Predictions with the head's part in those of the blocks; those of the text, which come first, have none."""
+        B, M, W = batch["masked"].shape
+        text = said.place.shape[1] - M * W
+        states = said.terms[0].features[:, text:].reshape(B, M, W, -1)
+        before = jnp.take_along_axis(batch["tokens"], said.place[:, text:] - 1, axis=1, mode="clip").reshape(B, M, W)
+
+        def behind_text(x):
+            return jnp.pad(x, ((0, 0), (text, 0), *((0, 0),) * (x.ndim - 2)))
+
+        def moved(term: Term) -> Term:
+            return dataclasses.replace(term, features=behind_text(term.features))
+
+        terms, choice = self.head.terms(params, states, before), self.head.choice(params, states, before)
+        confidence = self.head.confidence(params, states, before)
+        return said._replace(
+            terms=(*said.terms, *map(moved, terms)),
+            choice=None if choice is None else choice._replace(term=moved(choice.term)),
+            confidence=None if confidence is None else behind_text(confidence.reshape(B, M * W)),
+        )
 
     def _read_blocks(self, params: Params, batch: dict[str, jax.Array], remat: Remat):
         """Hidden states [B, T + M*W, D] of the text's rows, which predict the token after them, and of those where each
@@ -271,8 +326,8 @@ class StandaloneMethod(Trainable):
 
 
 def backbone(params: Params) -> Params:
-    """The parameters without the drafter's own two entries."""
-    return {name: value for name, value in params.items() if name != "special"}
+    """The parameters without the drafter's own two entries and its head."""
+    return {name: value for name, value in params.items() if name not in ("special", HEAD)}
 
 
 def _gather_rows(tokens, start, width: int):
@@ -320,17 +375,6 @@ def drafter_from_target(
     params["special"] = new_entries(params["embed"], seed)
     method = StandaloneMethod(model, config or DrafterConfig(), model.vocab_size)
     return Drafter(method=method, params=params, name=name, tokenizer=target.tokenizer)
-
-
-def listed_layers(name: str) -> tuple[int, ...] | None:
-    """(0, 2) for from-target:0,2; None for from-target."""
-    listed = name.partition(":")[2]
-    if not listed:
-        return None
-    try:
-        return tuple(int(layer) for layer in listed.split(","))
-    except ValueError:
-        raise InputError(f"{named(name)}: expected layer numbers, as in {FROM_TARGET}:0,2,4") from None
 
 
 def chosen_layers(target: Target, layers: Sequence[int]) -> Params:

@@ -1,4 +1,4 @@
-"""How a conditioned drafter begins that a recipe asks for."""
+"""How a drafter begins that a recipe asks for: a conditioned one, and the head of either kind."""
 
 import dataclasses
 import re
@@ -11,13 +11,24 @@ import numpy as np
 from deer_jax.config import check_choice
 from deer_jax.drafters.conditioned import ConditionedReading, conditioned_drafter, default_taps
 from deer_jax.drafters.drafter import Drafter
-from deer_jax.drafters.heads import INDEPENDENT, Head, Markov, PathSelector
-from deer_jax.drafters.standalone import FROM_TARGET, listed_layers
-from deer_jax.errors import InputError
+from deer_jax.drafters.heads import HEAD, HEADS, INDEPENDENT, Head, Markov, PathSelector, initial
+from deer_jax.drafters.standalone import StandaloneMethod
+from deer_jax.errors import InputError, named
 from deer_jax.models.target import Target
 
 MOST_TAPS = 5  # by default
-RANDOM = "random"
+FROM_TARGET, RANDOM = "from-target", "random"  # where a drafter is named: an untrained one
+
+
+def listed_layers(name: str) -> tuple[int, ...] | None:
+    """(0, 2) for from-target:0,2; None for from-target."""
+    listed = name.partition(":")[2]
+    if not listed:
+        return None
+    try:
+        return tuple(int(layer) for layer in listed.split(","))
+    except ValueError:
+        raise InputError(f"{named(name)}: expected layer numbers, as in {FROM_TARGET}:0,2,4") from None
 
 
 def started_layers(source: str) -> int | tuple[int, ...]:
@@ -36,6 +47,45 @@ def started_layers(source: str) -> int | tuple[int, ...]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadStart:
+    """An untrained head.
+
+    Attributes:
+      kind: `none`, `selector` (with rank and candidates) or `markov` (with rank, form and confidence); see `heads`.
+    """
+
+    kind: Literal["none", "selector", "markov"]
+    rank: int = 256
+    candidates: int = 16
+    form: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    confidence: bool = False
+
+    def __post_init__(self):
+        check_choice("kind", self.kind, HEADS)
+        self.make()
+
+    def make(self) -> Head:
+        """The head; InputError for values that it cannot have."""
+        if self.kind == "selector":
+            return PathSelector(rank=self.rank, candidates=self.candidates)
+        if self.kind == "markov":
+            return Markov(rank=self.rank, form=self.form, has_confidence=self.confidence)
+        return INDEPENDENT
+
+    def begin(self, drafter: Drafter, seed: int) -> Drafter:
+        """A standalone drafter with this head; InputError for one that cannot have it, or has one already."""
+        method = drafter.method
+        if not isinstance(method, StandaloneMethod):
+            raise InputError(f"{drafter.name}: is no standalone drafter, whose head draft_head begins; leave it out")
+        if method.head != INDEPENDENT:
+            raise InputError(f"{drafter.name}: has a head already, which is trained on; leave draft_head out")
+        method, params = dataclasses.replace(method, head=self.make()), drafter.params
+        if weights := method.head_weights():
+            params = params | {HEAD: initial(weights, seed, params["special"].dtype)}
+        return dataclasses.replace(drafter, method=method, params=params)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ConditionedStart:
     """An untrained conditioned drafter.
 
@@ -44,7 +94,7 @@ class ConditionedStart:
       mask: an id of the target that texts do not contain, whose embedding is the mask; or mask_token, its text.
       draft_length: k; layout: see `ConditionedReading`.
       draft_vocab: proposes only so many ids, those most frequent in the answers and the stop ids; None: all.
-      head: `none`, `selector` (with rank and candidates) or `markov` (with rank, form and confidence); see `heads`.
+      head: its kind; rank, candidates, form, confidence: see `HeadStart`.
       window: how far its layers see; 0: everything. causal: rows of a block see only those before them.
       conv_kernel, conv_group: convolutions around attention and MLP (DFlash 2); conv_kernel 0 has none.
       mlp_width, heads, kv_heads, head_width: of its layers; None: the target's.
@@ -71,7 +121,7 @@ class ConditionedStart:
     head_width: int | None = None
 
     def __post_init__(self):
-        check_choice("head", self.head, ("none", "selector", "markov"))
+        check_choice("head", self.head, HEADS)
         if (self.mask is None) == (self.mask_token is None):
             raise InputError(
                 "give mask or mask_token: an id of the target that its texts do not contain, or such a token's text"
@@ -83,11 +133,10 @@ class ConditionedStart:
         return "blocks"
 
     def make_head(self) -> Head:
-        if self.head == "selector":
-            return PathSelector(rank=self.rank, candidates=self.candidates)
-        if self.head == "markov":
-            return Markov(rank=self.rank, form=self.form, has_confidence=self.confidence)
-        return INDEPENDENT
+        start = HeadStart(
+            kind=self.head, rank=self.rank, candidates=self.candidates, form=self.form, confidence=self.confidence
+        )
+        return start.make()
 
     def mask_of(self, target: Target) -> int:
         """The mask's id."""

@@ -32,8 +32,7 @@ from deer_jax.decoding.finite import NAMED, broken_weights
 from deer_jax.digests import Digests, Stamp
 from deer_jax.drafters.drafter import Drafter
 from deer_jax.drafters.protocol import Trainable
-from deer_jax.drafters.standalone import FROM_TARGET
-from deer_jax.drafters.start import RANDOM, started_layers
+from deer_jax.drafters.start import FROM_TARGET, RANDOM, started_layers
 from deer_jax.errors import InputError, RunError
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params
@@ -149,6 +148,8 @@ def read_inputs(recipe: Recipe, claim: Claim, say: Callable[[str], Any]) -> Inpu
         if start_digests(source, claim.digests) != start:
             raise RunError(f"{source}: was changed while it was loaded; start again")
         drafter = kept_by_runs(drafter, target)
+        if recipe.draft_head is not None:
+            drafter = recipe.draft_head.begin(drafter, recipe.seed)
         layers, examples = (), trainable(drafter).examples
     else:
         drafter, layers, examples = None, started_layers(source), begun.examples

@@ -5,6 +5,7 @@ weighted how is decided in `diffusion.corruption`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -157,6 +158,8 @@ def loss_of(said: Predictions, tokens, objective: Objective, view: View | None, 
         known &= said.allowed.at[labels].get(mode="clip")
     labels = jnp.where(known, labels, -1)
     weights = said.weight if objective.mix.reads_target else jnp.where(known, said.weight, 0)
+    text = weights.shape[1] - math.prod(masked[1:])  # so many are of the text itself, and come before those of blocks
+    in_blocks = (jnp.arange(weights.shape[1]) >= text)[None]  # where a head has a part
     soft = None
     if view is not None:
         assert view.hidden is not None
@@ -166,16 +169,16 @@ def loss_of(said: Predictions, tokens, objective: Objective, view: View | None, 
         soft = SoftLabels(theirs, head, said.allowed, whole)
     selector = None
     if said.choice is not None and objective.selector:
-        selector = Selector(said.choice.term, objective.selector * weights, said.choice.count)
+        selector = Selector(said.choice.term, objective.selector * jnp.where(in_blocks, weights, 0), said.choice.count)
     if objective.pace:
         B, M, W = masked
         rows = measured(said.terms, labels, weights, soft, selector)
-        text = weights.shape[1] - M * W  # predictions of the text itself, if any, come before those of the blocks
         likelihood, counts = (x[:, text:].reshape(B, M, W) for x in (rows.likelihood, weights != 0))
         factor = length_at_stake(likelihood, counts)
         weights = weights * jnp.pad(factor.reshape(B, M * W), ((0, 0), (text, 0)), constant_values=1)
     loss, rows = weighted_loss(said.terms, labels, weights, objective.mix, soft, selector)
     if said.confidence is not None and objective.confidence:
+        weights = jnp.where(in_blocks, weights, 0)
         loss = loss + objective.confidence * confidence_loss(said.confidence, rows.acceptance, weights)
     return loss
 

@@ -11,7 +11,7 @@ from deer_jax.build import Remat
 from deer_jax.checkpoints.families import check_family
 from deer_jax.config import DrafterConfig, ModelConfig, Sampling, check_number
 from deer_jax.diffusion.corruption import Corruption
-from deer_jax.drafters.start import ConditionedStart
+from deer_jax.drafters.start import ConditionedStart, HeadStart
 from deer_jax.errors import InputError, shown
 from deer_jax.formats import mapping, parse_yaml, read_yaml
 from deer_jax.sharding import MeshShape
@@ -137,6 +137,7 @@ class Recipe(RunSettings):
       drafter: what it starts from: a folder, a hub id, `from-target` or `from-target:0,2`; a conditioned one from such
         layers of the target, or from `random:2` layers.
       reading: how a standalone drafter reads and is read; None: as its folder says, or the defaults for `from-target`.
+      draft_head: the head that a standalone drafter begins with; None: as its folder says, or none.
       conditioned: begins a drafter that reads the target's hidden states; None: it is standalone, or in a folder.
       length: T, tokens per text.
       keep_states: GiB of each host's memory for what the target says of the texts, so that it reads each of them once
@@ -148,6 +149,7 @@ class Recipe(RunSettings):
     stages: tuple[Stage, ...]
     drafter: str = "from-target"
     reading: DrafterConfig | None = None
+    draft_head: HeadStart | None = None
     conditioned: ConditionedStart | None = None
     length: int = 256
     keep_states: float | None = None
@@ -166,6 +168,10 @@ class Recipe(RunSettings):
         if self.conditioned is not None and self.reading is not None:
             raise InputError(
                 "reading is for a standalone drafter, and conditioned begins one of another kind: leave one out"
+            )
+        if self.conditioned is not None and self.draft_head is not None:
+            raise InputError(
+                "draft_head is for a standalone drafter; say which head a conditioned one has by conditioned.head"
             )
 
 
@@ -225,6 +231,7 @@ def _parameters(model: ModelConfig) -> int:
 CORRUPTION = {field.name for field in dataclasses.fields(Corruption)}
 OPTIMIZER = {field.name for field in dataclasses.fields(OptimizerConfig)}
 OWN = {"steps", "loss"}
+PARTS = {"reading": DrafterConfig, "draft_head": HeadStart, "conditioned": ConditionedStart, "evaluation": Evaluation}
 MODEL, MESH = ({field.name for field in dataclasses.fields(kind)} for kind in (ModelConfig, MeshShape))
 # Where keys belong that a recipe does not have itself; the last one counts.
 PLACES = {
@@ -245,12 +252,9 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
     values = dict(mapping(values, where))
     try:
         check_keys(values, {field.name for field in dataclasses.fields(Recipe)}, where, PLACES)
-        if values.get("reading") is not None:
-            values["reading"] = build(DrafterConfig, values["reading"], "reading")
-        if values.get("conditioned") is not None:
-            values["conditioned"] = build(ConditionedStart, values["conditioned"], "conditioned")
-        if values.get("evaluation") is not None:
-            values["evaluation"] = build(Evaluation, values["evaluation"], "evaluation")
+        for name, kind in PARTS.items():
+            if values.get(name) is not None:
+                values[name] = build(kind, values[name], name)
         if "mesh" in values:
             values["mesh"] = build(MeshShape, values["mesh"], "mesh")
         if isinstance(values.get("answers"), str):

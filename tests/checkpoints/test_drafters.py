@@ -2,19 +2,25 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer as Fast
 from tokenizers import models
 
 import deer_jax
+from deer_jax.checkpoints.drafters import drafter_shapes
 from deer_jax.checkpoints.huggingface import save_folder
 from deer_jax.config import DrafterConfig
 from deer_jax.data.tokenizer import Tokenizer
+from deer_jax.drafters.heads import HEAD, Independent, Markov, PathSelector
 from deer_jax.errors import InputError
+from deer_jax.sharding import make_mesh
+from tests import kinds
 from tests.fast import representing
 from tests.tiny import random_params, tiny
 
@@ -79,6 +85,69 @@ def test_saving_and_loading_a_drafter_is_exact(folders, target, tmp_path, dtype)
     assert again.method == drafter.method
     assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and (a == b).all(), again.params, drafter.params))
     assert isinstance(again.tokenizer, Tokenizer)
+
+
+def with_head(target, head):
+    return kinds.standalone(target, DrafterConfig(draft_length=3), head)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [Markov(rank=3, form="gated", has_confidence=True), PathSelector(rank=2), Independent(has_confidence=True)],
+)
+def test_a_head_is_written_and_read_with_its_drafter(target, tmp_path, head):
+    drafter = with_head(target, head)
+    deer_jax.save_drafter(tmp_path / "drafter", drafter)
+    again = deer_jax.load_drafter(tmp_path / "drafter", target=target)
+    assert again.method == drafter.method
+    assert again.params.keys() == drafter.params.keys()
+    jax.tree.map(np.testing.assert_array_equal, again.params, drafter.params)
+    # How it reads may be said anew; its head stays what it is.
+    config, other = DrafterConfig(draft_length=2), DrafterConfig(attention="bidirectional")
+    assert deer_jax.load_drafter(tmp_path / "drafter", target=target, config=config).method.head == head
+    with pytest.raises(InputError, match=r"\A[^\n]*drafter: a drafter whose attention is bidirectional [^\n]*\Z"):
+        deer_jax.load_drafter(tmp_path / "drafter", target=target, config=other)
+
+
+def test_a_head_lies_on_a_mesh_as_its_axes_say(folders, target, tmp_path):
+    drafter, mesh = with_head(target, Markov(rank=4)), make_mesh(2, 2, 2)
+    deer_jax.save_drafter(tmp_path / "drafter", drafter)
+    spread = deer_jax.load_drafter(tmp_path / "drafter", target=deer_jax.load_target(folders / "target", mesh=mesh))
+    for name, like in drafter_shapes(spread.method, mesh)[HEAD].items():
+        found = spread.params[HEAD][name]
+        assert found.sharding.is_equivalent_to(like.sharding, found.ndim)
+        np.testing.assert_array_equal(found, drafter.params[HEAD][name])
+
+
+@pytest.mark.parametrize(
+    ("section", "tensors", "problem"),
+    [
+        ({"kind": "eagle"}, {}, "deer_jax: draft_head: kind must be one of none, selector, markov, got 'eagle'"),
+        (7, {}, "deer_jax: draft_head must be keys and values, got 7"),
+        ({"kind": "markov", "rnk": 3}, {}, "deer_jax: draft_head: unknown key 'rnk', did you mean 'rank'?"),
+        ({"kind": "selector", "candidates": 41}, {}, "the selector chooses among 41 ids, more than the vocabulary of"),
+        ({}, {"w1": None}, "missing: deer_jax.draft_head.w1"),
+        ({}, {"w2": (4, 3)}, "deer_jax.draft_head.w2"),
+        ({}, {"w3": (4, 3)}, "unknown: deer_jax.draft_head.w3"),
+        (None, {}, "unknown: deer_jax.draft_head.w1"),
+    ],
+)
+def test_damaged_heads_are_named(target, tmp_path, section, tensors, problem):
+    deer_jax.save_drafter(tmp_path / "drafter", with_head(target, Markov(rank=3)))
+    path, weights = tmp_path / "drafter" / "config.json", tmp_path / "drafter" / "model.safetensors"
+    values, found = json.loads(path.read_text()), load_file(weights)
+    if section is None:
+        del values["deer_jax"]["draft_head"]
+    elif section:
+        values["deer_jax"]["draft_head"] = section
+    path.write_text(json.dumps(values))
+    for name, shape in tensors.items():
+        found.pop(f"deer_jax.draft_head.{name}", None)
+        if shape:
+            found[f"deer_jax.draft_head.{name}"] = np.zeros(shape, np.float32)
+    save_file(found, weights, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"\A[^\n]*drafter[^\n]*{re.escape(problem)}"):
+        deer_jax.load_drafter(tmp_path / "drafter", target=target)
 
 
 def test_transformers_reads_a_saved_drafter(folders, target, tmp_path):

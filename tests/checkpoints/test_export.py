@@ -25,6 +25,7 @@ from deer_jax.errors import RunError
 from deer_jax.files import Lock
 from deer_jax.models.target import full_logits
 from deer_jax.models.transformer import stack_layers
+from deer_jax.models.weights import Weight
 from tests.training import runs
 
 READING = {"attention": "bidirectional", "separator": False, "draft_length": 4, "differing_ids": [3, 9]}
@@ -82,7 +83,7 @@ def test_transformers_reads_the_backbone(folder, exported):
     with torch.no_grad():
         expected = model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
     config = read_config(exported)
-    extra = {"deer_jax.mask_and_separator": (2, config.width)}
+    extra = {"deer_jax.mask_and_separator": Weight((2, config.width), (None, None))}
     params, found = load_params(exported, config, jnp.float32, scan=True, extra=extra)
     assert found.keys() == extra.keys()
     np.testing.assert_allclose(full_logits(params, tokens, config), expected, rtol=0, atol=1e-4)
@@ -104,7 +105,7 @@ def test_the_best_checkpoint_is_exported_and_of_that_its_average(folder, tmp_pat
     config = read_config(run / "drafter")
     params, _ = load_params(
         deer_jax.export(run, tmp_path / "model"), config, jnp.float32, scan=True,
-        extra={"deer_jax.mask_and_separator": (2, config.width)},
+        extra={"deer_jax.mask_and_separator": Weight((2, config.width), (None, None))},
     )  # fmt: skip
     assert {float(x) for leaf in leaves(params) for x in leaf.reshape(-1)} == {-3.0}
 

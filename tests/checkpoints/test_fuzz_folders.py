@@ -190,7 +190,7 @@ def test_sections_of_drafters(folders, target, tmp_path):
     good = json.loads((folder / "config.json").read_text())
     for seed in range(150):
         rng = random.Random(seed)
-        section = mutated(rng, good["deer_jax"], ["new", "a\nb", "y" * 3000])
+        section = mutated(rng, good["deer_jax"], ["new", "draft_head", "a\nb", "y" * 3000])
         values = good | {"deer_jax": section if rng.random() < 0.9 else rng.choice(VALUES)}
         (folder / "config.json").write_bytes(written(values))
         outcome(f"seed {seed}: {values['deer_jax']}", lambda: deer_jax.load_drafter(folder, target=target))

@@ -26,6 +26,7 @@ from deer_jax.checkpoints.huggingface import (
 from deer_jax.checkpoints.load import load_target
 from deer_jax.config import Rope
 from deer_jax.errors import InputError, RunError
+from deer_jax.models.weights import Weight
 from tests.tiny import REAL, random_params, tiny
 
 LLAMA = {
@@ -332,14 +333,15 @@ def test_extra_tensors_and_entries(tmp_path):
     )  # fmt: skip
     values = json.loads((tmp_path / "model" / "config.json").read_text())
     assert (values["deer"], values["eos_token_id"], values["bos_token_id"]) == ({"draft_length": 4}, 2, 1)
-    wanted = {"deer.mask_and_separator": (2, 32)}
+    wanted = {"deer.mask_and_separator": Weight((2, 32), (None, None))}
     _, extras = load_params(tmp_path / "model", config, jnp.bfloat16, scan=False, extra=wanted)
     assert extras["deer.mask_and_separator"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(extras["deer.mask_and_separator"], np.float32), special)
     with refused("1 unknown", "deer.mask_and_separator"):
         load_params(tmp_path / "model", config, jnp.float32, scan=False)
     with refused("deer.mask_and_separator", r"expected \[3, 32\]"):
-        load_params(tmp_path / "model", config, jnp.float32, scan=False, extra={"deer.mask_and_separator": (3, 32)})
+        other = {"deer.mask_and_separator": Weight((3, 32), (None, None))}
+        load_params(tmp_path / "model", config, jnp.float32, scan=False, extra=other)
 
 
 def test_saving_replaces_nothing_and_leaves_nothing_behind(tmp_path):

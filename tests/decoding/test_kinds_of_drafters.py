@@ -13,15 +13,14 @@ from deer_jax.build import Build
 from deer_jax.config import Sampling
 from deer_jax.decoding import programs
 from deer_jax.decoding.engine import Engine
-from deer_jax.drafters.conditioned import HEAD
 from deer_jax.drafters.drafter import Drafter, draft_scores
-from deer_jax.drafters.heads import Independent, Markov, PathSelector
+from deer_jax.drafters.heads import HEAD, Independent, Markov, PathSelector
 from deer_jax.drafters.protocol import Row, Seen
 from deer_jax.errors import NotFiniteError
 from deer_jax.planning.hlo import Program
 from tests.decoding.agreement import assert_greedy, assert_same_greedy
 from tests.fast import representing
-from tests.kinds import CONDITIONED, KINDS, MASK, K, V, drafter_of, target_of, with_head
+from tests.kinds import CONDITIONED, HEADED, KINDS, MASK, K, V, drafter_of, target_of, with_head
 
 # Of one token, of one prefill pass and of several; more than slots.
 LENGTHS, LIMITS, SLOTS = (1, 33, 5, 1, 16, 17, 40, 2), (24, 9, 30, 17, 40, 12, 26, 21), 3
@@ -66,8 +65,12 @@ def read_texts(drafter: Drafter, texts, count, garbage: float = 0.0):
     state = jax.tree.map(lambda x: x + garbage if x.ndim > 1 else x, state)
     tapped = np.random.default_rng(5).normal(size=(B, S, len(method.taps) * width)).astype(np.float32)
     tapped += garbage * (np.arange(S) >= np.array(count)[:, None])[..., None]
-    seen = Seen(jnp.asarray(texts), jnp.asarray(tapped), jnp.zeros(B, jnp.int32), jnp.asarray(count), first=True)
-    return jax.jit(method.observe)(drafter.params, drafter.shared, state, seen, jnp.arange(B))
+    seen = Seen(jnp.asarray(texts), jnp.asarray(tapped), jnp.zeros(B, jnp.int32), jnp.asarray(count))
+
+    def observe(params, shared, state, seen):
+        return method.observe(params, shared, state, seen._replace(first=True), jnp.arange(B))
+
+    return jax.jit(observe)(drafter.params, drafter.shared, state, seen)
 
 
 @pytest.mark.parametrize("kind", representing(CONDITIONED, "selector reduced"))
@@ -167,7 +170,7 @@ def path_of(head, weights, states, scores, anchor: int, ids):
     return np.stack(found)
 
 
-@pytest.mark.parametrize("kind", representing(CONDITIONED, "selector reduced"))
+@pytest.mark.parametrize("kind", representing((*HEADED, *CONDITIONED), "selector reduced"))
 def test_scores_are_those_along_the_drafters_own_greedy_path(kind):
     drafter, texts = drafter_of(kind), np.random.default_rng(4).integers(0, V, (3, 16)).astype(np.int32)
     length = np.array([16, 2, 9], np.int32)
@@ -177,7 +180,8 @@ def test_scores_are_those_along_the_drafters_own_greedy_path(kind):
     def shown(drafter):
         return np.asarray(drafted(drafter.method, drafter.params, drafter.shared, state, row)[0])
 
-    found, beneath, first = shown(drafter), shown(with_head(drafter, States())), drafter.method.reading.first
+    found, beneath = shown(drafter), shown(with_head(drafter, States()))
+    first = beneath.shape[1] - K  # states of an anchor alone
     states, scores = np.split(beneath, [target_of().config.width], axis=-1)
     ids = np.asarray(drafter.shared.get("ids", np.arange(V)))
     weights = {name: np.asarray(weight, np.float64) for name, weight in drafter.params.get(HEAD, {}).items()}

@@ -18,6 +18,7 @@ from deer_jax import DrafterConfig, Target, decode, drafter_from_target
 from deer_jax.decoding import accept, loop, programs, sampling
 from deer_jax.decoding.sampling import ACCEPT, DRAFT, RESAMPLE, log_probabilities
 from deer_jax.drafters.heads import INDEPENDENT, Markov, PathSelector
+from tests import kinds
 from tests.decoding.processed import processed
 from tests.doubles import anchor_drafter, stepwise_drafter, table_drafter
 from tests.fast import representing
@@ -62,6 +63,11 @@ def reading(target: Target, head=INDEPENDENT, layout="next_token", *, reduced=Tr
     """A drafter that reads the target; it never proposes the last id, its mask, and if reduced not the first."""
     ids = range(1, target.config.vocab_size)
     return conditioned(target, Kind(head, layout, reduced), ids=ids, k=3)
+
+
+def headed(target: Target, head):
+    """A standalone drafter with a head."""
+    return kinds.standalone(target, DrafterConfig(draft_length=3), head)
 
 
 def by_position(target: Target, *, chained: bool):
@@ -154,6 +160,10 @@ MARKOV = {
     "gated": functools.partial(reading, head=Markov(rank=3, form="gated")),
     "rnn": functools.partial(reading, head=Markov(rank=3, form="rnn"), layout="fill_in"),
 }
+HEADED = {
+    "selector": functools.partial(headed, head=PathSelector(rank=3, candidates=3)),
+    "rnn": functools.partial(headed, head=Markov(rank=3, form="rnn")),
+}
 CASES = {
     "plain-top-k-top-p": Case(4, 0, None, {"temperature": 0.6, "top_k": 3, "top_p": 0.9}, n=4),
     "causal": Case(4, 2, CAUSAL, {"temperature": 1.0}, prompt=(1, 0, 2)),
@@ -186,6 +196,8 @@ CASES = {
         4, 2, MARKOV["rnn"], {"temperature": 1.0, "draft_temperature": 1.7}, prompt=(1, 0, 2)
     ),
     "rnn-point-mass": Case(4, 2, MARKOV["rnn"], {"temperature": 0.6, "draft_temperature": 0.0}, prompt=(1, 0, 2)),
+    "standalone-selector": Case(5, 2, HEADED["selector"], {"temperature": 1.0}, prompt=(1, 0, 2)),
+    "standalone-rnn": Case(4, 2, HEADED["rnn"], {"temperature": 0.6, "draft_temperature": 1.7}, prompt=(1, 0, 2)),
     "stop": Case(4, 3, fixed_logits, {"temperature": 1.0}, n=5, stop_ids=(3, 1)),
 }  # fmt: skip
 

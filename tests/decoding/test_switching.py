@@ -35,7 +35,9 @@ def from_text(config, method, target, drafter, build, tokens, length, k):
     return draft_scores(method, *drafter, state, Row(tokens, length, jnp.arange(B)), k)[0]
 
 
-@pytest.mark.parametrize("kind", representing((*STANDALONE, "selector", "vanilla", "rnn reduced"), "selector"))
+@pytest.mark.parametrize(
+    "kind", representing((*STANDALONE, "standalone rnn", "selector", "vanilla", "rnn reduced"), "selector")
+)
 def test_draft_lengths_in_every_order(kind):
     """Greedy output is plain decoding's, and every draft is the one that is made from the text alone."""
     target, drafter = target_of(), drafter_of(kind)

@@ -1,4 +1,4 @@
-"""Conditioned drafters in training: nothing leaks, and what is trained is what is drafted, for every head."""
+"""Drafters with heads in training: nothing leaks, and what is trained is what is drafted, for every head."""
 
 import functools
 from typing import Any
@@ -12,18 +12,18 @@ import pytest
 from deer_jax import decode
 from deer_jax.decoding import programs
 from deer_jax.drafters.drafter import Drafter
-from deer_jax.drafters.heads import PathSelector
+from deer_jax.drafters.heads import INDEPENDENT, PathSelector
 from deer_jax.drafters.protocol import Draft, Row, Seen
 from deer_jax.models.layers import logits
 from deer_jax.training import objectives
 from deer_jax.training.cross_entropy import weighted_loss
-from deer_jax.training.objectives import CROSS_ENTROPY, loss_of, read_text
+from deer_jax.training.objectives import CROSS_ENTROPY, Objective, loss_of, read_text
 from tests.fast import representing
-from tests.kinds import CONDITIONED, K, V, drafter_of, target_of
+from tests.kinds import HEADED, K, V, drafter_of, target_of, with_head
 
 B, PROMPT, NEW = 3, 18, 48
 ANCHORS = np.arange(PROMPT - 1, PROMPT - 1 + NEW)
-KINDS = ("independent reduced", "selector", "selector reduced", "vanilla", "gated", "rnn")
+KINDS = ("independent reduced", "selector", "selector reduced", "vanilla", "gated", "rnn", *HEADED)
 kinds = pytest.mark.parametrize("kind", representing(KINDS, "gated"))
 
 
@@ -41,10 +41,11 @@ def texts(prompts) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def tapped(texts) -> dict[tuple[int, ...], np.ndarray]:
-    """What every choice of taps reads of the texts."""
+    """What every choice of taps reads of the texts; of none something that must not count."""
     target, read = target_of(), jax.jit(read_text, static_argnums=(0, 3))
-    every = {CONDITIONED[kind].taps for kind in KINDS}
-    return {taps: np.asarray(read(target.config, target.params, texts, taps).tapped) for taps in every}
+    every = {drafter_of(kind).method.taps for kind in KINDS} - {()}
+    found = {taps: np.asarray(read(target.config, target.params, texts, taps).tapped) for taps in every}
+    return found | {(): np.zeros((*texts.shape, 0), np.float32)}
 
 
 def masked_blocks(texts) -> dict[str, Any]:
@@ -53,13 +54,13 @@ def masked_blocks(texts) -> dict[str, Any]:
     return {
         "tokens": texts, "anchor": np.broadcast_to(ANCHORS, shape).astype(np.int32),
         "size": np.full(shape, K, np.int32), "masked": np.ones((*shape, K), bool),
-        "weight": np.ones((*shape, K), np.float32),
+        "weight": np.ones((*shape, K), np.float32), "text_weight": np.ones(texts.shape, np.float32),
     }  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def trained(method, params, shared, batch, tapped):
-    """Of every place [B, M, W] what is predicted, and its losses."""
+    """Of every place [B, M, W] of the blocks what is predicted, and its losses."""
     seen = []
 
     def record(*arguments):
@@ -77,7 +78,8 @@ def trained(method, params, shared, batch, tapped):
         found |= {"choice": logits(said.choice.term.features, said.choice.term.table), "path": seen[0].choice_loss}
     if said.confidence is not None:
         found |= {"confidence": said.confidence}
-    return loss, {name: x.reshape(*batch["masked"].shape, *x.shape[2:]) for name, x in found.items()}
+    B, M, W = batch["masked"].shape
+    return loss, {name: x[:, -M * W :].reshape(B, M, W, *x.shape[2:]) for name, x in found.items()}
 
 
 def run(drafter: Drafter, batch, tapped):
@@ -177,7 +179,8 @@ def test_nothing_leaks(texts, tapped, kind):
     for m in (0, 7, NEW - 1):
         anchor, spoiled = ANCHORS[m], read.copy()
         spoiled[:, anchor:] = rng.normal(size=spoiled[:, anchor:].shape)
-        assert others_that_differ(m, batch, spoiled) == NEW - 1 - m  # those behind see some of it
+        if drafter.method.taps:
+            assert others_that_differ(m, batch, spoiled) == NEW - 1 - m  # those behind see some of it
         other = np.arange(NEW) != m
         moved = batch["anchor"] - np.where(other & (ANCHORS[0] + 1 < ANCHORS), 1, 0).astype(np.int32)
         assert others_that_differ(m, batch | {"anchor": moved}) > NEW // 2
@@ -202,3 +205,23 @@ def test_no_prediction_knows_its_token_or_those_behind_it(texts, tapped, kind):
         for name in set(after) - {"loss", "path"}:
             np.testing.assert_array_equal(after[name][:, m, : j + 1], before[name][:, m, : j + 1], err_msg=name)
         assert (after["loss"][:, m, j] != before["loss"][:, m, j]).any()
+
+
+@pytest.mark.parametrize("kind", ["standalone selector", "standalone rnn"])
+def test_a_texts_own_predictions_are_the_backbones(texts, kind):
+    """A head changes the losses of blocks and not those of the text, whatever it is trained with."""
+    drafter, batch = drafter_of(kind), masked_blocks(texts)
+    bare = with_head(drafter, INDEPENDENT)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def loss(params, method, batch):
+        said = method.predict(params, {}, batch, None, "none")
+        return loss_of(said, batch["tokens"], Objective(confidence=0.7), None, batch["masked"].shape)
+
+    def losses(**weights):
+        return [float(loss(each.params, each.method, batch | weights)) for each in (drafter, bare)]
+
+    one, other = losses(weight=0 * batch["weight"])
+    assert one == pytest.approx(other, rel=1e-6)
+    one, other = losses(text_weight=0 * batch["text_weight"])
+    assert abs(one - other) > 1

@@ -82,7 +82,7 @@ def test_read(tmp_path):
     assert hash(found) == hash(expected)
 
 
-@pytest.mark.parametrize("values", [FULL, SHORT])
+@pytest.mark.parametrize("values", [FULL, SHORT, SHORT | {"draft_head": {"kind": "markov", "form": "rnn", "rank": 8}}])
 def test_what_is_written_is_read_back(tmp_path, values):
     recipe = read(tmp_path, values)
     assert read(tmp_path, to_mapping(recipe)) == recipe
