@@ -77,7 +77,7 @@ from deer_jax.planning.hlo import Memory, Program
 from deer_jax.sharding import batch_placement, bytes_per_device, make_mesh, on_mesh, placements, replicated
 from deer_jax.training import step as training
 from deer_jax.training.cross_entropy import CHUNK_ROWS
-from deer_jax.training.objectives import CROSS_ENTROPY, Objective, drafter_loss
+from deer_jax.training.objectives import CROSS_ENTROPY, Objective, drafter_loss, fixed_params
 from deer_jax.training.recipe import Recipe, read_recipe
 
 LIBTPU = Path(os.environ["TPU_LIBRARY_PATH"])
@@ -494,7 +494,8 @@ def compile_align(case: Align):
         name: jax.ShapeDtypeStruct((1, recipe.batch, *shape), dtype, sharding=batch_placement(mesh))
         for name, (dtype, shape) in shapes.items()
     }
-    fixed = {"target": placed(mesh, abstract_params(config, jnp.bfloat16), logical_axes(config)), "shared": shared}
+    target = placed(mesh, abstract_params(config, jnp.bfloat16), logical_axes(config))
+    fixed = fixed_params(method, config, stage.loss, target, shared)
     run = training.make_step(
         drafter_loss(method, config, stage.loss, build.remat), stage.optimizer, stage.steps, build=build,
         shardings=jax.tree.map(lambda x: x.sharding, state),
@@ -534,7 +535,7 @@ def align_allowed_collectives(case: Align, args, method: ConditionedMethod) -> f
     """Bytes of collectives that the placement itself costs, over fsdp, in bfloat16."""
     state, _, fixed = args
     config = MODELS[RECIPES[case.recipe]]
-    tables = 2 * 2 * config.vocab_size * config.width  # embedding and head, of target and drafter
+    tables = 2 * 2 * config.vocab_size * config.width  # embedding and head, once for target and drafter
     own = 2 * sum(x.size for name, x in state.params.items() if name not in ("layers", HEAD))
     own += 2 * sum(x.size for x in jax.tree.leaves(state.params["layers"]))
     # Gathered for the forward pass, and once more for the backward pass; gradients summed.
@@ -566,10 +567,9 @@ def measure_align(case: Align, executable, args) -> dict:
     method, *_ = begun(start, int(case.file.drafter.removeprefix("random:")), config)
     program = Program(executable.as_text(), align_trips(case, method))
     state, _, fixed = args
-    one, again = program.whole(), twice(method, fixed["shared"])
-    ideal = align_ideal_flops(case, method)
+    one, ideal = program.whole(), align_ideal_flops(case, method)
     held = held_gb(target=fixed["target"], drafter=state.params, optimizer=state.optimizer)
-    kept = bytes_per_device((fixed, state.params)) - again  # and what training started from
+    kept = bytes_per_device((fixed, state.params))  # and what training started from
     kept += bytes_per_device((state.params, state.optimizer))
     result = {
         "flops": one.flops,
@@ -581,7 +581,7 @@ def measure_align(case: Align, executable, args) -> dict:
         "held_gb": held,
         "keeps_gb": kept / 1e9,
     }
-    memory = without(Memory.of(executable), again)
+    memory = Memory.of(executable)
     result["makes_gb"] = (memory.peak - memory.arguments) / 1e9
     return result | {"program": program, "cost": one, "memory": memory}
 

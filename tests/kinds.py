@@ -37,7 +37,7 @@ class Kind:
 
 HALF = (("output_scale", 0.5),)
 CONVOLVED = (("conv_kernel", 2), ("conv_group", 8))
-# Every head, with both layouts, a whole and a reduced vocabulary, windows of both kinds, and convolutions.
+# Every head, with both layouts, a whole and a reduced vocabulary, windows of both kinds, convolutions, and a softcap.
 CONDITIONED = {
     "independent": Kind(reading=(("input_scale", 0.1),)),  # else its masks outweigh what it reads
     "independent reduced": Kind(INDEPENDENT, "next_token", True, (("windows", (3,)), ("window_from", "anchor"))),
@@ -47,7 +47,8 @@ CONDITIONED = {
     ),
     "vanilla": Kind(Markov(rank=8), "next_token", True, (("causal", (True,)),)),
     "gated": Kind(
-        Markov(rank=8, form="gated", has_confidence=True), "fill_in", True, (("windows", (5,)),), reading=HALF
+        Markov(rank=8, form="gated", has_confidence=True), "fill_in", True, (("windows", (5,)),),
+        reading=(*HALF, ("softcap", 2.0)),
     ),
     "rnn": Kind(Markov(rank=8, form="rnn"), reading=(("input_scale", 2.0), *HALF)),
     "rnn reduced": Kind(

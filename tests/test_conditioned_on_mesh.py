@@ -12,7 +12,7 @@ from deer_jax.decoding.engine import Engine
 from deer_jax.drafters.heads import Markov, PathSelector
 from deer_jax.planning.hlo import Program
 from deer_jax.sharding import on_mesh
-from deer_jax.training.objectives import Objective, drafter_loss
+from deer_jax.training.objectives import Objective, drafter_loss, fixed_params
 from tests.fast import representing
 from tests.kinds import CONVOLVED, HEADED, Kind, conditioned, standalone
 from tests.meshes import SCANNED, batches, made, mesh_of, placed
@@ -100,24 +100,45 @@ def test_a_round_moves_rows_and_nothing_else(kind):
     assert all(total.bytes < 1000 for total in moved["admit"].whole().by_kind().values())
 
 
+def loss_on(mesh, kind: str):
+    """Target and drafter on a mesh, the program that gives loss and gradients of a batch, and its arguments."""
+    target, drafter = pair(kind, mesh)
+    batch = next(batches("continuation", "block_causal", 1))
+    objective = Objective(ce=0.5, tv=0.5, confidence=0.3, decay=4.0)
+    params = drafter.params if mesh is None else place_drafter(drafter, mesh)
+    loss = drafter_loss(drafter.method, target.config, objective, SCANNED.remat)
+    fixed = fixed_params(drafter.method, target.config, objective, target.params, drafter.shared)
+
+    def of_first(params, batch, fixed):
+        return loss(params, {name: x[0] for name, x in batch.items()}, fixed)[0]
+
+    arguments = params, batch if mesh is None else placed(batch, mesh), fixed
+    with on_mesh(mesh):
+        return target, drafter, jax.jit(jax.value_and_grad(of_first)).lower(*arguments).compile(), arguments
+
+
+def test_a_step_gathers_each_table_once():
+    """And all else of the target once, the drafter's layers for the forward and for the backward pass."""
+    target, drafter, program, (_, _, fixed) = loss_on(mesh_of("1x8x1"), "vanilla")
+    arrays = [id(x) for x in jax.tree.leaves(fixed)]
+    assert len(arrays) == len(set(arrays))
+
+    def size(*trees) -> int:
+        """Bytes of the matrices, which are split; vectors are not."""
+        return sum(x.nbytes for x in jax.tree.leaves(trees) if x.ndim > 1 and min(x.shape[-2:]) > target.config.layers)
+
+    found = Program(program.as_text()).whole().by_kind()["all-gather"].bytes
+    own = {name: x for name, x in drafter.params.items() if name != "layers"}
+    assert found == size(target.params, own) + 2 * size(drafter.params["layers"])
+
+
 @pytest.mark.parametrize("kind", ["selector", "rnn", "standalone rnn"])
 def test_a_mesh_has_the_loss_and_gradients_of_one_device(kind):
     """Of the target's distribution and the text's tokens, of a selector's choice and of the confidence."""
-    batch = next(batches("continuation", "block_causal", 1))
-    objective = Objective(ce=0.5, tv=0.5, confidence=0.3, decay=4.0)
 
     def of(mesh):
-        target, drafter = pair(kind, mesh)
-        params = drafter.params if mesh is None else place_drafter(drafter, mesh)
-        loss = drafter_loss(drafter.method, target.config, objective, SCANNED.remat)
-        given = batch if mesh is None else placed(batch, mesh)
-
-        def of_first(params, batch, fixed):
-            return loss(params, {name: x[0] for name, x in batch.items()}, fixed)[0]
-
-        with on_mesh(mesh):
-            run = jax.jit(jax.value_and_grad(of_first))
-            return jax.device_get(run(params, given, {"target": target.params, "shared": drafter.shared}))
+        _, _, program, arguments = loss_on(mesh, kind)
+        return jax.device_get(program(*arguments))
 
     alone, spread = of(None), of(mesh_of("2x2x2"))
     np.testing.assert_allclose(spread[0], alone[0], rtol=1e-5)

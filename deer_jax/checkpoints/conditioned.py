@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from deer_jax.checkpoints import speculators, zlab
@@ -29,7 +28,7 @@ from deer_jax.checkpoints.huggingface import (
 from deer_jax.checkpoints.tensors import Header, check_count, check_headers, opened, read_headers
 from deer_jax.config import ConditionedConfig, ModelConfig, from_mapping
 from deer_jax.data.tokenizer import Tokenizer
-from deer_jax.drafters.conditioned import ConditionedMethod, ConditionedReading, check_target, shared_of
+from deer_jax.drafters.conditioned import ConditionedMethod, ConditionedReading, Ids, check_target, draft_ids, shared_of
 from deer_jax.drafters.drafter import Drafter
 from deer_jax.drafters.heads import head_from
 from deer_jax.errors import InputError, shown
@@ -43,8 +42,6 @@ Layout = Literal["deer_jax", "dflash", "speculators"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 SHARED = "shared"  # the group of the head of a reduced vocabulary, which is not a parameter
 
-Ids = tuple[int, ...]
-
 
 def is_conditioned(values: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a conditioned drafter, of any layout."""
@@ -54,7 +51,7 @@ def is_conditioned(values: Mapping[str, Any]) -> bool:
     return speculators.KIND in values or zlab.is_zlab(values)
 
 
-def read_method(folder: Path) -> tuple[ConditionedMethod, Ids | None]:
+def read_method(folder: Path) -> tuple[ConditionedMethod, np.ndarray | None]:
     """What config.json says, and the ids of a reduced vocabulary if it has them too."""
     values, where = read_values(folder), str(folder / CONFIG)
     try:
@@ -66,7 +63,7 @@ def read_method(folder: Path) -> tuple[ConditionedMethod, Ids | None]:
         raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
-def _own_method(values: Mapping[str, Any], where: str) -> tuple[ConditionedMethod, Ids | None]:
+def _own_method(values: Mapping[str, Any], where: str) -> tuple[ConditionedMethod, np.ndarray | None]:
     where, section = f"{where}: {SECTION}", values[SECTION]
     for key in section:
         if key not in ("kind", "reading", "shape", "head", "ids"):
@@ -80,18 +77,7 @@ def _own_method(values: Mapping[str, Any], where: str) -> tuple[ConditionedMetho
         from_mapping(ConditionedReading, reading, f"{where}: reading"),
         head_from(section.get("head"), f"{where}: head"),
     )
-    ids = section.get("ids")
-    if (ids is None) != (method.reading.draft_vocab is None):
-        raise InputError(f"{where}: ids and reading.draft_vocab belong together")
-    return method, None if ids is None else _checked(ids, method, f"{where}: ids")
-
-
-def _checked(ids: Any, method: ConditionedMethod, where: str) -> Ids:
-    """Ids of a reduced vocabulary: so many, ascending, and of the target."""
-    right = isinstance(ids, list) and all(type(each) is int for each in ids) and len(ids) == method.draft_vocab
-    if not right or ids[0] < 0 or ids[-1] >= method.target_vocab or any(np.diff(np.array(ids, object)) <= 0):
-        raise InputError(f"{where} must be {method.draft_vocab} ascending ids of the target, got {shown(ids)}")
-    return tuple(ids)
+    return method, draft_ids(method, section.get("ids"), f"{where}: ids")
 
 
 def read_drafter(
@@ -135,13 +121,12 @@ def read_drafter(
         headers, slots, (method.shape.layers, 0), dtype, scan=target.build.scan, mesh=target.mesh, progress=progress
     )
     stored = params.pop(SHARED, None)
-    shared = shared_of(method, target, None if stored else ids)
-    if stored:
-        shared |= {"head": stored["head"].astype(target.dtype), "ids": jnp.asarray(ids, jnp.int32)}
+    rows = stored["head"].astype(target.dtype) if stored else None
+    shared = shared_of(method, target, ids, rows=rows)
     return Drafter(params=params, shared=shared, **made)
 
 
-def _public_ids(headers: Mapping[str, Header], prefix: str, method: ConditionedMethod, folder: Path) -> Ids:
+def _public_ids(headers: Mapping[str, Header], prefix: str, method: ConditionedMethod, folder: Path) -> np.ndarray:
     found = {}
     for name in (speculators.TO_TARGET, speculators.TO_DRAFT):
         if prefix + name not in headers:
@@ -150,7 +135,7 @@ def _public_ids(headers: Mapping[str, Header], prefix: str, method: ConditionedM
             found[name] = tensors.get_tensor(prefix + name)
     ids = speculators.ids_from(found[speculators.TO_TARGET], method, str(folder))
     marked = found[speculators.TO_DRAFT]
-    if marked.shape != (method.target_vocab,) or tuple(np.flatnonzero(marked).tolist()) != ids:
+    if marked.shape != (method.target_vocab,) or not np.array_equal(np.flatnonzero(marked), ids):
         raise InputError(f"{folder}: {speculators.TO_DRAFT} and {speculators.TO_TARGET} are of different ids")
     return ids
 
@@ -164,7 +149,7 @@ def _check_mask(method: ConditionedMethod, target: Target) -> None:
         )
 
 
-def describe(method: ConditionedMethod, ids: Sequence[int] | None, dtype, stop_ids: Sequence[int]) -> dict[str, Any]:
+def describe(method: ConditionedMethod, ids: Ids | None, dtype, stop_ids: Sequence[int]) -> dict[str, Any]:
     """A config.json of our own layout."""
     section = method.section() | ({} if ids is None else {"ids": np.asarray(ids).tolist()})
     own = {"architectures": [ARCHITECTURE], "attention_bias": method.shape.o_bias, SECTION: section}
@@ -178,7 +163,7 @@ def write_drafter(
     *,
     layout: Layout = "deer_jax",
     target: ItsTarget | None = None,
-    ids: Sequence[int] | None = None,
+    ids: Ids | None = None,
     head: Any = None,
     stop_ids: Sequence[int] = (),
     tokenizer_source: Path | None = None,
@@ -226,7 +211,7 @@ def target_in(folder: Path) -> ItsTarget:
     return ItsTarget("/".join(parts[1:]) if hub else str(folder), read_config(folder))
 
 
-def head_rows(folder: Path, config: ModelConfig, ids: Sequence[int]) -> np.ndarray:
+def head_rows(folder: Path, config: ModelConfig, ids: Ids) -> np.ndarray:
     """Some rows [V', D] of the output head of a target's folder."""
     headers, key = read_headers(folder), EMBEDDING if config.tied else LM_HEAD
     if key not in headers or headers[key].shape != (config.vocab_size, config.width):

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from deer_jax.build import parse_dtype
@@ -43,22 +44,23 @@ from deer_jax.checkpoints.records import DRAFTER
 from deer_jax.checkpoints.runs import is_run, read_best
 from deer_jax.config import DrafterConfig, check_choice, from_mapping
 from deer_jax.data.tokenizer import Tokenizer, differing_ids
-from deer_jax.drafters.conditioned import ConditionedMethod
+from deer_jax.drafters.conditioned import ConditionedMethod, shared_of
 from deer_jax.drafters.drafter import Drafter
 from deer_jax.drafters.heads import HEAD, INDEPENDENT, head_from
 from deer_jax.drafters.prompt_lookup import prompt_lookup
 from deer_jax.drafters.protocol import Trainable
 from deer_jax.drafters.standalone import MASK, StandaloneMethod, backbone, drafter_from_target, new_entries
+from deer_jax.drafters.start import FROM_TARGET, listed_layers
 from deer_jax.errors import InputError, named, shown
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params, is_stacked, stack_layers, unstack_layers
 from deer_jax.models.weights import Weight
-from deer_jax.sharding import placements
+from deer_jax.sharding import on_mesh, placements
 
 SPECIAL = "deer_jax.mask_and_separator"
 OF_HEAD = f"{SECTION}.{HEAD}."  # before the names of a head's weights
 DRAFTERS = re.compile(r"eagle|medusa|draft|dspark|speculator|mtp", re.IGNORECASE)  # architectures of other drafters
-FROM_TARGET, PROMPT_LOOKUP = "from-target", "prompt-lookup"
+PROMPT_LOOKUP = "prompt-lookup"
 OPEN_DCODER_MASK = "<M>"
 OPEN_DCODER_DIFFERING = (151665, 151666, 151667, 151668)  # <M> and unused rows there, tool and think tags in Qwen3
 PAPER_DRAFT_LENGTH = 32  # k of the DEER paper, for folders that do not say theirs
@@ -263,6 +265,25 @@ def describe_drafter(folder: Path, drafter: Drafter, stop_ids: Sequence[int] = (
     write_description(folder, values, tokenizer_source=tokenizer.folder if isinstance(tokenizer, Tokenizer) else None)
 
 
+def kept_by_runs(drafter: Drafter, target: Target) -> Drafter:
+    """The drafter as the folder of a run gives it back, which keeps no head: a reduced one has the target's own rows.
+
+    InputError where it came with others. Those that are the target's but for rounding to bfloat16 are none.
+    """
+    method, shared = drafter.method, drafter.shared
+    if not isinstance(method, ConditionedMethod) or "ids" not in shared:
+        return drafter
+    own = shared_of(method, target, np.asarray(shared["ids"]))
+    with on_mesh(target.mesh):
+        same = jax.jit(lambda *rows: jnp.array_equal(*(each.astype(jnp.bfloat16) for each in rows)))
+        if not same(shared["head"], own["head"]):
+            raise InputError(
+                f"{drafter.name}: its output head has other rows than {target.name}'s, and a run keeps no head: give "
+                "the target that it was trained for, or begin another drafter (`conditioned` in a recipe)"
+            )
+    return dataclasses.replace(drafter, shared=own)
+
+
 def trainable(drafter: Drafter) -> Trainable:
     """Its method; InputError for a drafter that has nothing to train or to keep."""
     if not isinstance(drafter.method, Trainable):
@@ -296,16 +317,6 @@ def usable_drafter(drafter: Drafter, params: Params, target: Target, dtype=None)
     if not target.build.scan:
         params = unstack_layers(params, params["layers"]["input_norm"].shape[0])
     return dataclasses.replace(drafter, params=params)
-
-
-def listed_layers(name: str) -> tuple[int, ...] | None:
-    listed = name.partition(":")[2]
-    if not listed:
-        return None
-    try:
-        return tuple(int(layer) for layer in listed.split(","))
-    except ValueError:
-        raise InputError(f"{named(name)}: expected layer numbers, as in {FROM_TARGET}:0,2,4") from None
 
 
 def _own_reading(section: Any, folder: Path) -> DrafterConfig:

@@ -17,7 +17,7 @@ from deer_jax.checkpoints.backbones import (
 )
 from deer_jax.checkpoints.families import ARCHITECTURES, flag_of, number_of
 from deer_jax.config import ConditionedConfig
-from deer_jax.drafters.conditioned import ConditionedMethod, ConditionedReading
+from deer_jax.drafters.conditioned import ConditionedMethod, ConditionedReading, draft_ids
 from deer_jax.drafters.heads import Head, Independent, Markov, PathSelector
 from deer_jax.errors import InputError, shown
 from deer_jax.formats import mapping
@@ -107,17 +107,16 @@ def check_taps(method: ConditionedMethod, layers: int) -> None:
         )
 
 
-def ids_from(to_target: np.ndarray, method: ConditionedMethod, where: str) -> tuple[int, ...]:
+def ids_from(to_target: np.ndarray, method: ConditionedMethod, where: str) -> np.ndarray:
     """The ids of a reduced vocabulary, from the tensor d2t."""
-    count, most = method.draft_vocab, method.target_vocab
+    count = method.draft_vocab
     if to_target.shape != (count,) or to_target.dtype.kind not in "iu":
         raise InputError(
             f"{where}: {TO_TARGET} must be {count} whole numbers, got {to_target.dtype} {list(to_target.shape)}"
         )
-    ids = np.arange(count) + to_target.astype(np.int64)
-    if ids[0] < 0 or ids[-1] >= most or (np.diff(ids) <= 0).any():
-        raise InputError(f"{where}: {TO_TARGET} does not give ascending ids of the target's vocabulary of {most}")
-    return tuple(ids.tolist())
+    ids = draft_ids(method, np.arange(count) + to_target.astype(np.int64), f"{where}: what {TO_TARGET} gives")
+    assert ids is not None
+    return ids
 
 
 def id_tensors(ids: np.ndarray, vocab: int) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deer_jax import processes
-from deer_jax.checkpoints.drafters import FROM_TARGET, PROMPT_LOOKUP, load_drafter
+from deer_jax.checkpoints.drafters import PROMPT_LOOKUP, load_drafter
 from deer_jax.checkpoints.load import load_target
 from deer_jax.cli.options import Source
 from deer_jax.cli.progress import Reporter
@@ -23,6 +23,7 @@ from deer_jax.data.chats import as_chat, is_chat
 from deer_jax.data.sources import Prompt, read_prompts, template_arguments
 from deer_jax.digests import Digests
 from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.start import FROM_TARGET
 from deer_jax.errors import InputError
 from deer_jax.formats import json_bytes
 from deer_jax.models.target import Target

@@ -52,6 +52,7 @@ class AnswerFiles:
     output's rows are in the order of its lines.
 
     Attributes:
+      vocab_size: of the target; all ids are below it.
       paths: of the files as they are named, an output's shards behind it.
       stamps: the files, or the copies here of those on a store, as they were when the offsets were found;
         a file that has changed since is a RunError.
@@ -66,7 +67,7 @@ class AnswerFiles:
         outputs = [[path, *(shard_path(path, i) for i in shard_numbers(path))] for path in map(place, paths)]
         self.paths = [path for output in outputs for path in output]
         self._output = [number for number, output in enumerate(outputs) for _ in output]  # of each file
-        self._vocab_size, self._tokenizer = vocab_size, tokenizer
+        self.vocab_size, self._tokenizer = vocab_size, tokenizer
         local = [Path(local_file(path)) for path in self.paths]
         _check_distinct(local)
         self.stamps = [Stamp.of(path) for path in local]
@@ -151,10 +152,10 @@ class AnswerFiles:
             ids = record[name]
             if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
                 raise InputError(f"{where}: '{name}' must be a list of one or more token ids")
-            if max(ids) >= self._vocab_size:
+            if max(ids) >= self.vocab_size:
                 raise InputError(
                     f"{where}: token id {max(ids)!s:.40} in '{name}' is outside the target's vocabulary of "
-                    f"{self._vocab_size}; the answers are another model's"
+                    f"{self.vocab_size}; the answers are another model's"
                 )
         theirs = record.get("tokenizer")
         if theirs and self._tokenizer and theirs != self._tokenizer:

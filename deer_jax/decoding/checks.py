@@ -15,6 +15,7 @@ from deer_jax.decoding.engine import Engine
 from deer_jax.decoding.programs import capacity_for
 from deer_jax.decoding.prompts import is_whole
 from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.protocol import check_tapped
 from deer_jax.errors import InputError, PromptError
 from deer_jax.models.target import Target
 
@@ -114,12 +115,7 @@ def check_models(target: Any, drafter: Any = None) -> None:
         found = isinstance(drafter, str | Path)
         remedy = "load it first, load_drafter(..., target=target)" if found else "give what load_drafter returns"
         raise InputError(f"drafter must be a Drafter, got {_what(drafter)}: {remedy}")
-    for tap in drafter.method.taps:
-        if not 0 <= tap < target.config.layers:
-            raise InputError(
-                f"the drafter {drafter.name} reads layer {tap} of its target, {target.name} has layers "
-                f"0..{target.config.layers - 1}: give it the target that it was trained for"
-            )
+    check_tapped(drafter.method, target.config.layers, target.name)
     for array in jax.tree.leaves(drafter.params):
         if isinstance(array, jax.Array) and array.committed and array.devices() != set(target.devices):
             raise InputError(

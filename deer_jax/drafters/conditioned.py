@@ -28,7 +28,6 @@ from deer_jax.config import (
     check_token_ids,
     check_whole,
 )
-from deer_jax.diffusion.corruption import Corruption
 from deer_jax.drafters.drafter import Drafter
 from deer_jax.drafters.heads import (
     HEAD,
@@ -41,9 +40,9 @@ from deer_jax.drafters.heads import (
     section_of,
     shapes_of,
 )
-from deer_jax.drafters.protocol import Draft, Pick, Predictions, Row, Seen, Term, Trainable
+from deer_jax.drafters.protocol import Draft, Pick, Predictions, Row, Seen, Term, Trainable, check_tapped
 from deer_jax.drafters.standalone import chosen_layers
-from deer_jax.errors import InputError
+from deer_jax.errors import InputError, shown
 from deer_jax.models.blocks import Blocks
 from deer_jax.models.cache import empty_cache, write_cache
 from deer_jax.models.conditioned import context_kv, draft_block, read_blocks
@@ -53,6 +52,7 @@ from deer_jax.models.transformer import Params, abstract_params, bind, init_para
 from deer_jax.sharding import constrain, on_mesh, placement, whole
 
 MOST_FACTOR = 1e6
+Ids = Sequence[int] | np.ndarray  # of a reduced vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,6 +141,14 @@ class ConditionedMethod(Trainable):
     def examples(self) -> Literal["blocks", "cut"]:
         return "blocks"
 
+    @property
+    def reserved(self) -> tuple[int, ...]:
+        return (self.reading.mask,)
+
+    def borrowed(self, target: ModelConfig) -> dict[str, str]:
+        head = {} if self.reading.draft_vocab else {"head": "embed" if target.tied else "head"}
+        return {"embed": "embed"} | head
+
     def state(self, params: Params, shared: Params, batch: int, capacity: int, build: Build) -> Any:
         build = dataclasses.replace(build, dtype=params["fc"].dtype)
         return empty_cache(self.shape, batch, capacity, build)
@@ -196,10 +204,6 @@ class ConditionedMethod(Trainable):
     def axes(self) -> Params:
         return logical_axes(self.shape) | axes_of(self.head_weights())
 
-    def check(self, corruption: Corruption) -> None:
-        if self.reading.softcap is not None:
-            raise InputError("drafters whose scores have a softcap can be used, but not trained")
-
     def predict(self, params: Params, shared: Params, batch: dict[str, jax.Array], tapped, remat: Remat) -> Predictions:
         """Shapes of the batch as in `corruption.Blocks`: W places behind each anchor, of which those masked count."""
         tokens, anchor, masked = batch["tokens"], batch["anchor"], batch["masked"]
@@ -221,7 +225,10 @@ class ConditionedMethod(Trainable):
         return Predictions(
             place=predicted,
             weight=batch["weight"].reshape(B, M * W),
-            terms=(Term(features, shared["head"], trained=False), *self.head.terms(head, states, before)),
+            terms=(
+                Term(features, shared["head"], trained=False, softcap=self.reading.softcap),
+                *self.head.terms(head, states, before),
+            ),
             ids=ids,
             allowed=every != self.reading.mask,
             choice=self.head.choice(head, states, before),
@@ -241,22 +248,49 @@ class ConditionedMethod(Trainable):
         }  # fmt: skip
 
 
-def shared_of(method: ConditionedMethod, target: Target, ids: Sequence[int] | None = None) -> Params:
-    """What such a drafter reads of its target; ids: those it proposes, where they are not all.
+def shared_of(
+    method: ConditionedMethod, target: Target, ids: Ids | None = None, *, rows: jax.Array | None = None
+) -> Params:
+    """What such a drafter reads of its target.
 
-    The head of a reduced vocabulary is gathered, everything else are the target's own arrays.
+    The head of a reduced vocabulary is gathered unless it is given, everything else are the target's own arrays.
+
+    Args:
+      ids: those of a reduced vocabulary, see `draft_ids`.
+      rows: [V', D] of the head for these, where it is not to have the target's.
     """
     config = target.config
     check_target(method, config, target.name)
+    chosen = draft_ids(method, ids)
     head = target.params["embed" if config.tied else "head"]
     shared = {"embed": target.params["embed"], "head": head}
-    if ids is None:
+    if chosen is None:
         return shared
-    chosen = np.asarray(ids, np.int32)
-    where = placement(target.mesh, (len(chosen), config.width), ("vocab", "width"))
-    with on_mesh(target.mesh):
-        rows = jax.jit(lambda head, ids: head[ids], out_shardings=where)(head, chosen)
+    if rows is None:
+        where = placement(target.mesh, (len(chosen), config.width), ("vocab", "width"))
+        with on_mesh(target.mesh):
+            rows = jax.jit(lambda head, ids: head[ids], out_shardings=where)(head, chosen)
     return shared | {"head": rows, "ids": jnp.asarray(chosen)}
+
+
+def draft_ids(method: ConditionedMethod, ids: Any, where: str = "ids") -> np.ndarray | None:
+    """int32 [V'] the ids of a method's reduced vocabulary, None of a whole one; InputError, which calls them `where`,
+    for what they cannot be: other than so many, not ascending, none of the target."""
+    count = method.reading.draft_vocab
+    if ids is None and count is None:
+        return None
+    if ids is None or count is None:
+        raise InputError(f"{where} and reading.draft_vocab belong together: give both, or neither")
+    found = np.array(ids, object)
+    whole = found.ndim == 1 and all(isinstance(each, int | np.integer) and type(each) is not bool for each in found)
+    right = whole and len(found) == count and bool(np.all(np.diff(found) > 0))
+    if not right or found[0] < 0 or found[-1] >= method.target_vocab:
+        many = f"{len(found):,} of them, " if whole else ""
+        raise InputError(
+            f"{where} must be {count:,} ascending ids of the target's {method.target_vocab:,}, as reading.draft_vocab "
+            f"says, got {many}{shown(ids)}"
+        )
+    return found.astype(np.int32)
 
 
 def check_target(method: ConditionedMethod, config: ModelConfig, target: str) -> None:
@@ -269,9 +303,7 @@ def check_target(method: ConditionedMethod, config: ModelConfig, target: str) ->
     ):
         if ours != theirs:
             raise InputError(f"the drafter is for another target: one of {name} {ours}, and {target} has {theirs}")
-    for tap in method.taps:
-        if tap >= config.layers:
-            raise InputError(f"the drafter reads layer {tap} of its target, {target} has 0..{config.layers - 1}")
+    check_tapped(method, config.layers, target)
 
 
 def default_taps(layers: int, count: int) -> tuple[int, ...]:
@@ -287,7 +319,7 @@ def conditioned_drafter(
     *,
     layers: int | Sequence[int] = 2,
     head: Head | None = None,
-    ids: Sequence[int] | None = None,
+    ids: Ids | None = None,
     seed: int = 0,
     name: str = "conditioned",
     dtype=None,

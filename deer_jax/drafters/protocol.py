@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from deer_jax.build import Build, Remat
 from deer_jax.config import ModelConfig
 from deer_jax.diffusion.corruption import Corruption
+from deer_jax.errors import InputError
 from deer_jax.models.transformer import Params
 
 
@@ -140,20 +141,32 @@ class Method:
         raise NotImplementedError
 
 
+def check_tapped(method: Method, layers: int, target: str) -> None:
+    """InputError for a tap that is none of the layers of a target, which has so many and is called `target`."""
+    for tap in method.taps:
+        if not 0 <= tap < layers:
+            raise InputError(
+                f"the drafter reads layer {tap} of its target, {target} has layers 0..{layers - 1}: give it the target "
+                "that it was trained for"
+            )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """A part of the scores, features @ table.T.
+    """A part of the scores, features @ table.T, or cap * tanh(features @ table.T / cap).
 
     Attributes:
       features: [B, R, d], differentiated.
       table: [V, d], or what `sharding.spread` made of it.
       trained: whether the table has a gradient; where not, nothing is computed or held for one.
+      softcap: the cap; None has none.
     """
 
     features: jax.Array
     table: jax.Array
     trained: bool = dataclasses.field(default=True, metadata={"static": True})
+    softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 class Choice(NamedTuple):
@@ -194,6 +207,15 @@ class Trainable(Method):
         def examples(self) -> Literal["blocks", "cut"]: ...
         @property
         def shape(self) -> ModelConfig: ...
+
+    @property
+    def reserved(self) -> tuple[int, ...]:
+        """Ids of the target that mean something else to it, such as the mask: texts to train on must not have them."""
+        return ()
+
+    def borrowed(self, target: ModelConfig) -> dict[str, str]:
+        """Which of its shared arrays are parameters of a target of such sizes, and which: {"head": "embed"}, say."""
+        return {}
 
     def shapes(self) -> Params:
         """Its parameters as training holds them, float32 and stacked, as shapes."""

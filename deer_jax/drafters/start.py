@@ -1,6 +1,7 @@
 """How a drafter begins that a recipe asks for: a conditioned one, and the head of either kind."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -12,10 +13,37 @@ from deer_jax.drafters.conditioned import ConditionedReading, conditioned_drafte
 from deer_jax.drafters.drafter import Drafter
 from deer_jax.drafters.heads import HEAD, HEADS, INDEPENDENT, Head, Markov, PathSelector, initial
 from deer_jax.drafters.standalone import StandaloneMethod
-from deer_jax.errors import InputError
+from deer_jax.errors import InputError, named
 from deer_jax.models.target import Target
 
 MOST_TAPS = 5  # by default
+FROM_TARGET, RANDOM = "from-target", "random"  # where a drafter is named: an untrained one
+
+
+def listed_layers(name: str) -> tuple[int, ...] | None:
+    """(0, 2) for from-target:0,2; None for from-target."""
+    listed = name.partition(":")[2]
+    if not listed:
+        return None
+    try:
+        return tuple(int(layer) for layer in listed.split(","))
+    except ValueError:
+        raise InputError(f"{named(name)}: expected layer numbers, as in {FROM_TARGET}:0,2,4") from None
+
+
+def started_layers(source: str) -> int | tuple[int, ...]:
+    """How many random layers, or which ones of the target, a conditioned drafter begins with: 2 for random:2, (0, 2)
+    for from-target:0,2. InputError for anything else."""
+    kind, _, number = source.partition(":")
+    layers = listed_layers(source) if kind == FROM_TARGET else None
+    if kind == RANDOM and re.fullmatch("[1-9][0-9]{0,2}", number):
+        layers = int(number)
+    if layers is None:
+        raise InputError(
+            f"drafter {source}: a conditioned drafter begins with layers of its target, as in {FROM_TARGET}:0,2, or "
+            f"with {RANDOM}:2 layers; leave out `conditioned` for one in a folder"
+        )
+    return layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +126,11 @@ class ConditionedStart:
             raise InputError(
                 "give mask or mask_token: an id of the target that its texts do not contain, or such a token's text"
             )
+
+    @property
+    def examples(self) -> Literal["blocks", "cut"]:
+        """As of its method, see `Trainable`."""
+        return "blocks"
 
     def make_head(self) -> Head:
         start = HeadStart(

@@ -61,26 +61,34 @@ class Survey:
     Attributes:
       met: which prompts occur in a row, token by token, at its start or inside.
       overlong: numbers of the rows whose prompt leaves no room for an answer.
+      counts: int64 [V] how often each id occurs in the answers.
+      first: int64 [V] number of the first row that has each id, in prompt or answer; -1 for those that none has.
     """
 
     met: list[bool]
     overlong: list[int]
+    counts: np.ndarray
+    first: np.ndarray
 
 
 def survey(records: AnswerFiles, prompts: Sequence[Sequence[int]], room: int) -> Survey:
     """Read every row: InputError at the first that is no answer of the target. room: tokens of prompt and answer."""
     needles = [np.asarray(prompt, np.int32).tobytes() for prompt in prompts]
     met, overlong = [False] * len(prompts), []
+    counts, first = np.zeros(records.vocab_size, np.int64), np.full(records.vocab_size, -1)
     for number in range(len(records)):
         record = records[number]
-        if len(record["prompt"]) >= room:
+        prompt, text = len(record["prompt"]), np.asarray(record["prompt"] + record["answer"], np.int32)
+        np.add.at(counts, text[prompt:], 1)
+        first[text[first[text] < 0]] = number
+        if prompt >= room:
             overlong.append(number)
             continue
-        row = np.asarray(record["prompt"] + record["answer"], np.int32).tobytes()
+        row = text.tobytes()
         for i, needle in enumerate(needles):
             if not met[i]:
                 met[i] = _at_token(row, needle)
-    return Survey(met, overlong)
+    return Survey(met, overlong, counts, first)
 
 
 def _at_token(row: bytes, needle: bytes) -> bool:

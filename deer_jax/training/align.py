@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import os
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +12,9 @@ import numpy as np
 
 from deer_jax.checkpoints.claims import WHOLE, Claim, claimed
 from deer_jax.checkpoints.drafters import (
-    FROM_TARGET,
     describe_drafter,
     drafter_shapes,
-    listed_layers,
+    kept_by_runs,
     load_drafter,
     place_drafter,
     trainable,
@@ -33,17 +31,17 @@ from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.decoding.finite import NAMED, broken_weights
 from deer_jax.digests import Digests, Stamp
 from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.protocol import Trainable
+from deer_jax.drafters.start import FROM_TARGET, RANDOM, started_layers
 from deer_jax.errors import InputError, RunError
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params
 from deer_jax.stores import place
-from deer_jax.training.acceptance import Acceptance, measure, read_held_out, survey
+from deer_jax.training.acceptance import Acceptance, Survey, measure, read_held_out, survey
 from deer_jax.training.loop import Batches, Progress, StagePlan, Trainer, TrainReport, Work, run_mesh, stage_seed
-from deer_jax.training.objectives import drafter_loss, reads_target
+from deer_jax.training.objectives import drafter_loss, fixed_params, reads_target
 from deer_jax.training.recipe import INESSENTIAL, Recipe, Stage, as_recipe, recipe_from, to_mapping
 from deer_jax.training.target_states import TargetStates
-
-RANDOM = "random"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,47 +142,44 @@ def read_inputs(recipe: Recipe, claim: Claim, say: Callable[[str], Any]) -> Inpu
         vocab_size=target.config.vocab_size,
         tokenizer=tokenizer.fingerprint if isinstance(tokenizer, Tokenizer) else None,
     )
-    start = start_digests(recipe.drafter, claim.digests)
-    drafter = start_drafter(recipe, target, records, say_bytes)
-    if start_digests(recipe.drafter, claim.digests) != start:
-        raise RunError(f"{recipe.drafter}: was changed while it was loaded; start again")
-    if broken := broken_weights(drafter.params):
-        raise RunError(f"{recipe.drafter}: of its weights these are not finite: {', '.join(broken[:NAMED])}")
+    source, begun, start = recipe.drafter, recipe.conditioned, start_digests(recipe.drafter, claim.digests)
+    if begun is None:
+        drafter = load_drafter(source, target=target, dtype="float32", config=recipe.reading, progress=say_bytes)
+        if start_digests(source, claim.digests) != start:
+            raise RunError(f"{source}: was changed while it was loaded; start again")
+        drafter = kept_by_runs(drafter, target)
+        if recipe.draft_head is not None:
+            drafter = recipe.draft_head.begin(drafter, recipe.seed)
+        layers, examples = (), trainable(drafter).examples
+    else:
+        drafter, layers, examples = None, started_layers(source), begun.examples
     say("reading the training rows")
     prompts = read_held_out(target, recipe.evaluation, claim.begun) if recipe.evaluation else []
-    room = recipe.length if trainable(drafter).examples == "blocks" else recipe.length - 1  # for the separator
-    held_out = survey_rows(recipe, records, prompts, room)
+    room = recipe.length if examples == "blocks" else recipe.length - 1  # for the separator
+    found = survey(records, prompts, room)
+    if drafter is None:
+        assert begun is not None
+        drafter = begun.begin(target, layers, found.counts, recipe.seed)
+    if broken := broken_weights(drafter.params):
+        raise RunError(f"{source}: of its weights these are not finite: {', '.join(broken[:NAMED])}")
+    check_texts(trainable(drafter), records, found)
+    held_out = usable_rows(recipe, records, prompts, found)
     return Inputs(target, drafter, start, records, held_out)
 
 
-def start_drafter(recipe: Recipe, target: Target, records: AnswerFiles, progress: Callable[[int, int], Any]) -> Drafter:
-    """What training starts from."""
-    begun, source = recipe.conditioned, recipe.drafter
-    if begun is None:
-        drafter = load_drafter(source, target=target, dtype="float32", config=recipe.reading, progress=progress)
-        return drafter if recipe.draft_head is None else recipe.draft_head.begin(drafter, recipe.seed)
-    kind, _, number = source.partition(":")
-    layers = listed_layers(source) if kind == FROM_TARGET else None
-    if kind == RANDOM and re.fullmatch("[1-9][0-9]{0,2}", number):
-        layers = int(number)
-    if layers is None:
-        raise InputError(
-            f"drafter {source}: a conditioned drafter begins with layers of its target, as in {FROM_TARGET}:0,2, or "
-            f"with {RANDOM}:2 layers; leave out `conditioned` for one in a folder"
-        )
-    counts = np.zeros(target.config.vocab_size, np.int64)
-    mask = begun.mask_of(target)
-    for i in range(len(records)):
-        record = records[i]
-        if mask in record["prompt"] or mask in record["answer"]:
-            raise InputError(f"{record['where']}: has the mask, id {mask}, in it; choose an id that no text contains")
-        np.add.at(counts, np.asarray(record["answer"], np.int64), 1)
-    return begun.begin(target, layers, counts, recipe.seed)
+def check_texts(method: Trainable, records: AnswerFiles, found: Survey) -> None:
+    """InputError for a training text with an id that the drafter reads as something else."""
+    for token in method.reserved:
+        if (number := int(found.first[token])) >= 0:
+            raise InputError(
+                f"{records[number]['where']}: has id {token} in it, which is the drafter's mask; remove the line, or "
+                "begin a drafter with a mask that no text contains"
+            )
 
 
-def survey_rows(recipe: Recipe, records: AnswerFiles, prompts: list[list[int]], room: int) -> list[list[int]]:
-    """Read every row, and leave out those that have no room for an answer; the held-out prompts to use."""
-    evaluation, found = recipe.evaluation, survey(records, prompts, room)
+def usable_rows(recipe: Recipe, records: AnswerFiles, prompts: list[list[int]], found: Survey) -> list[list[int]]:
+    """Leave out the rows that have no room for an answer; the held-out prompts to use."""
+    evaluation = recipe.evaluation
     if found.overlong:
         records.leave_out(found.overlong)
         left_out = f"{len(found.overlong)} prompts leave no room for an answer in length {recipe.length}"
@@ -229,12 +224,11 @@ def work_of(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> Work:
                 batch=recipe.batch, seed=stage_seed(recipe.seed, number), first=first, rows=rows,
             )  # fmt: skip
 
-        read = reads_target(method, stage.loss)
         return StagePlan(
             name=stage.corruption.stage, steps=stage.steps, optimizer=stage.optimizer,
             loss=drafter_loss(method, target.config, stage.loss, recipe.remat or target.build.remat),
-            examples=examples, states=states if read else None,
-            fixed={"target": target.params if read else {}, "shared": drafter.shared},
+            examples=examples, states=states if reads_target(method, stage.loss) else None,
+            fixed=fixed_params(method, target.config, stage.loss, target.params, drafter.shared),
         )  # fmt: skip
 
     def evaluate(params: Params, show: Callable[[str], Any]) -> _Measured:

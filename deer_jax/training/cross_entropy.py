@@ -227,7 +227,8 @@ def _local(mix: Mix, count: int, gradients: bool, terms, labels, weights, soft, 
     def one_chunk(i, carry):
         loss, known, to_terms, to_choice = carry
         rows = lax.dynamic_slice_in_dim(order, i * chunk, chunk)
-        weight, scores = weights[rows][:, None], functools.reduce(jnp.add, [part.scores(rows) for part in parts])
+        each = [part.scores(rows) for part in parts]
+        weight, scores = weights[rows][:, None], functools.reduce(jnp.add, each)
         view, label = seen(rows, scores)
         row_loss, slope = losses.mixed(mix, view)
         loss, slope = loss + jnp.sum(weight * row_loss), slope * weight
@@ -247,7 +248,7 @@ def _local(mix: Mix, count: int, gradients: bool, terms, labels, weights, soft, 
             slope = slope + at_ids(chosen_slope, chosen.ids - ids[0], V)
             to_choice = choice.add_of(to_choice, rows, chosen.ids, chosen_slope) if gradients else None
         if gradients:
-            to_terms = [part.add(one, rows, slope) for part, one in zip(parts, to_terms, strict=True)]
+            to_terms = [part.add(one, rows, own, slope) for part, one, own in zip(parts, to_terms, each, strict=True)]
         fresh = jnp.where(counts[rows][:, None], jnp.concatenate(new, axis=-1), 0)
         return loss, known.at[rows].set(fresh), to_terms, to_choice
 

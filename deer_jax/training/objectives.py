@@ -110,26 +110,37 @@ def drafter_loss(
     objective: Objective = CROSS_ENTROPY,
     remat: Remat = "none",
 ) -> Loss:
-    """The loss of a drafter's stages. Its fixed parameters: `target`, the target's own where it is read (see
-    `reads_target`), and `shared`, what the drafter has of it.
+    """The loss of a drafter's stages. Its fixed parameters are those of `fixed_params`.
 
     target: its shape, where it is read. remat: what its gradients compute again, see `build.Remat`.
     """
 
     def of(params: Params, batch: dict[str, jax.Array], fixed: Params):
-        tokens, view = batch["tokens"], None
+        tokens, view, shared = batch["tokens"], None, fixed.get("shared", {})
         if reads_target(method, objective):
             assert target is not None
             view = kept_view(target, fixed["target"], batch) or read_text(target, fixed["target"], tokens, method.taps)
+            shared = shared | {name: fixed["target"][key] for name, key in method.borrowed(target).items()}
         if objective.decay is not None:
             weight = batch["weight"]
             batch = batch | {"weight": weight * decay(weight.shape[-1], objective.decay)[None, None]}
         tapped = None if view is None else view.tapped
-        said = method.predict(spread_vocabulary(params), fixed.get("shared", {}), batch, tapped, remat)
+        said = method.predict(spread_vocabulary(params), shared, batch, tapped, remat)
         loss = loss_of(said, tokens, objective, view if objective.reads_target else None, batch["masked"].shape)
         return loss, jnp.sum(batch["masked"])
 
     return of
+
+
+def fixed_params(
+    method: Trainable, target: ModelConfig, objective: Objective, params: Params, shared: Params
+) -> Params:
+    """What the loss of a stage is handed beside what it trains: `target`, the target's parameters where it is read, and
+    `shared`, what the drafter has of it. Each array once: on a mesh each is gathered."""
+    if not reads_target(method, objective):
+        return {"target": {}, "shared": shared}
+    borrowed = method.borrowed(target)
+    return {"target": params, "shared": {name: x for name, x in shared.items() if name not in borrowed}}
 
 
 def reads_target(method: Trainable, objective: Objective) -> bool:

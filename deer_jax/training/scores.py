@@ -53,11 +53,14 @@ class OnShard:
 
     def scores(self, rows):
         """float32 [r, V]"""
-        return logits(self.padded[rows], self.table)
+        scores, cap = logits(self.padded[rows], self.table), self.term.softcap
+        return scores if cap is None else cap * jnp.tanh(scores / cap)
 
-    def add(self, carry, rows, slope):
-        """The gradients with those of these rows, of slope float32 [r, V] by the scores."""
+    def add(self, carry, rows, scores, slope):
+        """The gradients with those of these rows, of slope float32 [r, V] by their scores float32 [r, V]."""
         (to_features, to_table), dtype = carry, self.padded.dtype
+        if self.term.softcap is not None:
+            slope = slope * (1 - jnp.square(scores / self.term.softcap))  # of tanh
         slope, product = slope.astype(dtype), functools.partial(jnp.einsum, precision=self.exact)
         to_x = product("rv,vd->rd", slope, self.table, preferred_element_type=jnp.float32)
         to_features = to_features.at[rows].set(total(to_x.astype(dtype), "vocab"))
@@ -72,7 +75,7 @@ class OnShard:
         return at, (at >= 0) & (at < self.table.shape[0])
 
     def scores_of(self, rows, ids):
-        """float32 [r, K]: of some ids only, int32 [r, K]."""
+        """float32 [r, K]: of some ids only, int32 [r, K]; of a term without a cap, as `add_of`."""
         at, mine = self._mine(ids)
         found = self.table.at[at].get(mode="clip")
         one = jnp.einsum(

@@ -17,9 +17,10 @@ from tokenizers import models
 
 import deer_jax
 from deer_jax.checkpoints.conditioned import target_in
-from deer_jax.checkpoints.drafters import drafter_shapes
+from deer_jax.checkpoints.drafters import drafter_shapes, kept_by_runs
 from deer_jax.cli import export as cli
 from deer_jax.config import ConditionedConfig
+from deer_jax.data.answers import AnswerFiles
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.drafters.conditioned import ConditionedMethod, ConditionedReading, conditioned_drafter
 from deer_jax.drafters.drafter import Drafter
@@ -95,14 +96,38 @@ def run(tmp_path_factory):
     """A folder with a target, and a run of two steps of a drafter of a reduced vocabulary."""
     folder = runs.prepare(tmp_path_factory.mktemp("conditioned"))
     answers = folder / "answers.jsonl"
+    answers.with_name("masked.jsonl").write_text(answers.read_text())
     answers.write_text(re.sub(r"\b31\b", "30", answers.read_text()))  # no text has the mask
-    stage = runs.recipe(folder)["stages"][0] | {"steps": 2}
-    begun = {"taps": [0], "mask": 31, "draft_length": 4, "layout": "next_token", "draft_vocab": 16, "head": "markov",
-             "rank": 4, "form": "gated", "confidence": True}  # fmt: skip
-    deer_jax.align(
-        runs.recipe(folder, evaluation=None, stages=[stage], reading=None, conditioned=begun, drafter="random:1")
-    )
+    deer_jax.align(recipe_of(folder, drafter="random:1", conditioned=BEGUN))
     return folder
+
+
+BEGUN = {"taps": [0], "mask": 31, "draft_length": 4, "layout": "next_token", "draft_vocab": 16, "head": "markov",
+         "rank": 4, "form": "gated", "confidence": True}  # fmt: skip
+
+
+def recipe_of(folder: Path, **changes) -> dict:
+    """A run of two steps without evaluations."""
+    stage = runs.recipe(folder)["stages"][0] | {"steps": 2}
+    return runs.recipe(folder, evaluation=None, stages=[stage], reading=None) | changes
+
+
+@pytest.mark.parametrize("start", ["a recipe", "a run", "a folder"])
+def test_a_text_with_the_mask_is_refused_wherever_training_begins(run, tmp_path, start, monkeypatch):
+    read, record = [], AnswerFiles._read
+    monkeypatch.setattr(AnswerFiles, "_read", lambda self, index: read.append(index) or record(self, index))
+    rows = (run / "masked.jsonl").read_text().splitlines()
+    number = next(i for i, row in enumerate(rows) if 31 in json.loads(row)["prompt"] + json.loads(row)["answer"])
+    source: dict[str, Any] = {"drafter": str(run / "run")}
+    if start == "a recipe":
+        source = {"drafter": "random:1", "conditioned": BEGUN}
+    elif start == "a folder":
+        source = {"drafter": str(deer_jax.export(run / "run", tmp_path / "folder", dtype="float32"))}
+    values = recipe_of(run, output=str(tmp_path / "on"), answers=str(run / "masked.jsonl"), **source)
+    with pytest.raises(InputError, match=rf"\A{run}/masked.jsonl:{number + 1}: has id 31 in it, which is the draf"):
+        deer_jax.align(values)
+    assert not (tmp_path / "on").exists()
+    assert sorted(read) == sorted([0, *range(len(rows)), number])  # to begin with, once each, and for the message
 
 
 def test_a_run_is_exported_in_the_layouts_that_can_say_its_drafter(run, tmp_path):
@@ -132,6 +157,23 @@ def test_a_run_is_exported_in_the_layouts_that_can_say_its_drafter(run, tmp_path
     assert (tmp_path / "cli" / "model.safetensors").read_bytes() == (
         tmp_path / "speculators" / "model.safetensors"
     ).read_bytes()
+
+
+def test_training_goes_on_with_the_head_that_its_run_is_loaded_with(run, tmp_path):
+    """The target's: where a folder has it rounded, unrounded; where a folder has another one, none is trained."""
+    target = deer_jax.load_target(run / "target")
+    public = {"layout": "speculators", "target": run / "target"}
+    rounded = deer_jax.load_drafter(deer_jax.export(run / "run", tmp_path / "rounded", **public), target=target)
+    own = deer_jax.load_drafter(run / "run", target=target).shared
+    assert (rounded.shared["head"] != own["head"]).any()
+    same_values(kept_by_runs(rounded, target).shared, own)
+    folder = deer_jax.export(run / "run", tmp_path / "other", dtype="float32", **public)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][-1, -1] += 0.1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"\Aother: its output head has other rows than target's, and a run[^\n]*\Z"):
+        deer_jax.align(recipe_of(run, output=str(tmp_path / "on"), drafter=str(folder)))
+    assert not (tmp_path / "on").exists()
 
 
 def test_a_target_is_named_by_its_hub_id_or_its_path(run, tmp_path):
@@ -206,13 +248,49 @@ def test_our_layout_says_what_the_others_cannot(tmp_path, family, layers, head, 
     config = tiny(family, vocab_size=64, tied=True)
     target = Target(config=config, params=random_params(config, scan=False))
     reading = ConditionedReading(taps=(1, 0), mask=60, draft_length=3, draft_vocab=24, softcap=9.0, output_scale=0.5)
-    ids = [*range(10, 32), 50, 61]
-    drafter = conditioned_drafter(target, reading, layers=layers, head=head, ids=ids, **shape)
+    drafter = conditioned_drafter(target, reading, layers=layers, head=head, ids=IDS, **shape)
     deer_jax.save_drafter(tmp_path / "ours", drafter, max_shard_bytes=9000)
     assert (tmp_path / "ours" / "model.safetensors.index.json").exists()
     same_drafter(deer_jax.load_drafter(tmp_path / "ours", target=target), drafter)
     with pytest.raises(InputError, match="architecture DeerJaxDrafter is not supported"):
         deer_jax.load_target(tmp_path / "ours")
+
+
+IDS = [*range(10, 32), 50, 61]
+
+
+@pytest.mark.parametrize(
+    ("count", "ids", "problem"),
+    [
+        (
+            16,
+            IDS,
+            "ids must be 16 ascending ids of the target's 64, as reading.draft_vocab says, got 24 of them, [10, ",
+        ),
+        (24, [*IDS[:-1], 64], "ids must be 24 ascending ids of the target's 64, "),
+        (24, [-1, *IDS[1:]], "ids must be 24 ascending ids of the target's 64, "),
+        (24, IDS[::-1], "ids must be 24 ascending ids of the target's 64, "),
+        (24, [*IDS[:-1], 50], "ids must be 24 ascending ids of the target's 64, "),
+        (24, [*IDS[:-1], 61.5], "ids must be 24 ascending ids of the target's 64, "),
+        (24, [*IDS[:-1], [61]], "ids must be 24 ascending ids of the target's 64, "),
+        (24, 7, "ids must be 24 ascending ids of the target's 64, as reading.draft_vocab says, got 7"),
+        (24, None, "ids and reading.draft_vocab belong together: give both, or neither"),
+        (None, IDS, "ids and reading.draft_vocab belong together: give both, or neither"),
+    ],
+)
+def test_ids_of_a_reduced_vocabulary_are_those_that_its_method_says(target, tmp_path, count, ids, problem):
+    """Of a user's own drafter, and of a folder."""
+    reading = ConditionedReading(taps=(1, 4), mask=63, draft_length=3, draft_vocab=24)
+    right = conditioned_drafter(target, reading, ids=np.array(IDS))
+    np.testing.assert_array_equal(right.shared["head"], target.params["head"][np.array(IDS)])
+    with pytest.raises(InputError, match=rf"\A{re.escape(problem)}[^\n]*\Z"):
+        conditioned_drafter(target, dataclasses.replace(reading, draft_vocab=count), ids=ids)
+    deer_jax.save_drafter(tmp_path / "ours", right)
+    values = json.loads((tmp_path / "ours" / "config.json").read_text())
+    values["deer_jax"] |= {"ids": ids, "reading": values["deer_jax"]["reading"] | {"draft_vocab": count}}
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=rf"\A{tmp_path}/ours/config.json: deer_jax: {re.escape(problem)}[^\n]*\Z"):
+        deer_jax.load_drafter(tmp_path / "ours", target=target)
 
 
 def changed(case: str, folder: Path, change) -> Path:
@@ -283,7 +361,7 @@ LAYER = "transformer_layer_config"
         ("zlab-dflash", put("architectures", ["DFlash2DraftModel"]), "conv_kernel_size is missing"),
         ("speculators-dspark", tensor("markov_head.markov_w1.weight"), r"missing: markov_head\.markov_w1\.weight"),
         ("speculators-dflash-reduced", tensor("d2t"), "d2t is missing: the ids of the reduced vocabulary"),
-        ("speculators-dflash-reduced", tensor("d2t", np.arange(32) * 2), "d2t does not give ascending ids"),
+        ("speculators-dflash-reduced", tensor("d2t", np.arange(32) * 2), "what d2t gives must be 32 ascending ids of"),
         ("speculators-dflash-reduced", tensor("d2t", np.zeros(31, int)), r"d2t must be 32 whole numbers, got int64 \["),
         ("speculators-dflash-reduced", tensor("t2d", np.ones(64, bool)), "t2d and d2t are of different ids"),
         ("speculators-dflash-reduced", tensor("lm_head.weight"), r"missing: lm_head\.weight"),

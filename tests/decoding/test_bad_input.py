@@ -18,6 +18,8 @@ from deer_jax import (
 )
 from deer_jax.decoding import engine
 from deer_jax.decoding.engine import Engine
+from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.protocol import Method
 from tests.doubles import Pieces, table_drafter
 from tests.tiny import random_params, tiny
 
@@ -28,6 +30,15 @@ V, K = 48, 3
 def target() -> Target:
     config = tiny("qwen3", vocab_size=V, width=16, heads=2, kv_heads=1, head_width=8, mlp_width=24)
     return Target(config=config, params=random_params(config, 5, scan=False))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading(Method):
+    """Of a user: reads these layers of the target."""
+
+    taps: tuple[int, ...]
+    target_vocab: int = V
+    draft_length: int = K
 
 
 GOOD = {"prompts": [[1, 2, 3], [4]], "max_new_tokens": 4}
@@ -61,6 +72,14 @@ BAD = {
     "a drafter for another vocabulary": (
         {"drafter": table_drafter([[1]], 7)},
         r"table drafts for a vocabulary of 7, target has 48: load it for this target, load_drafter\(",
+    ),
+    "a layer that the target has not": (
+        {"drafter": Drafter(method=Reading((0, 2)), params={})},
+        r"the drafter reads layer 2 of its target, target has layers 0\.\.1: give it the target that it was trained",
+    ),
+    "a layer before the first": (
+        {"drafter": Drafter(method=Reading((-1,)), params={})},
+        r"the drafter reads layer -1 of its target, target has layers 0\.\.1",
     ),
     "more slots than there are": ({"batch_size": 2**40}, "batch_size must be at most 65,536, got 1099511627776"),
     "a flag as slots": ({"batch_size": True}, "batch_size must be a whole number of at least 1, got True"),

@@ -1,12 +1,15 @@
 """Recipes at real size: the slices that their first comment names, and programs traced on these without devices."""
 
+import dataclasses
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 
 from deer_jax.build import Build
@@ -19,7 +22,7 @@ from deer_jax.formats import read_yaml
 from deer_jax.sharding import MeshShape, factored, make_mesh, spec
 from deer_jax.training import step
 from deer_jax.training.objectives import Loss
-from deer_jax.training.recipe import Recipe, Stage, recipe_from, with_settings
+from deer_jax.training.recipe import Recipe, Stage, read_recipe, recipe_from, with_settings
 from deer_jax.training.step import make_step
 
 DEVICES = {"v5e 4x4": (16, 16), "v6e 2x4": (8, 32), "v5p 2x2x2": (8, 95), "8 GPUs": (8, 80)}  # and GB of each
@@ -43,6 +46,32 @@ def slices_of(file: Path) -> Iterator[Slice]:
     for name, size, words, texts, kept, made in SLICE.findall(text):
         recipe = recipe_from(with_settings(values, words.replace("--set", "").split()), file.stem)
         yield Slice(name, recipe, float(size), int(texts), float(kept), float(made))
+
+
+def check_commands(recipe: Recipe, file: Path) -> None:
+    """The first comment's commands: trained, watched and measured on prompts of one form."""
+    assert recipe.evaluation is not None
+    comment = file.read_text().split("\ntarget:")[0].replace("\\\n#", "")
+    answers, bench = (line for line in comment.split("\n") if "--target" in line)
+    for command in (answers, bench):
+        assert ("--chat" in command) == recipe.evaluation.chat
+        assert all(f"--template {entry}" in command for entry in recipe.evaluation.template)
+
+
+def check_slices(file: Path, held: Callable[[Recipe, AbstractMesh], float]) -> None:
+    """The slices of a recipe's first comment: which they are, that its batch is theirs, and that it fits on them.
+
+    held: bytes that the recipe keeps on each device of a mesh.
+    """
+    found = list(slices_of(file))
+    assert [each.name for each in found] == list(DEVICES)
+    for each in found:
+        recipe = each.recipe
+        assert (math.prod(dataclasses.astuple(recipe.mesh)), each.size) == DEVICES[each.name]
+        assert recipe.batch == each.texts * recipe.accumulate * recipe.mesh.batch_ways
+        assert each.kept == pytest.approx(held(recipe, abstract_mesh(recipe.mesh)) / 1e9, abs=0.06)
+        assert each.kept + each.made < 0.9 * each.size
+    assert read_recipe(file).mesh in [each.recipe.mesh for each in found[1:]]
 
 
 def abstract_mesh(shape: MeshShape) -> AbstractMesh:

@@ -1,8 +1,6 @@
 """The recipes of conditioned drafters: they parse, and at real size their steps and their decoding trace."""
 
-import dataclasses
 import functools
-import math
 import re
 from pathlib import Path
 
@@ -19,10 +17,19 @@ from deer_jax.drafters.heads import Independent, Markov, PathSelector
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import abstract_params, logical_axes
 from deer_jax.sharding import bytes_per_device
-from deer_jax.training.objectives import drafter_loss
+from deer_jax.training.objectives import drafter_loss, fixed_params
 from deer_jax.training.recipe import read_recipe
 from tests.tiny import REAL
-from tests.training.sizes import DEVICES, abstract_mesh, batch_of, placed, slices_of, trace_segment, trace_step
+from tests.training.sizes import (
+    abstract_mesh,
+    batch_of,
+    check_commands,
+    check_slices,
+    placed,
+    slices_of,
+    trace_segment,
+    trace_step,
+)
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "conditioned"
 LLAMA = ModelConfig(
@@ -90,11 +97,7 @@ def test_a_recipe_says_how_it_is_run_and_what_it_makes(name):
     for part in (f"deer-jax align --recipe configs/conditioned/{name}.yaml", recipe.target, "Hardware: ", "Expected",
                  "Not yet run here", "Run on none"):  # fmt: skip
         assert part in comment
-    assert recipe.evaluation is not None
-    answers, bench = (line for line in comment.replace("\\\n#", "").split("\n") if "--target" in line)
-    for command in (answers, bench):  # trained, watched and measured on prompts of one form
-        assert ("--chat" in command) == recipe.evaluation.chat
-        assert all(f"--template {entry}" in command for entry in recipe.evaluation.template)
+    check_commands(recipe, FOLDER / f"{name}.yaml")
     method, params, _ = begun(name)
     config = TARGETS[recipe.target]
     assert type(method.head) is head
@@ -110,20 +113,13 @@ def test_a_recipe_says_how_it_is_run_and_what_it_makes(name):
 
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_its_slices_hold_what_it_keeps_and_makes(name):
-    found = list(slices_of(FOLDER / f"{name}.yaml"))
-    assert [each.name for each in found] == list(DEVICES)
-    for each in found:
-        recipe = each.recipe
-        assert (math.prod(dataclasses.astuple(recipe.mesh)), each.size) == DEVICES[each.name]
-        assert recipe.batch == each.texts * recipe.accumulate * recipe.mesh.batch_ways
-        weights = weights_on(abstract_mesh(recipe.mesh), name, jnp.float32)
+    def held(recipe, mesh):
+        weights = weights_on(mesh, name, jnp.float32)
         # In float32: what is trained, its two moments, and what it started from. A reduced head is a copy.
-        held = bytes_per_device(weights.target) + 4 * bytes_per_device(weights.drafter)
-        if "ids" in weights.shared:
-            held += bytes_per_device(weights.shared["head"])
-        assert each.kept == pytest.approx(held / 1e9, abs=0.06)
-        assert each.kept + each.made < 0.9 * each.size
-    assert read_recipe(FOLDER / f"{name}.yaml").mesh in [each.recipe.mesh for each in found[1:]]
+        copied = bytes_per_device(weights.shared["head"]) if "ids" in weights.shared else 0
+        return bytes_per_device(weights.target) + 4 * bytes_per_device(weights.drafter) + copied
+
+    check_slices(FOLDER / f"{name}.yaml", held)
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
@@ -137,7 +133,7 @@ def test_its_steps_and_rounds_trace_on_its_slices(name):
             method.check(stage.corruption)
             loss = drafter_loss(method, config, stage.loss, recipe.remat or Build.of("tpu").remat)
             batch = batch_of(recipe, stage, method.draft_length)
-            fixed = {"target": weights.target, "shared": weights.shared}
+            fixed = fixed_params(method, config, stage.loss, weights.target, weights.shared)
             trace_step(mesh, stage, weights.drafter, loss, batch, fixed)
         assert slots % recipe.mesh.batch_ways == 0
         trace_segment(mesh, config, method, method.draft_length, slots, 2048, weights_on(mesh, name, jnp.bfloat16))

@@ -71,7 +71,8 @@ def trained(method, params, shared, batch, tapped):
     said = method.predict(params, shared, batch, tapped, "none")
     with mock.patch.object(objectives, "weighted_loss", record):
         loss = loss_of(said, batch["tokens"], CROSS_ENTROPY, None, batch["masked"].shape)
-    scores = functools.reduce(jnp.add, [logits(term.features, term.table) for term in said.terms])
+    each = [(term.softcap, logits(term.features, term.table)) for term in said.terms]
+    scores = functools.reduce(jnp.add, [x if cap is None else cap * jnp.tanh(x / cap) for cap, x in each])
     found = {"scores": jnp.where(said.allowed[None, None], scores, -jnp.inf), "loss": seen[0].loss}
     if said.choice is not None:
         found |= {"choice": logits(said.choice.term.features, said.choice.term.table), "path": seen[0].choice_loss}

@@ -30,6 +30,7 @@ class Case:
       labels: whether the text's tokens are known; otherwise the target's best ids are the labels.
       whole: whether the target's ids that the drafter has not count too.
       count: K of a selector; 0 for none.
+      softcap: of the first term.
     """
 
     mix: Mix
@@ -37,12 +38,14 @@ class Case:
     whole: bool = False
     count: int = 0
     trained_head: bool = False
+    softcap: float | None = None
 
 
 CASES = {
     "Markov head": Case(Mix(ce=0.1, tv=0.9), whole=True),
     "selector": Case(Mix(kl=1), labels=False, count=6),
     "everything": Case(EVERYTHING, whole=True, count=3, trained_head=True),
+    "softcap": Case(Mix(ce=0.1, kl=0.2, tv=0.9), count=3, trained_head=True, softcap=2.0),
 }
 
 
@@ -65,7 +68,7 @@ def arrays(dtype=jnp.float32):
 
 def parts(case: Case, x, fixed):
     """The arguments of `weighted_loss` without the mix."""
-    terms = [Term(x["hidden"], x["head"], trained=case.trained_head), Term(x["step"], x["w2"])]
+    terms = [Term(x["hidden"], x["head"], case.trained_head, case.softcap), Term(x["step"], x["w2"])]
     soft = SoftLabels(fixed["target"], fixed["whole"][IDS], whole=fixed["whole"] if case.whole else None)
     selector = Selector(Term(x["query"], x["successor"]), fixed["choice_weights"], case.count) if case.count else None
     labels = draft_labels(fixed["tokens"], jnp.asarray(IDS)) if case.labels else None
@@ -81,7 +84,10 @@ def naive_loss_of(case: Case, x, fixed):
     """The loss by materialised scores, for autodiff; and rows for comparison."""
     x, fixed = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, (x, fixed))
     head = x["head"] if case.trained_head else jax.lax.stop_gradient(x["head"])
-    scores = x["hidden"] @ head.T + x["step"] @ x["w2"].T
+    scores = x["hidden"] @ head.T
+    if case.softcap is not None:
+        scores = case.softcap * jnp.tanh(scores / case.softcap)
+    scores = scores + x["step"] @ x["w2"].T
     everything = fixed["target"] @ fixed["whole"].T
     theirs, rest = everything[..., IDS], everything[..., np.setdiff1d(np.arange(V + OTHERS), IDS)]
     rest = rest if case.whole else rest[..., :0]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from pathlib import Path
 
 import jax
@@ -20,10 +19,11 @@ from deer_jax.training.recipe import Recipe, read_recipe
 from deer_jax.training.step import TrainState, make_optimizer, make_step
 from tests.tiny import REAL
 from tests.training.sizes import (
-    DEVICES,
     abstract_mesh,
     alike,
     batch_of,
+    check_commands,
+    check_slices,
     placed,
     slices_of,
     trace_segment,
@@ -76,11 +76,7 @@ def test_a_recipe_says_how_it_is_run(name):
     assert recipe.reading is not None
     assert recipe.reading.draft_length == 32
     assert one.corruption.width is two.corruption.width is None  # the draft length
-    assert recipe.evaluation is not None
-    answers, bench = (line for line in text.replace("\\\n#", "").split("\n") if "--target" in line)
-    for command in (answers, bench):  # trained, watched and measured on prompts of one form
-        assert ("--chat" in command) == recipe.evaluation.chat
-        assert [f"--template {entry}" in command for entry in recipe.evaluation.template].count(False) == 0
+    check_commands(recipe, FOLDER / f"{name}.yaml")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,18 +122,12 @@ def placed_drafter(mesh, dtype):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_its_slices_hold_what_it_keeps_and_makes(name):
-    found = list(slices_of(FOLDER / f"{name}.yaml"))
-    assert [each.name for each in found] == list(DEVICES)
-    for each in found:
-        recipe = each.recipe
-        assert (math.prod(dataclasses.astuple(recipe.mesh)), each.size) == DEVICES[each.name]
-        assert recipe.batch == each.texts * recipe.accumulate * recipe.mesh.batch_ways
-        mesh, config = abstract_mesh(recipe.mesh), TARGETS[recipe.target]
+    def held(recipe, mesh):
+        target = bytes_per_device(placed_target(mesh, TARGETS[recipe.target]))
         # In float32: what is trained, its two moments, and what it started from.
-        held = bytes_per_device(placed_target(mesh, config)) + 4 * bytes_per_device(placed_drafter(mesh, jnp.float32))
-        assert each.kept == pytest.approx(held / 1e9, abs=0.06)
-        assert each.kept + each.made < 0.9 * each.size
-    assert read_recipe(FOLDER / f"{name}.yaml").mesh in [each.recipe.mesh for each in found[1:]]
+        return target + 4 * bytes_per_device(placed_drafter(mesh, jnp.float32))
+
+    check_slices(FOLDER / f"{name}.yaml", held)
 
 
 @functools.cache
