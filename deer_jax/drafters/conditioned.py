@@ -195,6 +195,10 @@ class ConditionedMethod(Trainable):
 
     # Training
 
+    @property
+    def has_confidence(self) -> bool:
+        return self.head.has_confidence
+
     def head_weights(self):
         return self.head.weights(self.shape.width, self.target_vocab, self.draft_vocab)
 

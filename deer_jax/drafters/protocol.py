@@ -180,6 +180,7 @@ class Predictions(NamedTuple):
     """What a drafter says about a batch of training examples: R predictions for each text.
 
     A prediction's predecessor is the text's token before the one it is of, whether the drafter saw that or a mask.
+    Predictions of the blocks come last, block by block; weights by place, choice and confidence are theirs alone.
     """
 
     place: jax.Array  # int32 [B, R] position in the text of the token that is predicted
@@ -210,8 +211,13 @@ class Trainable(Method):
 
     @property
     def reserved(self) -> tuple[int, ...]:
-        """Ids of the target that mean something else to it, such as the mask: texts to train on must not have them."""
+        """Ids of the target that are masks to it: texts to train on must not have them."""
         return ()
+
+    @property
+    def has_confidence(self) -> bool:
+        """Whether it says how likely its tokens are to be accepted."""
+        return False
 
     def borrowed(self, target: ModelConfig) -> dict[str, str]:
         """Which of its shared arrays are parameters of a target of such sizes, and which: {"head": "embed"}, say."""

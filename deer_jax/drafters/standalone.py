@@ -235,6 +235,10 @@ class StandaloneMethod(Trainable):
     def axes(self) -> Params:
         return logical_axes(self.shape) | {"special": (None, "width")} | axes_of(self.head_weights())
 
+    @property
+    def has_confidence(self) -> bool:
+        return self.head.has_confidence
+
     def head_weights(self) -> dict[str, Weight]:
         return self.head.weights(self.shape.width, self.target_vocab, self.target_vocab)
 

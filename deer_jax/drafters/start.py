@@ -11,7 +11,7 @@ import numpy as np
 from deer_jax.config import check_choice
 from deer_jax.drafters.conditioned import ConditionedReading, conditioned_drafter, default_taps
 from deer_jax.drafters.drafter import Drafter
-from deer_jax.drafters.heads import HEAD, HEADS, INDEPENDENT, Head, Markov, PathSelector, initial
+from deer_jax.drafters.heads import HEAD, HEADS, INDEPENDENT, Head, initial
 from deer_jax.drafters.standalone import StandaloneMethod
 from deer_jax.errors import InputError, named
 from deer_jax.models.target import Target
@@ -51,13 +51,14 @@ class HeadStart:
     """An untrained head.
 
     Attributes:
-      kind: `none`, `selector` (with rank and candidates) or `markov` (with rank, form and confidence); see `heads`.
+      kind: `none`, `selector` (with rank and candidates) or `markov` (with rank and form), see `heads`; None: as there.
+      confidence: whether it also learns how likely a token is to be accepted.
     """
 
     kind: Literal["none", "selector", "markov"]
-    rank: int = 256
-    candidates: int = 16
-    form: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    rank: int | None = None
+    candidates: int | None = None
+    form: Literal["vanilla", "gated", "rnn"] | None = None
     confidence: bool = False
 
     def __post_init__(self):
@@ -66,11 +67,14 @@ class HeadStart:
 
     def make(self) -> Head:
         """The head; InputError for values that it cannot have."""
-        if self.kind == "selector":
-            return PathSelector(rank=self.rank, candidates=self.candidates)
-        if self.kind == "markov":
-            return Markov(rank=self.rank, form=self.form, has_confidence=self.confidence)
-        return INDEPENDENT
+        kind, values = HEADS[self.kind], dataclasses.asdict(self)
+        given: dict[str, Any] = {
+            name: values[name] for name in ("rank", "candidates", "form") if values[name] is not None
+        }
+        for name in given:
+            if name not in (field.name for field in dataclasses.fields(kind)):
+                raise InputError(f"a head of kind {self.kind} has no {name}; leave it out")
+        return kind(has_confidence=self.confidence, **given)
 
     def begin(self, drafter: Drafter, seed: int) -> Drafter:
         """A standalone drafter with this head; InputError for one that cannot have it, or has one already."""
@@ -107,9 +111,9 @@ class ConditionedStart:
     layout: Literal["fill_in", "next_token"] = "fill_in"
     draft_vocab: int | None = None
     head: Literal["none", "selector", "markov"] = "none"
-    rank: int = 256
-    candidates: int = 16
-    form: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    rank: int | None = None
+    candidates: int | None = None
+    form: Literal["vanilla", "gated", "rnn"] | None = None
     confidence: bool = False
     window: int = 0
     causal: bool = False
@@ -122,15 +126,11 @@ class ConditionedStart:
 
     def __post_init__(self):
         check_choice("head", self.head, HEADS)
+        self.make_head()
         if (self.mask is None) == (self.mask_token is None):
             raise InputError(
                 "give mask or mask_token: an id of the target that its texts do not contain, or such a token's text"
             )
-
-    @property
-    def examples(self) -> Literal["blocks", "cut"]:
-        """As of its method, see `Trainable`."""
-        return "blocks"
 
     def make_head(self) -> Head:
         start = HeadStart(

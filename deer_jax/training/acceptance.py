@@ -62,7 +62,7 @@ class Survey:
       met: which prompts occur in a row, token by token, at its start or inside.
       overlong: numbers of the rows whose prompt leaves no room for an answer.
       counts: int64 [V] how often each id occurs in the answers.
-      first: int64 [V] number of the first row that has each id, in prompt or answer; -1 for those that none has.
+      first: int64 [V] number of the first row whose text has each id, as far as there is room; -1: none has.
     """
 
     met: list[bool]
@@ -80,10 +80,11 @@ def survey(records: AnswerFiles, prompts: Sequence[Sequence[int]], room: int) ->
         record = records[number]
         prompt, text = len(record["prompt"]), np.asarray(record["prompt"] + record["answer"], np.int32)
         np.add.at(counts, text[prompt:], 1)
-        first[text[first[text] < 0]] = number
         if prompt >= room:
             overlong.append(number)
             continue
+        read = text[:room]
+        first[read[first[read] < 0]] = number
         row = text.tobytes()
         for i, needle in enumerate(needles):
             if not met[i]:

@@ -1,6 +1,7 @@
 """Alignment: a drafter learns to say what its target would, through DEER's two stages."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 import warnings
@@ -150,13 +151,13 @@ def read_inputs(recipe: Recipe, claim: Claim, say: Callable[[str], Any]) -> Inpu
         drafter = kept_by_runs(drafter, target)
         if recipe.draft_head is not None:
             drafter = recipe.draft_head.begin(drafter, recipe.seed)
-        layers, examples = (), trainable(drafter).examples
+        layers, cut = (), trainable(drafter).examples == "cut"
     else:
-        drafter, layers, examples = None, started_layers(source), begun.examples
+        begun.mask_of(target)  # before every row is read
+        drafter, layers, cut = None, started_layers(source), False
     say("reading the training rows")
     prompts = read_held_out(target, recipe.evaluation, claim.begun) if recipe.evaluation else []
-    room = recipe.length if examples == "blocks" else recipe.length - 1  # for the separator
-    found = survey(records, prompts, room)
+    found = survey(records, prompts, recipe.length - cut)  # a cut text has its separator in it
     if drafter is None:
         assert begun is not None
         drafter = begun.begin(target, layers, found.counts, recipe.seed)
@@ -168,7 +169,7 @@ def read_inputs(recipe: Recipe, claim: Claim, say: Callable[[str], Any]) -> Inpu
 
 
 def check_texts(method: Trainable, records: AnswerFiles, found: Survey) -> None:
-    """InputError for a training text with an id that the drafter reads as something else."""
+    """InputError for a training text with an id that is a mask to the drafter."""
     for token in method.reserved:
         if (number := int(found.first[token])) >= 0:
             raise InputError(
@@ -212,10 +213,10 @@ def work_of(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> Work:
     target, drafter, evaluation = inputs.target, inputs.drafter, recipe.evaluation
     method = trainable(drafter)
     assert target.mesh is not None
-    states = None
+    kept = None
     if recipe.keep_states is not None:
         hidden = any(stage.loss.reads_target for stage in stages)
-        states = TargetStates(target, method.taps, hidden, recipe.keep_states)
+        kept = TargetStates(target, method.taps, hidden, recipe.keep_states)
 
     def plan(number: int, stage: Stage) -> StagePlan:
         def examples(first: int, rows: np.ndarray) -> Batches:
@@ -224,10 +225,13 @@ def work_of(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> Work:
                 batch=recipe.batch, seed=stage_seed(recipe.seed, number), first=first, rows=rows,
             )  # fmt: skip
 
+        states = None
+        if kept is not None and reads_target(method, stage.loss):
+            states = functools.partial(kept.add, hidden=stage.loss.reads_target)
         return StagePlan(
             name=stage.corruption.stage, steps=stage.steps, optimizer=stage.optimizer,
             loss=drafter_loss(method, target.config, stage.loss, recipe.remat or target.build.remat),
-            examples=examples, states=states if reads_target(method, stage.loss) else None,
+            examples=examples, with_states=states,
             fixed=fixed_params(method, target.config, stage.loss, target.params, drafter.shared),
         )  # fmt: skip
 
@@ -283,6 +287,14 @@ def check(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> None:
         raise InputError(f"{records}: {len(records)} records are fewer than a batch of {recipe.batch}; lower batch")
     if recipe.keep_states is not None and not any(reads_target(method, stage.loss) for stage in stages):
         raise InputError("keep_states: no stage reads the target's states, so there is nothing to keep; leave it out")
+    weighed = any(stage.loss.confidence for stage in stages)
+    begun = recipe.conditioned or recipe.draft_head
+    if weighed and not method.has_confidence:
+        raise InputError("loss: confidence is for drafters that have a confidence head, and this one has none")
+    if begun is not None and begun.confidence and not weighed:
+        raise InputError(
+            "confidence: true begins a head that no stage trains; give `confidence` a weight in the loss of a stage"
+        )
     for number, stage in enumerate(stages):
         where, width = f"stages[{number}]", stage.corruption.width
         if reads_target(method, stage.loss) and recipe.length > target.config.context:

@@ -25,7 +25,6 @@ from deer_jax.training.metrics import MetricsLog
 from deer_jax.training.objectives import Loss
 from deer_jax.training.recipe import RunSettings
 from deer_jax.training.step import OptimizerConfig, TrainState, abstract_state, init_state, make_step, schedule
-from deer_jax.training.target_states import TargetStates
 
 Progress = Callable[[int, int, str], Any]  # finished steps, all steps, what else is known
 Batches = Iterator[dict[str, np.ndarray]]  # endless, with `length` [B] and `total`
@@ -38,7 +37,7 @@ class StagePlan:
     Attributes:
       name: in the metrics.
       examples: the stage's batches from this number on, of each only these rows.
-      states: what keeps the target's states of the texts; None: the loss computes what it needs.
+      with_states: adds the target's states of the texts to a batch; None: the loss computes what it needs.
       fixed: parameters that the loss is handed and that stay.
     """
 
@@ -47,7 +46,7 @@ class StagePlan:
     optimizer: OptimizerConfig
     loss: Loss
     examples: Callable[[int, np.ndarray], Batches]
-    states: TargetStates | None = None
+    with_states: Callable[[dict[str, np.ndarray], processes.Share], dict[str, np.ndarray]] | None = None
     fixed: Params = dataclasses.field(default_factory=dict)
 
 
@@ -244,8 +243,8 @@ class Trainer:
         while step < last:
             batch = clock.next(examples)
             clock.tokens += int(batch["length"][self.share.own].sum())
-            if stage.states is not None:
-                batch = stage.states.add(batch, self.share)
+            if stage.with_states is not None:
+                batch = stage.with_states(batch, self.share)
             with on_mesh(self.work.mesh):
                 state, metrics = run_step(state, self.share.place(batch), stage.fixed)
             if not compiled:  # the first step of a call compiles; the clock starts behind it

@@ -66,7 +66,7 @@ class Objective:
 
     Attributes:
       ce, kl, tv, lk_alpha, lk_lambda: weights of a row's losses, see `losses.Mix`. `ce` alone reads nothing but the
-        texts (the paper); the others read the target's distributions, which it computes anew in every step.
+        texts (the paper); the others read the target's distributions.
       selector: weight of the choice that a path selector makes, for drafters that have one.
       confidence: weight of the confidence head's loss, for drafters that have one; it needs the target as well.
       decay: the i-th token of a block, from 0, weighs exp(-i / decay); None: all the same. Blocks only.

@@ -140,8 +140,9 @@ class Recipe(RunSettings):
       draft_head: the head that a standalone drafter begins with; None: as its folder says, or none.
       conditioned: begins a drafter that reads the target's hidden states; None: it is standalone, or in a folder.
       length: T, tokens per text.
-      keep_states: GiB of each host's memory for what the target says of the texts, so that it reads each of them once
-        and not in every epoch; None: it reads them in every step.
+      keep_states: GiB of each process's memory for what the target says of the texts, so that it reads each of them
+        once and not in every epoch; None: it reads them in every step. A step then has the states of its whole batch on
+        the devices, whatever `accumulate` is.
     """
 
     target: str

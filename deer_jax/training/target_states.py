@@ -21,37 +21,42 @@ GIB = 2**30
 class TargetStates:
     """Adds what the target says of a batch's texts, by a program of its own: of a text that is kept it says it once.
 
-    Each process keeps those of its own rows, the first that it meets for as long as there is room; a batch with any
-    other text is read anew.
+    Each process keeps those of its own rows, the first that it meets for as long as there is room. When there is none
+    left, a batch with any other text goes without: the step reads it.
 
     Attributes:
       target: whose states they are.
     """
 
     def __init__(self, target: Target, taps: tuple[int, ...], hidden: bool, gib: float):
-        """taps: the layers to keep; hidden: whether the final states as well; gib: the room, of this host."""
+        """taps: the layers to keep; hidden: whether the final states as well; gib: the room, of this process."""
         self.target = target
         self._taps, self._hidden = taps, hidden
         self._room, self._full = int(gib * GIB), False
         self._kept: dict[bytes, dict[str, np.ndarray]] = {}
 
-    def add(self, batch: Mapping[str, np.ndarray], share: processes.Share) -> dict[str, np.ndarray]:
-        """The batch, with `hidden` [rows, T, D] and `tapped` [rows, T, n*D] as far as they are kept."""
-        tokens = batch["tokens"]
-        keys = [row.tobytes() for row in tokens]
-        if not processes.agree(any(key not in self._kept for key in keys)):
-            return dict(batch) | {
-                name: np.stack([self._kept[key][name] for key in keys]) for name in self._kept[keys[0]]
-            }
+    def add(self, batch: Mapping[str, np.ndarray], share: processes.Share, hidden: bool) -> dict[str, np.ndarray]:
+        """The batch, with `tapped` [rows, T, n*D], if layers are kept, and, where asked for, `hidden` [rows, T, D]."""
+        keys = [row.tobytes() for row in batch["tokens"]]
+        if processes.agree(any(key not in self._kept for key in keys)):
+            if not processes.agree(not self._full):
+                return dict(batch)
+            states = self._read(batch["tokens"], keys, share)
+        else:
+            kept = [self._kept[key] for key in keys]
+            states = {name: np.stack([each[name] for each in kept]) for name in kept[0]}
+        return dict(batch) | {name: value for name, value in states.items() if hidden or name != "hidden"}
+
+    def _read(self, tokens: np.ndarray, keys: list[bytes], share: processes.Share) -> dict[str, np.ndarray]:
         with on_mesh(self.target.mesh):
             read = _read(
                 self.target.params, share.place({"tokens": tokens})["tokens"], config=self.target.config,
                 taps=self._taps, hidden=self._hidden, where=share.placement,
             )  # fmt: skip
-        states = {name: share.local(value) for name, value in read.items()}
+        states: dict[str, np.ndarray] = {name: share.local(value) for name, value in read.items()}
         for i, key in enumerate(keys):
             self._keep(key, {name: value[i] for name, value in states.items()})
-        return dict(batch) | states
+        return states
 
     def _keep(self, key: bytes, states: dict[str, np.ndarray]) -> None:
         size = sum(value.nbytes for value in states.values())
@@ -64,7 +69,7 @@ class TargetStates:
             self._full = True
             warnings.warn(
                 f"keep_states has room for the states of {len(self._kept):,} texts, of {size / 2**20:,.1f} MiB each; "
-                "batches with others are read anew in every epoch",
+                "batches with others are read in every epoch",
                 stacklevel=2,
             )
 

@@ -108,7 +108,7 @@ BEGUN = {"taps": [0], "mask": 31, "draft_length": 4, "layout": "next_token", "dr
 
 def recipe_of(folder: Path, **changes) -> dict:
     """A run of two steps without evaluations."""
-    stage = runs.recipe(folder)["stages"][0] | {"steps": 2}
+    stage = runs.recipe(folder)["stages"][0] | {"steps": 2, "loss": {"ce": 1, "confidence": 1}}
     return runs.recipe(folder, evaluation=None, stages=[stage], reading=None) | changes
 
 

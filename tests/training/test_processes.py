@@ -29,7 +29,8 @@ def folder(tmp_path_factory):
 
 def recipe(folder, output, **changes):
     """Twelve steps on two devices."""
-    common = {"mesh": {"data": 2}, "stages": runs.averaged(folder), "evaluation": None}
+    stages = [stage | {"loss": {"ce": 1, "kl": 1}} for stage in runs.averaged(folder)]
+    common = {"mesh": {"data": 2}, "stages": stages, "keep_states": 1, "evaluation": None}
     return runs.recipe(folder, output, **(common | changes))
 
 

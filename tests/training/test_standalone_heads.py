@@ -60,9 +60,16 @@ def test_a_run_is_exported_with_its_head(folder, tmp_path):
         ({"draft_head": {"kind": "eagle"}}, "recipe: draft_head: kind must be one of none, selector, markov, got 'eag"),
         ({"draft_head": {"rank": 4}}, "recipe: draft_head: missing kind"),
         ({"draft_head": BEGUN | {"rank": 0}}, "recipe: draft_head: rank must be a whole number"),
+        ({"draft_head": BEGUN | {"candidates": 3}}, "recipe: draft_head: a head of kind markov has no candidates; lea"),
+        ({"draft_head": {"kind": "none", "rank": 3}}, "recipe: draft_head: a head of kind none has no rank; leave it"),
+        ({"draft_head": {"kind": "markov", "rank": 4}}, "loss: confidence is for drafters that have a confidence head"),
+        (
+            {"stages": [{"steps": 4, "stage": "continuation"}]},
+            "confidence: true begins a head that no stage trains; give `confidence` a weight in the loss of a stage",
+        ),
         ({"draft_head": BEGUN | {"from": "rnn"}}, "recipe: draft_head: unknown key 'from', did you mean 'form'?"),
         (
-            {"draft_head": {"kind": "selector", "candidates": 33}},
+            {"draft_head": {"kind": "selector", "candidates": 33, "confidence": True}},
             "the selector chooses among 33 ids, more than the vocabulary of 32",
         ),
         (

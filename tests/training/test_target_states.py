@@ -64,14 +64,14 @@ def test_a_text_that_is_kept_is_not_read_again(folder, mesh):
     states = TargetStates(target, (0,), hidden=True, gib=1.0)
     share = Share(batch_placement(mesh or make_mesh()), 2, 4)
     batch = {"tokens": np.arange(4 * T, dtype=np.int32).reshape(4, T) % runs.V, "length": np.full(4, T)}
-    found = states.add(batch, share)
+    found = states.add(batch, share, hidden=True)
     assert np.isfinite(found["hidden"]).all()
     states.target = dataclasses.replace(target, params=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), target.params))
     shuffled = {name: value[::-1] for name, value in batch.items()}
-    again = states.add(shuffled, share)
+    again = states.add(shuffled, share, hidden=True)
     for name in ("hidden", "tapped"):
         np.testing.assert_array_equal(again[name], found[name][::-1])
-    other = states.add(batch | {"tokens": batch["tokens"] * 0}, share)
+    other = states.add(batch | {"tokens": batch["tokens"] * 0}, share, hidden=True)
     assert np.isnan(other["hidden"]).all()
 
 
