@@ -55,9 +55,10 @@ TRIALS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 }
 UNTRAINED = "untrained"
 STANDALONE: dict[str, dict[str, Any]] = {"standalone": {}, "standalone markov": {"kind": "markov", "rank": 16}}
-REFINED = "combined refined"  # the published plan, and DEER's refinement for the last quarter
+# The published plan with DEER's refinement for its last quarter; with half of the steps, so about the stages' predictions.
+REFINED, HALF = "combined refined", "combined half"
 ROWS = [
-    UNTRAINED, *STANDALONE, *(f"{kind} {how}" for kind in KINDS for how in ("published", "stages")), REFINED, *TRIALS,
+    UNTRAINED, *STANDALONE, *(f"{kind} {how}" for kind in KINDS for how in ("published", "stages")), REFINED, HALF, *TRIALS,
 ]  # fmt: skip
 
 
@@ -81,6 +82,8 @@ def recipe(row: str, seed: int, target: str, data: Path, output: Path) -> dict[s
     start, source, loss = TRIALS.get(kind) or KINDS[kind]
     if how == "published":
         stages = [{"stage": "continuation", "steps": STEPS, "least_rate": 1.0, **optimizer}]
+    if how == "half":
+        stages = [{"stage": "continuation", "steps": STEPS // 2, "least_rate": 1.0, **optimizer}]
     if how == "refined":
         stages = [
             {"stage": "continuation", "steps": STEPS - SPLIT, "least_rate": 1.0, **optimizer},
@@ -116,12 +119,12 @@ def run_cell(row: str, seed: int, args) -> dict[str, Any]:
     else:
         values = recipe(row, seed, args.target, args.data, args.output)
         begun, began = (Path(values["output"]) / "metrics.jsonl").exists(), time.process_time()
-        deer_jax.align(values, progress=lambda done, steps, note: show(row, seed, done, steps, note))
+        report = deer_jax.align(values, progress=lambda done, steps, note: show(row, seed, done, steps, note))
         result["cpu_seconds"] = None if begun else time.process_time() - began
         drafter = deer_jax.load_drafter(values["output"], target=target)
         metrics = [json.loads(line) for line in (Path(values["output"]) / "metrics.jsonl").open()]
         losses = [line for line in metrics if "loss" in line]
-        result["predicted"] = int(sum(line["predicted"] for line in losses) / len(losses) * STEPS)
+        result["predicted"] = int(sum(line["predicted"] for line in losses) / len(losses) * report.steps)
     files = [args.data / "sampled.jsonl", args.data / "continued.jsonl"]
     records = AnswerFiles(files, vocab_size=target.config.vocab_size)
     prompts = [json.loads(line)["tokens"] for line in (args.data / "held_out.jsonl").open()]
