@@ -55,10 +55,11 @@ TRIALS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 }
 UNTRAINED = "untrained"
 STANDALONE: dict[str, dict[str, Any]] = {"standalone": {}, "standalone markov": {"kind": "markov", "rank": 16}}
-# The published plan with DEER's refinement for its last quarter; with half of the steps, so about the stages' predictions.
+# The published plan with DEER's refinement for its last quarter; and with half of the steps, so of the predictions.
 REFINED, HALF = "combined refined", "combined half"
 ROWS = [
-    UNTRAINED, *STANDALONE, *(f"{kind} {how}" for kind in KINDS for how in ("published", "stages")), REFINED, HALF, *TRIALS,
+    UNTRAINED, *STANDALONE, *(f"{kind} {how}" for kind in KINDS for how in ("published", "stages")), REFINED, HALF,
+    *TRIALS,
 ]  # fmt: skip
 
 
