@@ -14,6 +14,7 @@ os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # nor asks Google wha
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One compute thread per worker, for XLA and for torch: more of them only wait for each other.
     os.environ["NPROC"] = os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["XLA_FLAGS"] = "--xla_cpu_parallel_codegen_split_count=1"  # nor does compiling in parts pay with one
 
 import jax
 import pytest

@@ -51,7 +51,7 @@ def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     here, temporary = tmp_path / "here", tmp_path / "temporary"
     here.mkdir()
     temporary.mkdir()
-    # As a user would run it, but for compiled programs: these are read from where the other tests keep theirs.
+    # As a user would run it, but for compiled programs: they are made, and kept, as those of the other tests.
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "TMPDIR": str(temporary),
@@ -59,6 +59,7 @@ def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         "JAX_COMPILATION_CACHE_MAX_SIZE": str(jax.config.jax_compilation_cache_max_size),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
 
     def run(beginning: str) -> Executed:

@@ -151,6 +151,7 @@ def rows(path: Path, *ignored: str) -> list[str]:
     return sorted(json.dumps({k: v for k, v in row.items() if k not in ignored}, sort_keys=True) for row in found)
 
 
+@soak
 @pytest.mark.filterwarnings("ignore:.*2 prompts occur in training rows:UserWarning")
 def test_align(tmp_path, environment):
     folder = runs.prepare(tmp_path)
@@ -158,7 +159,7 @@ def test_align(tmp_path, environment):
     changes = {"stages": runs.long(folder), "evaluation": evaluation, "checkpoint_every": 2}
     one, other = (runs.recipe(folder, name, **changes) for name in ("whole", "killed"))
     deer_jax.align(one)
-    killer = Killer(["align", "--recipe", str(runs.write(other))], folder, environment, KILLS or 2)
+    killer = Killer(["align", "--recipe", str(runs.write(other))], folder, environment, KILLS)
     killer.run(steps(folder / "killed"))
     runs.assert_same_run(runs.everything(other, STEPS), runs.everything(one, STEPS))
     killer.summary()

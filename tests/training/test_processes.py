@@ -178,7 +178,7 @@ def test_two_processes_write_a_run_on_an_object_store_together(folder, together,
         codes, said = ended(started)
     assert codes == [143, 143], said
     assert all(f"is written to {bucket.url}/run; the same command goes on from it" in each for each in said)
-    with two(values, environment, *more) as started:
+    with two(values, environment, *more, "--set=checkpoint_every=6") as started:
         codes, said = ended(started)
     assert codes == [0, 0], said
     found = values | {"output": str(bucket.get_tree("run", tmp_path))}
