@@ -31,7 +31,8 @@ grid: $(VENV)/.test  ## the exactness grid: speculative against plain decoding o
 	"$(BIN)/python" benchmarks/exactness_grid.py
 
 soak: $(VENV)/.test  ## kill -9 every verb at twenty moments; each must end as if it had not been killed (ten minutes)
-	DEER_JAX_KILLS=20 "$(BIN)/python" -m pytest -s tests/soak
+	DEER_JAX_KILLS=20 "$(BIN)/python" -m pytest -s tests/soak tests/training/test_processes.py \
+	  tests/decoding/test_decode_processes.py tests/checkpoints/test_shelves.py
 
 lint: $(VENV)/.test  ## format, lint and type checks
 	"$(BIN)/ruff" format --check .

@@ -13,6 +13,7 @@ from deer_jax.checkpoints.records import DRAFTER
 from deer_jax.checkpoints.runs import Checkpoints
 from deer_jax.errors import InputError, RunError
 from deer_jax.stores import place
+from tests.fast import soak
 
 PARAMS = {"a": jnp.arange(24.0).reshape(4, 6), "b": jnp.ones((3,))}
 INPUTS = {"dtype": "float32"}
@@ -99,6 +100,7 @@ def newest(bucket) -> tuple[list[int], float]:
     return steps, steps[0]
 
 
+@soak
 def test_a_save_that_is_cut_off_anywhere_leaves_a_whole_checkpoint(bucket, cut_off):
     """In writing the new one, at its record, in removing the old one, which is 11 files."""
     begin(bucket, 0)

@@ -17,6 +17,7 @@ import deer_jax
 from deer_jax.checkpoints.huggingface import save_folder
 from deer_jax.data.answer_writer import AnswerWriter
 from deer_jax.data.answers import AnswerFiles
+from tests.fast import soak
 from tests.tiny import random_params, tiny
 
 LIMIT = 120  # seconds, on a busy machine
@@ -178,6 +179,7 @@ def whole(folder, prompts, tmp_path_factory):
     return output, many
 
 
+@soak
 def test_answers_stopped_and_killed_on_two_processes_are_those_of_one(folder, whole, environment, tmp_path):
     """SIGTERM of one ends both; then kill -9 of one; then a single process goes on from all shards."""
     output, (uninterrupted, prompts) = tmp_path / "a.jsonl", whole

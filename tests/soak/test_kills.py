@@ -1,10 +1,9 @@
 """kill -9 at random moments: the same command, given again, ends with what an uninterrupted run would have made.
 
-`make soak` kills every verb twenty times; the ordinary suite kills one of them twice.
+`make soak` kills every verb twenty times; the ordinary suite kills align, answers and decode once, elsewhere.
 """
 
 import json
-import os
 import random
 import shlex
 import shutil
@@ -19,14 +18,12 @@ import pytest
 import yaml
 
 import deer_jax
+from tests.fast import KILLS, soak
 from tests.training import pretraining, runs
 
-KILLS = int(os.environ.get("DEER_JAX_KILLS", "0"))
 COMMAND = [sys.executable, "-m", "deer_jax.cli.main"]
 STEPS = 60
 TIMES = ("seconds", "speedup", "per_second", "date", "machine", "command", "round", "step")  # parts of names of numbers
-
-soak = pytest.mark.skipif(not KILLS, reason="many starts of the program: make soak")
 
 
 class Killer:

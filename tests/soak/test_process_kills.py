@@ -1,6 +1,5 @@
 """kill -9 of one of four processes at random moments, restarts with as many and with half as many: `make soak`."""
 
-import os
 import random
 import signal
 import subprocess
@@ -11,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.fast import KILLS, soak
 from tests.training import runs
 from tests.training.test_processes import address
 
-KILLS = int(os.environ.get("DEER_JAX_KILLS", "0"))
 STEPS = 60
 
-pytestmark = pytest.mark.skipif(not KILLS, reason="many starts of the program: make soak")
+pytestmark = soak
 
 
 def run(values, environment, count, devices, kill_at=None):

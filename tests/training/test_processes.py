@@ -17,6 +17,7 @@ import pytest
 import deer_jax
 from deer_jax import InputError, RunError, processes
 from deer_jax.sharding import batch_placement, make_mesh
+from tests.fast import soak
 from tests.training import runs
 
 LIMIT = 120  # seconds, on a busy machine
@@ -162,6 +163,7 @@ def test_sigterm_at_one_ends_both_with_a_checkpoint_that_one_process_goes_on_fro
     assert_close(runs.everything(values), steps_of(alone))
 
 
+@soak
 def test_two_processes_write_a_run_on_an_object_store_together(folder, together, environment, bucket, tmp_path):
     """SIGTERM at one, and the next start goes on; the inputs are on the store too."""
     bucket.put_tree(folder / "target", "in/target")
