@@ -3,6 +3,7 @@
     python benchmarks/align_stories.py data   --target FOLDER/stories260k --output stories
     python benchmarks/drafter_kinds.py run    --target FOLDER/stories260k --data stories --output kinds
     python benchmarks/drafter_kinds.py table  --output kinds
+    python benchmarks/drafter_kinds.py others --target FOLDER/stories260k --data stories --output kinds
 
 `run` trains and measures one cell, a row of the table with a seed, after the other; a cell that is finished is
 skipped, one that was interrupted goes on. `--rows` and `--seeds` choose. `published`: every block wholly masked, the
@@ -126,12 +127,7 @@ def run_cell(row: str, seed: int, args) -> dict[str, Any]:
         metrics = [json.loads(line) for line in (Path(values["output"]) / "metrics.jsonl").open()]
         losses = [line for line in metrics if "loss" in line]
         result["predicted"] = int(sum(line["predicted"] for line in losses) / len(losses) * report.steps)
-    files = [args.data / "sampled.jsonl", args.data / "continued.jsonl"]
-    records = AnswerFiles(files, vocab_size=target.config.vocab_size)
-    prompts = [json.loads(line)["tokens"] for line in (args.data / "held_out.jsonl").open()]
-    met = survey(records, prompts, COMMON["length"]).met
-    prompts = [prompt for prompt, seen in zip(prompts, met, strict=True) if not seen][:PROMPTS]
-    found = {}
+    prompts, found = unseen(target, args.data)[:PROMPTS], {}
     for k in (4, K, 16) if seed == 0 else (K,):
         for temperature in (0.0, 1.0):
             stats = deer_jax.decode(
@@ -142,6 +138,33 @@ def run_cell(row: str, seed: int, args) -> dict[str, Any]:
             found[f"k{k} T{temperature:g}"] = [stats.acceptance_length, *(interval or (None, None))]
     parameters = sum(x.size for x in jax.tree.leaves(drafter.params))
     return result | {"tau": found, "multiplied": multiplied(drafter.method), "parameters": parameters}
+
+
+def unseen(target: deer_jax.Target, data: Path) -> list[list[int]]:
+    """The held-out prompts that occur in no training row."""
+    records = AnswerFiles([data / "sampled.jsonl", data / "continued.jsonl"], vocab_size=target.config.vocab_size)
+    prompts = [json.loads(line)["tokens"] for line in (data / "held_out.jsonl").open()]
+    met = survey(records, prompts, COMMON["length"]).met
+    return [prompt for prompt, seen in zip(prompts, met, strict=True) if not seen]
+
+
+def others(args) -> None:
+    """Finished cells on the held-out prompts that no other figure is of."""
+    target = deer_jax.load_target(args.target)
+    prompts = unseen(target, args.data)[PROMPTS:]
+    print(f"{len(prompts)} prompts")
+    for row, seed in [(row, seed) for row in args.rows for seed in args.seeds]:
+        run = args.output / f"{row.replace(' ', '-')}-{seed}"
+        if not run.is_dir():
+            continue
+        drafter, found = deer_jax.load_drafter(run, target=target), []
+        for temperature in (0.0, 1.0):
+            stats = deer_jax.decode(
+                target, prompts, drafter=drafter, draft_length=K, max_new_tokens=64, temperature=temperature,
+                batch_size=128, seed=7,
+            ).stats  # fmt: skip
+            found.append(round(stats.acceptance_length, 2))
+        print(f"{row}, seed {seed}: {found}", flush=True)
 
 
 def show(row: str, seed: int, done: int, steps: int, note: str) -> None:
@@ -185,19 +208,18 @@ def table(args) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("what", choices=("run", "others", "table"))
     parser.add_argument("--target", help="the folder of stories260k")
     parser.add_argument("--data", type=Path, help="the folder that align_stories.py made")
     parser.add_argument("--output", type=Path, required=True, help="a folder for the runs and their figures")
     parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     args = parser.parse_args()
-    if args.what == "run":
-        if not args.target or not args.data:
-            parser.error("run needs --target and --data")
-        run(args)
-    else:
-        table(args)
+    if args.what == "table":
+        return table(args)
+    if not args.target or not args.data:
+        parser.error(f"{args.what} needs --target and --data")
+    (run if args.what == "run" else others)(args)
 
 
 if __name__ == "__main__":
