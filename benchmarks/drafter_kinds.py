@@ -130,14 +130,19 @@ def run_cell(row: str, seed: int, args) -> dict[str, Any]:
     prompts, found = unseen(target, args.data)[:PROMPTS], {}
     for k in (4, K, 16) if seed == 0 else (K,):
         for temperature in (0.0, 1.0):
-            stats = deer_jax.decode(
-                target, prompts, drafter=drafter, draft_length=k, max_new_tokens=64, temperature=temperature,
-                batch_size=128, seed=7,
-            ).stats  # fmt: skip
+            stats = decoded(target, drafter, prompts, k, temperature)
             interval = acceptance_interval(np.asarray(stats.accepted_histogram))
             found[f"k{k} T{temperature:g}"] = [stats.acceptance_length, *(interval or (None, None))]
     parameters = sum(x.size for x in jax.tree.leaves(drafter.params))
     return result | {"tau": found, "multiplied": multiplied(drafter.method), "parameters": parameters}
+
+
+def decoded(target: deer_jax.Target, drafter: deer_jax.Drafter, prompts: list[list[int]], k: int, temperature: float):
+    """The statistics of 64 new tokens after each prompt."""
+    return deer_jax.decode(
+        target, prompts, drafter=drafter, draft_length=k, max_new_tokens=64, temperature=temperature, batch_size=128,
+        seed=7,
+    ).stats  # fmt: skip
 
 
 def unseen(target: deer_jax.Target, data: Path) -> list[list[int]]:
@@ -157,13 +162,8 @@ def others(args) -> None:
         run = args.output / f"{row.replace(' ', '-')}-{seed}"
         if not run.is_dir():
             continue
-        drafter, found = deer_jax.load_drafter(run, target=target), []
-        for temperature in (0.0, 1.0):
-            stats = deer_jax.decode(
-                target, prompts, drafter=drafter, draft_length=K, max_new_tokens=64, temperature=temperature,
-                batch_size=128, seed=7,
-            ).stats  # fmt: skip
-            found.append(round(stats.acceptance_length, 2))
+        drafter = deer_jax.load_drafter(run, target=target)
+        found = [round(decoded(target, drafter, prompts, K, t).acceptance_length, 2) for t in (0.0, 1.0)]
         print(f"{row}, seed {seed}: {found}", flush=True)
 
 

@@ -21,8 +21,8 @@ GIB = 2**30
 class TargetStates:
     """Adds what the target says of a batch's texts, by a program of its own: of a text that is kept it says it once.
 
-    Each process keeps those of its own rows, the first that it meets for as long as there is room. When there is none
-    left, a batch with any other text goes without: the step reads it.
+    Each process keeps those of its own rows, the first that it meets for as long as there is room. A batch with any
+    other text is read anew, by the same program: nothing depends on what was kept, nor on where a run went on.
 
     Attributes:
       target: whose states they are.
@@ -39,8 +39,6 @@ class TargetStates:
         """The batch, with `tapped` [rows, T, n*D], if layers are kept, and, where asked for, `hidden` [rows, T, D]."""
         keys = [row.tobytes() for row in batch["tokens"]]
         if processes.agree(any(key not in self._kept for key in keys)):
-            if not processes.agree(not self._full):
-                return dict(batch)
             states = self._read(batch["tokens"], keys, share)
         else:
             kept = [self._kept[key] for key in keys]
@@ -69,7 +67,7 @@ class TargetStates:
             self._full = True
             warnings.warn(
                 f"keep_states has room for the states of {len(self._kept):,} texts, of {size / 2**20:,.1f} MiB each; "
-                "batches with others are read in every epoch",
+                "batches with others are read anew in every epoch, which is slower than without keep_states",
                 stacklevel=2,
             )
 

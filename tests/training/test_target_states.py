@@ -52,9 +52,11 @@ def test_training_is_the_same(folder, computed):
     assert found == pytest.approx(computed, abs=2e-5)
 
 
-def test_what_does_not_fit_is_computed(folder, computed):
+def test_what_is_kept_changes_no_bit(folder, computed):
     with pytest.warns(UserWarning, match=r"keep_states has room for the states of 5 texts, of 0\.0 MiB each"):
-        assert losses(folder, "bounded", keep_states=5.5 * BYTES / GIB) == pytest.approx(computed, abs=2e-5)
+        bounded = losses(folder, "bounded", keep_states=5.5 * BYTES / GIB)
+    assert bounded == losses(folder, "all", keep_states=1)
+    assert bounded == pytest.approx(computed, abs=2e-5)
 
 
 @pytest.mark.parametrize("mesh", [None, make_mesh(data=2)])
