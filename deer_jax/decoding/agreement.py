@@ -13,7 +13,7 @@ import numpy as np
 
 from deer_jax.config import Sampling
 from deer_jax.decoding import loop
-from deer_jax.decoding.engine import Engine
+from deer_jax.decoding.engine import Engine, round_weights
 from deer_jax.decoding.programs import capacity_for
 from deer_jax.drafters.protocol import Draft
 from deer_jax.models.target import Target
@@ -84,13 +84,13 @@ def cached_logits(target: Target, text: Sequence[int], k: int, offset: int, batc
     """float32 [V] after `text`, read over the cache in a block of k + 1 tokens whose last `offset` + 1 end the text."""
     split = len(text) - offset
     engine = Engine(target, None, 0, Sampling(), 0, (), batch, capacity_for([len(text)], k))
-    batch = engine.slots
+    batch, params = engine.slots, round_weights(target, None, engine.slots * (k + 1)).target
     engine.admit([text[:split]] * batch, [len(text) + 1] * batch, range(batch), range(batch))
     draft = np.zeros((batch, k), np.int32)
     draft[:, :offset] = text[split:]
     with on_mesh(target.mesh):
         draft = engine.put(draft, "batch", None)
-        logits = _block_logits(engine.plan, target.params, engine.state, draft)
+        logits = _block_logits(engine.plan, params, engine.state, draft)
     return engine.fetch(logits)[0, offset]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from deer_jax import processes
 from deer_jax.config import Sampling
+from deer_jax.decoding.auto import AUTO, DraftLength, auto_length
 from deer_jax.decoding.engine import Engine
 from deer_jax.decoding.programs import capacity_for
 from deer_jax.decoding.prompts import is_whole
@@ -27,7 +28,7 @@ def prepare(
     target: Target,
     prompts: list[list[int]],
     drafter: Drafter | None,
-    draft_length: int | None,
+    draft_length: DraftLength,
     max_new_tokens: int | Sequence[int],
     sampling: Sampling,
     seed: int,
@@ -35,9 +36,11 @@ def prepare(
     ignore_stop: bool,
 ) -> tuple[Engine, list[int]]:
     """Check everything that can be wrong before any work is done; the engine and each prompt's limit."""
-    k = 0 if drafter is None else drafter.draft_length if draft_length is None else draft_length
+    auto = isinstance(draft_length, str) and draft_length == AUTO
+    own = draft_length is None or auto
+    k = 0 if drafter is None else drafter.draft_length if own else draft_length
     if not is_whole(k) or k < 0:
-        raise InputError(f"draft_length must be 0 (plain decoding) or a positive whole number, got {k!r}")
+        raise InputError(f'draft_length must be "auto", 0 (plain decoding) or a positive whole number, got {k!r}')
     if k > target.config.context:
         raise InputError(f"draft_length {k} exceeds the target's context of {target.config.context}")
     check_run(seed, slots)
@@ -73,11 +76,15 @@ def prepare(
         limits.append(len(prompt) + int(count))
     if processes.count() > 1:  # they would wait for each other for ever
         texts = hashlib.sha256(repr([prompts, limits, vars(sampling), ignore_stop]).encode()).hexdigest()
-        processes.same({"draft_length": k, "seed": seed, "batch_size": slots, "prompts and settings": texts})
+        processes.same(
+            {"draft_length": AUTO if auto else k, "seed": seed, "batch_size": slots, "prompts and settings": texts}
+        )
     engine = Engine(
         target, drafter if k else None, k, sampling, seed, () if ignore_stop else target.stop_ids,
         min(slots, len(prompts)), capacity_for(limits, k),
     )  # fmt: skip
+    if auto and drafter is not None:
+        engine.auto = auto_length(drafter)
     return engine, limits
 
 

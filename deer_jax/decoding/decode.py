@@ -12,6 +12,7 @@ import numpy as np
 
 from deer_jax import processes
 from deer_jax.config import Sampling
+from deer_jax.decoding.auto import AUTO, DraftLength
 from deer_jax.decoding.checks import check_models, prepare
 from deer_jax.decoding.engine import Engine, Row, serve
 from deer_jax.decoding.output import Output
@@ -33,7 +34,7 @@ def decode(
     prompts: Any,
     *,
     drafter: Drafter | None = None,
-    draft_length: int | None = None,
+    draft_length: DraftLength = None,
     max_new_tokens: int | Sequence[int] = 256,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -56,7 +57,9 @@ def decode(
     Args:
       prompts: a string, a chat (list of messages), or a list of strings, chats or token-id lists; any number.
       drafter: proposes blocks; None decodes plainly, in the same loop with k = 0.
-      draft_length: k drafted tokens per round; 0 is plain, None what the drafter was trained for.
+      draft_length: k drafted tokens per round; 0 is plain, None what the drafter was trained for. "auto" chooses it
+        again and again, up to that, by what rounds have cost and committed on this machine, and decodes plainly where
+        drafting does not pay: as exact, but which of the possible answers a seed gives may differ from run to run.
       max_new_tokens: one number, or one per prompt.
       temperature: 0 is greedy. top_k: 0 keeps all. top_p: 1 keeps all. Applied in this order, to both models.
       draft_temperature: None is the temperature, 0 drafts the argmax; any value is exact.
@@ -97,7 +100,7 @@ def decode(
             new = [limit - len(prompt) for limit, prompt in zip(limits, encoded, strict=True)]
             settings = {
                 "target": target.digest(), "drafter": drafter_digest(drafter) if k else None,
-                "prompts": prompts_digest(names, encoded), "draft_length": int(k),
+                "prompts": prompts_digest(names, encoded), "draft_length": AUTO if engine.auto else int(k),
                 "max_new_tokens": new[0] if len(set(new)) == 1 else combined({"each": new})[:16],
                 **{name: None if value is None else float(value) for name, value in vars(sampling).items()},
                 "seed": int(seed), "ignore_stop": bool(ignore_stop),
@@ -157,6 +160,7 @@ def statistics(engine: Engine, rows: Sequence[Decoded], seconds: float, resumed_
     """What the rows and the engine that made them say."""
     return DecodeStats(
         draft_length=engine.plan.k,
+        rounds_at=dict(sorted(engine.rounds_at.items())) if engine.auto else None,
         new_tokens=[len(row.tokens) for row in rows],
         rounds=[row.rounds for row in rows],
         accepted_histogram=[row.histogram for row in rows],

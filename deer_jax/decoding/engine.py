@@ -1,7 +1,9 @@
 """Rows and segments: prompts into slots, segments of the loop, finished rows out, slots refilled."""
 
+import collections
 import dataclasses
 import functools
+import json
 import os
 import re
 import time
@@ -16,12 +18,14 @@ from jax.sharding import SingleDeviceSharding
 from deer_jax import processes
 from deer_jax.config import Sampling
 from deer_jax.decoding import loop
+from deer_jax.decoding.auto import AutoLength, Segment
 from deer_jax.decoding.finite import not_finite
 from deer_jax.decoding.programs import STATE, compiled, formats_of, power_of_two, prefill_chunks
 from deer_jax.decoding.sampling import Kind, Knobs
 from deer_jax.decoding.state import NONE, TARGET, DecodeState, StateShape, abstract_state, idle_state
 from deer_jax.drafters.drafter import Drafter
 from deer_jax.errors import InputError, NotFiniteError
+from deer_jax.models.layers import FEW_ROWS
 from deer_jax.models.target import Target
 from deer_jax.sharding import batch_ways, bytes_per_device, everywhere, on_mesh, placement, put, spans
 
@@ -40,12 +44,14 @@ class Engine:
         self.slots, self.capacity = -(-slots // self.shards) * self.shards, capacity  # every shard has as many
         self.plan = loop.Plan(target.config, drafter.method if drafter else None, k, Kind.of(sampling))
         own = (drafter.params, drafter.shared) if drafter else ({}, {})
-        self.weights = loop.Weights(target.params, *own)
+        self.weights = round_weights(target, drafter, self.slots * (k + 1))
         self.knobs = jax.tree.map(self.put, Knobs.of(sampling, seed))
         self.stop_ids = self.put(np.asarray(stop_ids, np.int32).reshape(-1), None)
         depth = self.slots // self.shards
         self.order = sorted(range(self.slots), key=lambda row: row % depth)  # in which slots are filled: shards in turn
         self.drafted = k  # tokens per round in the last segment
+        self.auto: AutoLength | None = None  # chooses them; None: k in all rounds
+        self.rounds_at: collections.Counter[int] = collections.Counter()  # the rows' rounds by what it chose
         self.compile_seconds = 0.0
         self.prefill_seconds: float | None = None
         self.fetches = 0
@@ -164,8 +170,8 @@ class Engine:
     def not_finite(self, fault: int, new_tokens: int) -> str:
         """What to say of a row that has ended with this `DecodeState.fault`."""
         if fault == TARGET or self.drafter is None:
-            return not_finite(f"the target {self.target.name}", self.weights.target, new_tokens)
-        read = self.weights.drafter | self.weights.shared  # its mask, for one, is the target's
+            return not_finite(f"the target {self.target.name}", self.target.params, new_tokens)
+        read = self.drafter.params | self.drafter.shared  # its mask, for one, is the target's
         return not_finite(f"the drafter {self.drafter.name}", read, new_tokens)
 
     def fetch(self, tree):
@@ -174,6 +180,16 @@ class Engine:
         if spans(self.target.mesh):
             tree = self._run(everywhere(self.target.mesh), (), tree)
         return jax.device_get(tree)
+
+
+def round_weights(target: Target, drafter: Drafter | None, rows: int) -> loop.Weights:
+    """What rounds of so many rows read: weights that lie both ways where that is faster and there is room for them."""
+    few = target.mesh is None and target.build.kind == "cpu" and 1 < rows < FEW_ROWS
+    if few and "two_ways" not in vars(target):
+        few = free_bytes(target.devices) > 2 * sum(x.nbytes for x in jax.tree.leaves(target.params))
+    if few:
+        return loop.Weights(target.two_ways, *(drafter.two_ways if drafter else ({}, {})))
+    return loop.Weights(target.params, *((drafter.params, drafter.shared) if drafter else ({}, {})))
 
 
 def check_memory(target: Target, state: DecodeState) -> None:
@@ -206,6 +222,27 @@ def free_bytes(devices: Iterable[jax.Device]) -> int:
     return free // len(devices)
 
 
+def chosen(
+    engine: Engine, last: dict[str, np.ndarray], max_rounds: int | None, max_done: int | None
+) -> dict[str, np.ndarray]:
+    """A segment of the draft length that `engine.auto` chooses, which learns from it; last: what the slots hold."""
+    auto = engine.auto
+    assert auto is not None
+    context = int(last["length"].max())
+    k, rounds = auto.choose(engine.slots, context)
+    if processes.count() > 1:  # their clocks differ
+        k, rounds = json.loads(processes.share(json.dumps([k, rounds])))
+    begin, compiled = time.perf_counter(), engine.compile_seconds
+    after = engine.segment(rounds if max_rounds is None else min(rounds, max_rounds), max_done, k)
+    seconds = time.perf_counter() - begin - (engine.compile_seconds - compiled)
+    ran = after["rounds"] - last["rounds"]
+    histogram = np.sum(after["histogram"] - last["histogram"], axis=0)
+    auto.note(engine.slots, Segment(k, int(ran.max()), seconds, context, histogram))
+    engine.rounds_at[k] += int(ran.sum())
+    last |= {name: np.array(after[name]) for name in last}
+    return after
+
+
 def serve(
     engine: Engine, prompts: Sequence[Sequence[int]], limits: Sequence[int], indices: Sequence[int],
     rounds: Sequence[int] | None = None, *, max_rounds: int | None = None, time_prefill: bool = False,
@@ -223,6 +260,9 @@ def serve(
     """
     holds: list[int | None] = [None] * engine.slots  # place of the prompt that each slot holds
     rounds = [0] * len(prompts) if rounds is None else rounds
+    # For `chosen`: what the last segment, or an admission since, left in each slot.
+    sizes = {"length": (), "rounds": (), "histogram": engine.like.histogram.shape[1:]}
+    last = {name: np.zeros((engine.slots, *shape), np.int64) for name, shape in sizes.items()}
     admitted = 0
     if time_prefill:
         engine.prefill_seconds = 0.0
@@ -240,9 +280,11 @@ def serve(
                 engine.prefill_seconds += time.perf_counter() - before - (engine.compile_seconds - compiled)
             for row, place in zip(free, taken, strict=True):
                 holds[row] = place
+                last["length"][row], last["rounds"][row], last["histogram"][row] = len(prompts[place]), rounds[place], 0
             admitted = taken.stop
         idle = sum(place is None for place in holds)
-        after = engine.segment(max_rounds, idle + 1 if admitted < len(prompts) else None)
+        refill = idle + 1 if admitted < len(prompts) else None
+        after = engine.segment(max_rounds, refill) if engine.auto is None else chosen(engine, last, max_rounds, refill)
         finished: dict[int, Row] = {}
         running: dict[int, Row] = {}
         for row, place in enumerate(holds):

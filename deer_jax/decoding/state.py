@@ -111,7 +111,8 @@ class DecodeStats:
     """What a decode did. Lists are per prompt, in the order of the prompts.
 
     Attributes:
-      draft_length: k; 0 is plain decoding.
+      draft_length: k, the largest where it was chosen ("auto"); 0 is plain decoding.
+      rounds_at: this call's rounds at each draft length, where it was chosen.
       new_tokens: tokens in the result, stop token included.
       rounds: draft-and-verify rounds.
       accepted_histogram: [k+1] counts: rounds that committed i + 1 tokens, counted up to and including a stop token
@@ -132,6 +133,7 @@ class DecodeStats:
     compile_seconds: float
     fetches: int
     resumed_tokens: int = 0
+    rounds_at: dict[int, int] | None = None
 
     @property
     def acceptance_length(self) -> float:

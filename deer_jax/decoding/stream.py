@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from deer_jax.config import Sampling
+from deer_jax.decoding.auto import DraftLength
 from deer_jax.decoding.checks import check_models, prepare
 from deer_jax.decoding.decode import answer_text, decoded, statistics
 from deer_jax.decoding.engine import Engine, serve
@@ -22,7 +23,7 @@ def stream(
     prompt: Any,
     *,
     drafter: Drafter | None = None,
-    draft_length: int | None = None,
+    draft_length: DraftLength = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -51,7 +52,7 @@ def stream_blocks(
     prompt: Any,
     *,
     drafter: Drafter | None = None,
-    draft_length: int | None = None,
+    draft_length: DraftLength = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_k: int = 0,

@@ -9,10 +9,11 @@ import numpy as np
 
 from deer_jax.build import Build
 from deer_jax.config import ModelConfig
-from deer_jax.drafters.protocol import Draft, Method, Row, Seen
+from deer_jax.drafters.protocol import Draft, Method, Row, Seen, Trainable
 from deer_jax.errors import InputError
+from deer_jax.models.layers import TwoWays
 from deer_jax.models.target import Target, Tokenizer, check_tokens
-from deer_jax.models.transformer import Params, bind
+from deer_jax.models.transformer import Params, bind, in_two_ways
 from deer_jax.sharding import batch_ways, on_mesh
 
 
@@ -40,6 +41,18 @@ class Drafter:
     def draft_length(self) -> int:
         """k it was trained for."""
         return self.method.draft_length
+
+    @functools.cached_property
+    def two_ways(self) -> tuple[Params, Params]:
+        """Both kinds of arrays for passes over a few rows on a CPU, see `layers.TwoWays`."""
+        params, shared = self.params, self.shared
+        if "layers" in params:
+            tied = isinstance(self.method, Trainable) and self.method.shape.tied
+            names = ("fc", "head", *(["embed"] if tied else []))
+            params = in_two_ways(params, *(name for name in names if name in params))
+        if "ids" in shared:  # its head is not the target's own
+            shared = shared | {"head": TwoWays(shared["head"], shared["head"].T)}
+        return params, shared
 
     def draft_logits(self, target: Target, tokens, anchor, draft_length: int | None = None) -> jax.Array:
         """float32 [B, k, V]: one draft after prefix tokens int [B, T] (T may be 0) and anchor int [B].

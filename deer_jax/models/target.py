@@ -18,7 +18,7 @@ from deer_jax.build import Build
 from deer_jax.config import ModelConfig
 from deer_jax.digests import Digests, Stamp, combined
 from deer_jax.errors import InputError
-from deer_jax.models.transformer import Params, bind
+from deer_jax.models.transformer import Params, bind, in_two_ways
 from deer_jax.sharding import batch_ways, on_mesh
 
 
@@ -112,6 +112,12 @@ class Target:
     def devices(self) -> list[jax.Device]:
         """Those that its parameters lie on."""
         return sorted(self.params["embed"].devices(), key=lambda device: device.id)
+
+    @functools.cached_property
+    def two_ways(self) -> Params:
+        """The parameters for passes over a few rows on a CPU, see `layers.TwoWays`: as large again, made when first
+        asked for."""
+        return in_two_ways(self.params, "embed" if self.config.tied else "head")
 
     def digest(self) -> str:
         """SHA-256, hexadecimal, of all that decides its answers: weights, configuration, stop ids, tokenizer, dtype.

@@ -26,7 +26,7 @@ from deer_jax.models import experts as moe
 from deer_jax.models.attention import attend, with_finite_values
 from deer_jax.models.blocks import Blocks
 from deer_jax.models.cache import KVCache, rows_of, write_cache
-from deer_jax.models.layers import convolve, gated_mlp, linear, logits, look_up, rms_norm, rotary, rotate
+from deer_jax.models.layers import TwoWays, convolve, gated_mlp, linear, logits, look_up, rms_norm, rotary, rotate
 from deer_jax.models.piecewise import SAVED, BlockMask
 from deer_jax.models.weights import Weight, expert_weights, layer_weights, outer_weights, parameter
 from deer_jax.sharding import constrain, whole
@@ -154,7 +154,8 @@ class Transformer(nnx.Module):
     def lookup(self, tokens):
         """Embeddings [B, T, D] of tokens int [B, T]."""
         with jax.named_scope("lookup"):
-            return look_up(self.embed[...], tokens)
+            table = self.embed[...]
+            return look_up(table.rows if isinstance(table, TwoWays) else table, tokens)
 
     def logits(self, hidden):
         """float32 logits [..., V] of final hidden states [..., D]."""
@@ -298,6 +299,19 @@ def stack_layers(params: Params) -> Params:
     """Unrolled parameters as scanned ones."""
     layers = [params["layers"][i] for i in range(len(params["layers"]))]
     return params | {"layers": {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}}
+
+
+def in_two_ways(params: Params, *tables: str) -> Params:
+    """Parameters whose layers' weights, and those of these names, lie both ways, see `TwoWays`; stacked ones as they
+    are."""
+    if is_stacked(params):
+        return params
+
+    def both(name: str, weight):
+        return TwoWays(weight, weight.T) if weight.ndim == 2 and name != "router" else weight
+
+    layers = {i: {name: both(name, w) for name, w in layer.items()} for i, layer in params["layers"].items()}
+    return params | {"layers": layers} | {name: both(name, params[name]) for name in tables}
 
 
 def read_prompts(

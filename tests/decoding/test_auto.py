@@ -1,0 +1,113 @@
+"""draft_length="auto": exact whatever it chooses, and never much slower than plain decoding."""
+
+import numpy as np
+import pytest
+
+from deer_jax import decode
+from deer_jax.decoding import auto as choosing
+from deer_jax.decoding.auto import AutoLength, Segment, auto_length
+from deer_jax.errors import InputError
+from tests.decoding.test_sampling_exact import exact, fixed_logits, make_target, p_value
+from tests.doubles import table_drafters
+
+LEVEL = 1e-4
+
+
+class ByAcceptance(AutoLength):
+    """Chooses by what the last round accepted, as no sensible rule would: for every round anew."""
+
+    def __init__(self, most: int):
+        super().__init__(most)
+        self.accepted = 0
+
+    def choose(self, slots, context):
+        return self.accepted % (self.most + 1), 1
+
+    def note(self, slots, segment):
+        self.accepted += int(np.arange(len(segment.histogram)) @ segment.histogram) + 1
+
+
+def test_the_distribution_is_the_targets_whatever_the_choice_depends_on(monkeypatch):
+    target = make_target(4)
+    drafter = fixed_logits(target, "auto")
+    monkeypatch.setitem(choosing._lengths, drafter, ByAcceptance(2))
+    monkeypatch.setattr(type(drafter.method), "draft_length", 2)
+    answers = decode(
+        target, [[1]] * 8192, drafter=drafter, draft_length="auto", max_new_tokens=4, batch_size=32, seed=5,
+        temperature=1.0,
+    )  # fmt: skip
+    rounds = answers.stats.rounds_at
+    assert rounds is not None
+    assert min(rounds[k] for k in (0, 1, 2)) > 1000
+    assert sum(rounds.values()) == sum(answers.stats.rounds)
+    assert p_value(answers.tokens, exact(target, [1], 4, 1.0)) > LEVEL
+
+
+def test_greedy_answers_are_those_of_plain_decoding():
+    target = make_target(16)
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    plain = decode(target, prompts, max_new_tokens=60, ignore_stop=True)
+    for drafter in table_drafters(target, prompts, plain.tokens).values():
+        answers = decode(
+            target, prompts, drafter=drafter, draft_length="auto", max_new_tokens=60, ignore_stop=True, batch_size=2
+        )
+        assert answers.tokens == plain.tokens
+        assert answers.stats.rounds_at is not None
+        assert sum(answers.stats.rounds_at.values()) == sum(answers.stats.rounds)
+
+
+class Machine:
+    """Seconds and acceptances of a machine that is made up, with some noise in both."""
+
+    def __init__(self, rates, costs, seed=0):
+        self.rates, self.costs, self.random = rates, costs, np.random.default_rng(seed)
+
+    def run(self, auto: AutoLength, tokens: int) -> tuple[float, float]:
+        """Seconds for so many tokens, and what plain decoding takes."""
+        seconds = made = 0.0
+        while made < tokens:
+            k, rounds = auto.choose(1, 200)
+            accepted = [next((i for i in range(k) if self.random.random() > self.rates[i]), k) for _ in range(rounds)]
+            took = rounds * self.costs(k) * self.random.normal(1, 0.05)
+            auto.note(1, Segment(k, rounds, took, 200, np.bincount(accepted, minlength=auto.most + 1)))
+            seconds, made = seconds + took, made + rounds + sum(accepted)
+        return seconds, made * self.costs(0)
+
+
+def cpu(k: int) -> float:
+    return 1 + (0.5 + 0.08 * k if k else 0)
+
+
+@pytest.mark.parametrize(
+    ("rates", "least"), [([0.05] * 8, 0.985), ([0.45] * 8, 0.98), ([0.65] * 8, 1.3), ([0.95] * 8, 2.8)]
+)
+def test_speed_is_that_of_the_best_length_or_of_plain_decoding(rates, least):
+    auto = AutoLength(8)
+    seconds, plain = Machine(rates, cpu).run(auto, 5000)
+    assert plain / seconds > least
+    best = max((1 + sum(np.prod(rates[:i]) for i in range(1, k + 1))) / cpu(k) for k in auto.sizes)
+    assert plain / seconds > 0.93 * best
+
+
+def test_a_change_is_noticed():
+    auto = AutoLength(8)
+    Machine([0.05] * 8, cpu).run(auto, 3000)
+    seconds, plain = Machine([0.95] * 8, cpu).run(auto, 6000)
+    assert plain / seconds > 2
+    seconds, plain = Machine([0.05] * 8, cpu).run(auto, 3000)
+    assert plain / seconds > 0.95
+
+
+def test_what_one_call_learns_serves_the_next():
+    target = make_target(16)
+    drafter = fixed_logits(target, "memory")
+    assert auto_length(drafter) is auto_length(drafter)
+    assert auto_length(drafter) is not auto_length(fixed_logits(target, "memory"))
+
+
+def test_a_word_that_is_none_is_refused():
+    target = make_target(4)
+    with pytest.raises(InputError, match="got 'fast'"):
+        decode(target, [[1]], drafter=fixed_logits(target), draft_length="fast")
+    with pytest.raises(InputError, match="no drafter"):
+        decode(target, [[1]], draft_length="auto")
