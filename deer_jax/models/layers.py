@@ -27,6 +27,10 @@ class TwoWays:
     rows: jax.Array  # [out, in]
     columns: jax.Array  # [in, out]
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.rows.dtype
+
     def __getitem__(self, everything: EllipsisType) -> "TwoWays":
         return self  # as modules ask an array for its value
 
