@@ -38,9 +38,10 @@ def texts(count: int = 300) -> list[str]:
     rng = random.Random(0)
     source = Path(json.__file__).read_text(encoding="utf-8")
     parts = [
-        "the quick", " brown", "FOX's", "don't", "I'LL", " naïve", "Straße", "日本語", "한국어", "مرحبا", "ไทย", "🦌🎄", "e\u0301",
-        "\u00e9", "3", "42", "1234567", "3.14159", "٣٤", "½", "²", " ", "  ", "    ", "\n", "\n\n", "\r\n", "\t", "\u00a0",
-        "\u2003", "!", "?!...", "(x)", "[0]", "{a: 1}", "+=", "->", "#", "_name_", "$", "€", "\\", "\x00", "\u200b", "ﬁ",
+        "the quick", " brown", "FOX's", "don't", "I'LL", " naïve", "Straße", "日本語", "한국어", "مرحبا", "ไทย", "🦌🎄",
+        "e\u0301", "\u00e9", "3", "42", "1234567", "3.14159", "٣٤", "½", "²", " ", "  ", "    ", "\n", "\n\n", "\r\n",
+        "\t", "\u00a0", "\u2003", "!", "?!...", "(x)", "[0]", "{a: 1}", "+=", "->", "#", "_name_", "$", "€", "\\",
+        "\x00", "\u200b", "ﬁ",
     ]  # fmt: skip
     found = ["".join(rng.choices(parts, k=rng.randint(1, 12))) for _ in range(count)]
     return found + [source[i : i + 200] for i in rng.sample(range(len(source) - 200), 100)]
@@ -104,8 +105,8 @@ def test_smollm(smollm2):  # noqa: F811
 def test_pieces_of_each_pre_tokenizer(metadata):
     """What the merges of each see, for the kinds of which no published tokenizer is at hand too."""
     expected = {
-        "gpt-2": ["It", "'s", "Ġ12345", "ĠĠ", "Ġx", "!\"", "Ċ", "Ċ", "Ġa"],
-        "smollm": ["It", "'s", "Ġ", "1", "2", "3", "4", "5", "ĠĠ", "Ġx", "!\"", "Ċ", "Ċ", "Ġa"],
+        "gpt-2": ["It", "'s", "Ġ12345", "ĠĠ", "Ġx", "!\"", "ĊĊ", "Ġa"],
+        "smollm": ["It", "'s", "Ġ", "1", "2", "3", "4", "5", "ĠĠ", "Ġx", "!\"", "ĊĊ", "Ġa"],
         "qwen2": ["It", "'s", "Ġ", "1", "2", "3", "4", "5", "ĠĠ", "Ġx", "!\"ĊĊ", "Ġa"],
         "llama-bpe": ["It", "'s", "Ġ", "123", "45", "ĠĠ", "Ġx", "!\"ĊĊ", "Ġa"],
     }  # fmt: skip
