@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 from tokenizers import pre_tokenizers
 
+from deer_jax import drafter_from_target, load_drafter, save_drafter
 from deer_jax.checkpoints.gguf import GgufFile, read_gguf
 from deer_jax.checkpoints.gguf_tokenizer import PRE_TOKENIZERS, load_tokenizer
 from deer_jax.checkpoints.load import load_target
@@ -157,6 +158,15 @@ def test_a_template_and_stop_ids_of_a_file_on_the_disk(metadata, tmp_path):
     del target, tokenizer
     gc.collect()
     assert not folder.exists()
+
+
+def test_a_drafter_takes_its_tokenizer_along(metadata, tmp_path):
+    size = len(metadata["tokenizer.ggml.tokens"])
+    file, _ = model_pair(tmp_path, tiny_gguf("llama", vocab_size=size), metadata=metadata)
+    target = load_target(file)
+    save_drafter(tmp_path / "drafter", drafter_from_target(target))
+    drafter = load_drafter(tmp_path / "drafter", target=target)
+    assert_like(drafter.tokenizer, target.tokenizer.folder, bos=[0])
 
 
 @pytest.mark.parametrize(
