@@ -30,6 +30,7 @@ from deer_jax.checkpoints.conditioned import (
     write_drafter,
 )
 from deer_jax.checkpoints.families import write_config
+from deer_jax.checkpoints.gguf import is_gguf
 from deer_jax.checkpoints.hub import model_name, resolve_folder
 from deer_jax.checkpoints.huggingface import (
     Progress,
@@ -251,7 +252,8 @@ def check_own_layout(layout: str) -> None:
 def named_target(target: Target) -> ItsTarget:
     """A target as the public layouts name it."""
     if target.files:
-        return target_in(target.files[0].path.parent)._replace(config=target.config)
+        first = target.files[0].path
+        return target_in(first if is_gguf(first) else first.parent)._replace(config=target.config)
     return ItsTarget(target.name, target.config)
 
 

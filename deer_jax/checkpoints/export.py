@@ -25,7 +25,7 @@ from deer_jax.checkpoints.conditioned import (
     write_drafter,
 )
 from deer_jax.checkpoints.drafters import check_own_layout, own_tensors, standalone_method
-from deer_jax.checkpoints.hub import existing_folder, expanded, resolve_folder
+from deer_jax.checkpoints.hub import existing_folder, expanded, resolve_target
 from deer_jax.checkpoints.huggingface import read_bos_id, read_config, read_stop_ids, read_values, save_folder
 from deer_jax.checkpoints.records import DRAFTER, TARGET
 from deer_jax.checkpoints.runs import best_checkpoint, is_run, read_best
@@ -147,7 +147,7 @@ def _write(source: Path, output: Path, dtype: jnp.dtype, about: Mapping[str, Any
     conditioned = about["kind"] == DRAFTER and is_conditioned(values)
     standalone = about["kind"] == DRAFTER and not conditioned
     method, ids = read_method(described) if conditioned else (None, None)
-    folder = None if target is None else resolve_folder(target)
+    folder = None if target is None else resolve_target(target)
     its = None if folder is None else target_in(folder)
     if method is None:
         check_own_layout(layout)

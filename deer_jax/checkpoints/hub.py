@@ -1,4 +1,4 @@
-"""What a model is named by: a folder, here or on an object store, or an id of the Hugging Face hub."""
+"""What a model is named by: a folder or a GGUF file, here or on an object store, or an id of the Hugging Face hub."""
 
 import errno
 import os
@@ -9,10 +9,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from deer_jax.checkpoints.gguf import is_gguf
 from deer_jax.checkpoints.runs import RECIPE, needed
 from deer_jax.errors import InputError, RunError, named, one_line, shown
-from deer_jax.formats import unreadable
-from deer_jax.stores import Entry, is_store, local_folder, place
+from deer_jax.formats import open_file, unreadable
+from deer_jax.stores import Entry, is_store, local_file, local_folder, place
 
 HUB = "hub:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -56,6 +57,16 @@ def resolve_folder(path_or_id: str | os.PathLike[str]) -> Path:
             f"a model of the Hugging Face hub is written {HUB}{example}"
         )
     return _download(text, text)
+
+
+def resolve_target(path_or_id: str | os.PathLike[str]) -> Path:
+    """The local GGUF file of this name, or a copy of one on a store; any other name as in `resolve_folder`."""
+    if isinstance(path_or_id, str | os.PathLike) and is_gguf(path := os.fspath(path_or_id)):
+        file = Path(local_file(path)) if is_store(path) else expanded(path)
+        if is_gguf(file):
+            os.close(open_file(file))  # refuses what is no file
+            return file
+    return resolve_folder(path_or_id)
 
 
 def model_name(path_or_id: str | os.PathLike[str]) -> str:

@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: configuration, weights, stop ids.
+"""Hugging Face folders in and out, and GGUF files in: configuration, weights, stop ids.
 
 Weights go tensor by tensor from safetensors files into (sharded) device arrays and back, so host memory is bounded by
 the largest tensor when loading and by one shard when saving.
@@ -29,6 +29,8 @@ from deer_jax.checkpoints.families import (
     tensor_slots,
     write_config,
 )
+from deer_jax.checkpoints.gguf import is_gguf, read_gguf
+from deer_jax.checkpoints.gguf_models import config_values
 from deer_jax.checkpoints.tensors import (
     FLOATS,
     INDEX,
@@ -61,17 +63,25 @@ Progress = Callable[[int, int], None]
 
 
 def read_values(folder: Path, name: str = CONFIG) -> dict[str, Any]:
-    """What one of a folder's two configuration files says, as it stands there."""
+    """What one of a folder's two configuration files says, as it stands there; of a GGUF file what the first would."""
+    if name == CONFIG and is_gguf(folder):
+        return config_values(read_gguf(Path(folder)))
     return read_json(Path(folder) / name, most=MOST_CONFIG_BYTES)
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The model's configuration, from `config.json`."""
-    return config_from(read_values(folder), str(Path(folder) / CONFIG))
+    """The model's configuration, from `config.json` or the metadata of a GGUF file."""
+    return config_from(read_values(folder), _config_of(folder))
+
+
+def _config_of(folder: Path) -> str:
+    return str(folder if is_gguf(folder) else Path(folder) / CONFIG)
 
 
 def read_stop_ids(folder: Path) -> tuple[int, ...]:
     """Ids that end an answer: `eos_token_id` of generation_config.json, else of config.json; () if neither has one."""
+    if is_gguf(folder):
+        return stop_ids_from(read_values(folder), str(folder)) or ()
     for name in (GENERATION, CONFIG):
         path = Path(folder) / name
         found = stop_ids_from(read_values(folder, name), str(path)) if os.path.lexists(path) else None
@@ -82,7 +92,7 @@ def read_stop_ids(folder: Path) -> tuple[int, ...]:
 
 def read_bos_id(folder: Path) -> int | None:
     """`bos_token_id` of config.json; None if it has none."""
-    return bos_id_from(read_values(folder), str(Path(folder) / CONFIG))
+    return bos_id_from(read_values(folder), _config_of(folder))
 
 
 def deciding_files(folder: Path) -> tuple[Stamp, ...]:
@@ -90,6 +100,9 @@ def deciding_files(folder: Path) -> tuple[Stamp, ...]:
 
     Raises InputError if one of them is no regular file: a pipe would be waited for.
     """
+    if is_gguf(folder):
+        os.close(open_file(folder))
+        return (Stamp.of(folder),)
     others = (GENERATION, *VOCABULARIES, *COMPANIONS)
     files = [folder / CONFIG, *(folder / name for name in others if os.path.lexists(folder / name))]
     for file in files:

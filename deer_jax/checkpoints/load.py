@@ -1,4 +1,4 @@
-"""A target from a folder or a hub id, in one call."""
+"""A target from a folder, a GGUF file or a hub id, in one call."""
 
 from pathlib import Path
 
@@ -6,7 +6,9 @@ from jax.sharding import Mesh
 
 from deer_jax import processes
 from deer_jax.build import Build
-from deer_jax.checkpoints.hub import model_name, resolve_folder
+from deer_jax.checkpoints.gguf import is_gguf, read_gguf
+from deer_jax.checkpoints.gguf_tokenizer import load_tokenizer
+from deer_jax.checkpoints.hub import model_name, resolve_target
 from deer_jax.checkpoints.huggingface import (
     Progress,
     deciding_files,
@@ -28,25 +30,26 @@ def load_target(
     progress: Progress | None = None,
     digests: Digests | None = None,
 ) -> Target:
-    """The target in a Hugging Face folder, here, on gs:// or on the hub.
+    """The target in a Hugging Face folder, here, on gs:// or on the hub, or in a GGUF file here or on gs://.
 
     Args:
-      path_or_id: a folder, or a hub id: OWNER/NAME, or hub:OWNER/NAME where that could be a path.
+      path_or_id: a folder, a file MODEL.gguf, or a hub id: OWNER/NAME, or hub:OWNER/NAME where that could be a path. A
+        file's values are dequantised and rounded to bfloat16, then cast to `dtype`.
       dtype: "bfloat16" or "float32"; None is float32 on CPU and bfloat16 elsewhere.
       mesh: devices to shard the parameters over; None is the default device.
       progress: called with the bytes read so far and their total.
       digests: computes what `Target.digest` needs while the weights are loaded; None leaves it for when it is asked.
 
-    Raises InputError, one line, for whatever is wrong with the folder; RunError if it changes meanwhile.
+    Raises InputError, one line, for whatever is wrong with the folder or file; RunError if it changes meanwhile.
     """
     check_mesh(mesh)
     if mesh is not None:
         processes.check_devices(mesh.devices.flat)
     build = Build.here(mesh, dtype)
-    folder = resolve_folder(path_or_id)
+    folder = resolve_target(path_or_id)
     files = deciding_files(folder)
     config, stop_ids = read_config(folder), read_stop_ids(folder)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = load_tokenizer(read_gguf(folder)) if is_gguf(folder) else Tokenizer.load(folder)
     if digests is not None:
         for stamp in files:
             digests.begin(stamp)

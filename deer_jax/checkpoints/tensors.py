@@ -1,4 +1,4 @@
-"""The tensors in a folder's safetensors files: which there are, without reading them, and whether they fit."""
+"""The tensors of a model, in safetensors files or one GGUF file: which there are, unread, and whether they fit."""
 
 import contextlib
 import os
@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 from safetensors import SafetensorError, safe_open
 
+from deer_jax.checkpoints.gguf import is_gguf, read_gguf
+from deer_jax.checkpoints.gguf_models import name_in_file, opened_tensors, shapes
 from deer_jax.digests import hub_blob
 from deer_jax.errors import InputError, named, one_line, shown
 from deer_jax.formats import open_file, read_json
@@ -28,16 +30,20 @@ class Shaped(Protocol):
 
 
 class Header(NamedTuple):
-    """What a safetensors file says about one tensor."""
+    """What a file says about one tensor."""
 
     file: Path
     shape: tuple[int, ...]
-    dtype: str  # as safetensors writes it: F32, BF16, ...
+    dtype: str  # as safetensors writes it: F32, BF16, ...; of a GGUF file what its values become
 
 
 @contextlib.contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """A safetensors file, as its own reader gives it."""
+    """A safetensors file, as its own reader gives it, or a GGUF file, whose tensors are asked for alike."""
+    if is_gguf(file):
+        with opened_tensors(read_gguf(file)) as tensors:
+            yield tensors
+        return
     os.close(open_file(file))  # a pipe would be waited for
     try:
         tensors = safe_open(file, framework="numpy")  # checks that the header covers the whole file
@@ -80,7 +86,9 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
-    """Every tensor of a folder, by key; nothing but the files' headers is read."""
+    """Every tensor of a folder or a GGUF file, by key; nothing but the files' headers is read."""
+    if is_gguf(folder):
+        return {key: Header(folder, shape, "BF16") for key, shape in shapes(read_gguf(folder)).items()}
     headers: dict[str, Header] = {}
     for file in weight_files(Path(folder)):
         with opened(file) as tensors:
@@ -92,28 +100,33 @@ def read_headers(folder: Path) -> dict[str, Header]:
     return headers
 
 
+def _config_of(where: str) -> str:
+    return "its metadata" if is_gguf(where) else "config.json"
+
+
 def check_count(headers: Mapping[str, Header], count: int, layers: int, experts: int, where: str) -> None:
     """InputError if far more tensors are expected than there are: a list of them would help nobody, or never end."""
     if count > 2 * len(headers):
         of = f" of {experts:,} experts" if experts else ""
-        raise InputError(
-            f"{where}: config.json says {layers:,} layers{of}, {count:,} tensors; the files hold {len(headers):,}"
-        )
+        says = f"{_config_of(where)} says {layers:,} layers{of}, {count:,} tensors"
+        raise InputError(f"{where}: {says}; the files hold {len(headers):,}")
 
 
 def check_headers(
     headers: Mapping[str, Header], expected: Mapping[str, Shaped], where: str, ignored: Sequence[str] = ()
 ) -> None:
     """One InputError with all missing, unknown and wrong tensors; nothing if they are exactly those expected."""
+    written = name_in_file if is_gguf(where) else str
     found = {key for key in headers if key not in ignored and not BUFFERS.fullmatch(key)}
     wrong = []
     for key in expected.keys() & found:
         header, shape = headers[key], tuple(expected[key].shape)
         if header.shape != shape:
-            wrong.append(f"{key} is {shown(list(header.shape), 40)}, expected {list(shape)}")
+            wrong.append(f"{written(key)} is {shown(list(header.shape), 40)}, expected {list(shape)}")
         elif header.dtype not in FLOATS:
             wrong.append(f"{key} is {header.dtype}, expected one of {', '.join(FLOATS)}")
-    kinds = {"missing": expected.keys() - found, "unknown": found - expected.keys(), "wrong": wrong}
+    missing, unknown = ({written(key) for key in keys} for keys in (expected.keys() - found, found - expected.keys()))
+    kinds = {"missing": missing, "unknown": unknown, "wrong": wrong}
     if not any(kinds.values()):
         return
     parts = []
@@ -122,4 +135,4 @@ def check_headers(
             more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
             parts.append(f"{kind}: {', '.join(named(name, 120) for name in sorted(names)[:NAMED])}{more}")
     counts = ", ".join(f"{len(names)} {kind}" for kind, names in kinds.items() if names)
-    raise InputError(f"{where}: the tensors do not fit config.json ({counts}); {'; '.join(parts)}")
+    raise InputError(f"{where}: the tensors do not fit {_config_of(where)} ({counts}); {'; '.join(parts)}")

@@ -41,7 +41,9 @@ DRAFTER_HELP = (
 class TargetOptions:
     """target"""
 
-    target: Annotated[Source, "the model to decode: a Hugging Face folder or hub id ([hub:]OWNER/NAME)", "FOLDER"]
+    target: Annotated[
+        Source, "the model to decode: a Hugging Face folder or hub id ([hub:]OWNER/NAME), or a GGUF file", "FOLDER"
+    ]
     dtype: Annotated[
         Literal["bfloat16", "float32"] | None, "of the weights; by default float32 on CPU, else bfloat16"
     ] = None

@@ -48,19 +48,22 @@ class Tokenizer:
       folder: where its files are.
     """
 
-    def __init__(self, inner, folder: Path):
+    def __init__(self, inner, folder: Path, where: str):
         """Use `load`; inner is a transformers tokenizer."""
-        self._inner = inner
+        self._inner, self._where = inner, where
         self.folder = folder
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Tokenizer | None":
-        """The tokenizer of a local folder; None if it has none. Code that a folder brings along is never run."""
-        folder = Path(folder)
+    def load(cls, folder: str | Path, where: str | None = None) -> "Tokenizer | None":
+        """The tokenizer of a local folder; None if it has none. Code that a folder brings along is never run.
+
+        where: what errors name in place of the folder.
+        """
+        folder, where = Path(folder), str(folder) if where is None else where
         if not any(os.path.lexists(folder / name) for name in VOCABULARIES):
             return None
         _check_files(folder)
-        with _foreign(f"{folder}: the tokenizer files cannot be used", "download them again"), _without_panics():
+        with _foreign(f"{where}: the tokenizer files cannot be used", "download them again"), _without_panics():
             from huggingface_hub.errors import StrictDataclassError  # what transformers raises over config.json
             from transformers import AutoTokenizer  # slow to import
 
@@ -72,7 +75,7 @@ class Tokenizer:
                     "again"
                 ) from None
             inner("a"), inner.get_vocab()  # some damage shows only in use
-        return cls(inner, folder)
+        return cls(inner, folder, where)
 
     @functools.cached_property
     def _opening(self) -> list[int]:
@@ -82,7 +85,7 @@ class Tokenizer:
         for start in range(len(full) - len(plain) + 1):
             if full[start : start + len(plain)] == plain:
                 return full[:start]
-        raise InputError(f"{self.folder}: the tokenizer changes a text when it adds special tokens; not supported")
+        raise InputError(f"{self._where}: the tokenizer changes a text when it adds special tokens; not supported")
 
     def plain(self, text: str) -> list[int]:
         """Ids of a text alone, with nothing added."""
@@ -106,21 +109,21 @@ class Tokenizer:
           template_arguments: passed to the template, such as enable_thinking; one it does not know is an InputError.
         """
         if not self._inner.chat_template:
-            raise InputError(f"{self.folder}: the tokenizer has no chat template; give plain text")
+            raise InputError(f"{self._where}: the tokenizer has no chat template; give plain text")
         with self._using("these messages"):
             template = self._inner.get_chat_template(None, tools)
             special = {name: str(token) for name, token in self._inner.special_tokens_map.items()}
         if not isinstance(template, str):
-            raise InputError(f"{self.folder}: the chat template must be a text, found {type(template).__name__}")
+            raise InputError(f"{self._where}: the chat template must be a text, found {type(template).__name__}")
         text = self._renderer.render(
             template, messages, now=now, tools=tools, documents=documents, special=special, arguments=template_arguments
         )
-        check_text(text, f"{self.folder}: the chat template writes no text")
+        check_text(text, f"{self._where}: the chat template writes no text")
         return self.plain(text)  # the template writes BOS itself
 
     @functools.cached_property
     def _renderer(self) -> Renderer:
-        return Renderer(str(self.folder))
+        return Renderer(self._where)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens. Ids without a text have none; this never raises over an id."""
@@ -153,7 +156,7 @@ class Tokenizer:
         return None if added is not None and added.special else self.token(number)
 
     def _using(self, what: str) -> contextlib.AbstractContextManager[None]:
-        return _foreign(f"{self.folder}: the tokenizer cannot read {what}", "give token ids or correct its files")
+        return _foreign(f"{self._where}: the tokenizer cannot read {what}", "give token ids or correct its files")
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -133,7 +133,7 @@ class Recipe(RunSettings):
     """An alignment run.
 
     Attributes:
-      target: folder or hub id. answers: the files its `answers` wrote.
+      target: folder, GGUF file or hub id. answers: the files its `answers` wrote.
       drafter: what it starts from: a folder, a hub id, `from-target` or `from-target:0,2`; a conditioned one from such
         layers of the target, or from `random:2` layers.
       reading: how a standalone drafter reads and is read; None: as its folder says, or the defaults for `from-target`.
