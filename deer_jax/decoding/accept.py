@@ -84,4 +84,5 @@ def q_at(draft: Draft, at, vocab_size: int):
         return q
     ids = jnp.broadcast_to(draft.ids, draft.log_q.shape)
     ids = jnp.take_along_axis(ids, at[..., None], axis=1)[:, 0]
-    return jax.vmap(lambda ids, q: jnp.zeros((vocab_size,), jnp.float32).at[ids].set(q))(ids, q)
+    # A candidate may stand there twice, once with nothing.
+    return jax.vmap(lambda ids, q: jnp.zeros((vocab_size,), jnp.float32).at[ids].add(q))(ids, q)

@@ -18,6 +18,7 @@ from deer_jax import DrafterConfig, Target, decode, drafter_from_target
 from deer_jax.decoding import accept, loop, programs, sampling
 from deer_jax.decoding.sampling import ACCEPT, DRAFT, RESAMPLE, log_probabilities
 from deer_jax.drafters.heads import INDEPENDENT, Markov, PathSelector
+from deer_jax.drafters.prompt_lookup import lookup_first
 from tests import kinds
 from tests.decoding.processed import processed
 from tests.doubles import anchor_drafter, stepwise_drafter, table_drafter
@@ -77,6 +78,11 @@ def by_position(target: Target, *, chained: bool):
 def fixed_tokens(target: Target):
     """The same certain tokens for every row, likely ones and others."""
     return table_drafter(np.tile(np.arange(9) % target.config.vocab_size, (ROWS, 1)), target.config.vocab_size)
+
+
+def lookup_first_of(target: Target, drafter):
+    """Copies where the last token stands earlier, and drafts elsewhere; both happen in most texts of so few ids."""
+    return lookup_first(drafter(target), longest=1)
 
 
 def exact(target: Target, prompt, n: int, temperature: float, top_k: int = 0, top_p: float = 1.0):
@@ -198,6 +204,13 @@ CASES = {
     "rnn-point-mass": Case(4, 2, MARKOV["rnn"], {"temperature": 0.6, "draft_temperature": 0.0}, prompt=(1, 0, 2)),
     "standalone-selector": Case(5, 2, HEADED["selector"], {"temperature": 1.0}, prompt=(1, 0, 2)),
     "standalone-rnn": Case(4, 2, HEADED["rnn"], {"temperature": 0.6, "draft_temperature": 1.7}, prompt=(1, 0, 2)),
+    "lookup-first": Case(4, 2, functools.partial(lookup_first_of, drafter=fixed_logits), {"temperature": 1.0}, n=5),
+    "lookup-first-few": Case(
+        5, 2, functools.partial(lookup_first_of, drafter=few_logits), {"temperature": 1.0}, prompt=(1, 0, 2)
+    ),
+    "lookup-first-causal": Case(
+        4, 2, functools.partial(lookup_first_of, drafter=CAUSAL), {"temperature": 0.6}, prompt=(1, 0, 2)
+    ),
     "stop": Case(4, 3, fixed_logits, {"temperature": 1.0}, n=5, stop_ids=(3, 1)),
 }  # fmt: skip
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import deer_jax
-from deer_jax.drafters.prompt_lookup import PromptLookup
-from deer_jax.drafters.protocol import Row
+from deer_jax.drafters.prompt_lookup import PromptLookup, lookup_first
+from deer_jax.drafters.protocol import Draft, Row
+from tests.doubles import anchor_drafter
 from tests.tiny import random_params, tiny
 
 V = 6  # few, so that texts repeat themselves
@@ -46,3 +47,27 @@ def test_it_repeats_what_the_target_repeats():
     ours = deer_jax.decode(target, [[1, 2, 3], [9]], drafter=drafter, draft_length=4, **options)
     assert ours.tokens == plain.tokens
     assert ours.stats.acceptance_length > 1.5
+
+
+def test_it_copies_or_lets_a_drafter_draft():
+    """Row by row: what a plain search finds for its last three tokens, or else the drafter's own draft."""
+    rng, k, S = np.random.default_rng(1), 4, 40
+    length = rng.integers(4, S - k, 100)
+    tokens = rng.integers(0, V, (100, S))
+    row = Row(jnp.asarray(tokens, jnp.int32), jnp.asarray(length, jnp.int32), jnp.arange(100))
+    other = anchor_drafter(rng.normal(size=(V, k, V)))
+    drafter = lookup_first(other)
+
+    def pick(logits, first, ids=None):
+        return Draft(jnp.argmax(logits, axis=-1).astype(jnp.int32), None)
+
+    draft, _ = drafter.method.propose(drafter.params, {}, (), row, k, pick)
+    own, _ = other.method.propose(other.params, {}, (), row, k, pick)
+    copied = 0
+    for b in range(100):
+        text = tokens[b, : length[b]].tolist()
+        repeats = any(text[i : i + 3] == text[-3:] for i in range(len(text) - 3))
+        copied += repeats
+        expected = found(text, k, 3) if repeats else own.tokens[b].tolist()
+        assert draft.tokens[b].tolist() == expected
+    assert 5 < copied < 95
