@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from card import Card, matrices, measure_card, pass_bytes, pass_flops
 from results import Results
+from shapes import shape_of
 
 import deer_jax
+from deer_jax.checkpoints.huggingface import save_folder
 from deer_jax.config import ModelConfig
 from deer_jax.data.sources import read_prompts
 from deer_jax.decoding.prompts import encode_prompts
@@ -27,6 +29,7 @@ from deer_jax.demo import FOLDER, PROMPTS
 from deer_jax.drafters.conditioned import ConditionedMethod
 from deer_jax.drafters.drafter import Drafter
 from deer_jax.formats import read_yaml
+from deer_jax.models.transformer import init_params
 from deer_jax.training.recipe import as_recipe
 
 # Shares of the phase's time, from its beginning, at which the answers, the training and the measurements end.
@@ -65,11 +68,11 @@ def run(results: Results, args: Any, deadline: float) -> None:
     sizes, begin = TINY if args.tiny else Sizes(), time.monotonic()
     at = {share: begin + share * (deadline - begin) for share in (ANSWERED, TRAINED, MEASURED)}
     card = measure_card(results, args.tiny)
-    source = str(args.target or FOLDER / "target")
-    target = deer_jax.load_target(source)
-    results.say(f"{target}, loaded after {time.monotonic() - begin:.0f} s")
     inputs = PROMPTS if args.tiny else args.inputs / "prompts.jsonl.gz"
     with tempfile.TemporaryDirectory() as folder:
+        source = args.target or str(tiny_target(Path(folder) / "target"))
+        target = deer_jax.load_target(source)
+        results.say(f"{target}, loaded after {time.monotonic() - begin:.0f} s")
         prompts = training_prompts(target, inputs, sizes, args.tiny)
         files = answered(results, card, target, prompts, Path(folder), sizes, at[ANSWERED])
         values = recipe_of(args, source, Path(folder) / "answers.jsonl", sizes)
@@ -79,6 +82,13 @@ def run(results: Results, args: Any, deadline: float) -> None:
     for name, file in SETS.items():
         path = PROMPTS if args.tiny else args.inputs / file
         measured(results, card, target, drafter, name, path, sizes, args.tiny, at[MEASURED])
+
+
+def tiny_target(folder: Path) -> Path:
+    """A folder of random weights with the tokenizer of the bundled target."""
+    config = dataclasses.replace(shape_of("0.5b", tiny=True), vocab_size=2048, layers=2)
+    save_folder(folder, config, init_params(config, 0), tokenizer_source=FOLDER / "target")
+    return folder
 
 
 def training_prompts(target: deer_jax.Target, path: Path, sizes: Sizes, tiny: bool) -> list[list[int]]:
@@ -149,9 +159,9 @@ def recipe_of(args: Any, source: str, answers: Path, sizes: Sizes) -> dict[str, 
         "log_every": 20, "checkpoint_every": 10**6, "evaluation": None, "keep_states": None,
     }  # fmt: skip
     values["stages"] = [stage | {"blocks": sizes.blocks} for stage in values["stages"]]
-    if args.tiny and not args.target:  # for the bundled target, which has two of its layers and none of its mask
-        tiny = {"mask_token": None, "mask": 2047, "draft_vocab": 512, "rank": 8}
-        values |= {"drafter": "from-target:5", "conditioned": values["conditioned"] | tiny}
+    if args.tiny and not args.target:  # which has neither so many layers nor such a mask
+        tiny = {"mask_token": None, "mask": 2047, "draft_vocab": 512, "rank": 8, "taps": None}
+        values |= {"drafter": "from-target:1", "conditioned": values["conditioned"] | tiny}
     return values
 
 

@@ -212,12 +212,16 @@ def run(results: Results, args: Any, deadline: float) -> None:
     card, failures = measure_card(results, args.tiny), 0
     cases = list(CASES)
     if args.tiny:
-        cases = [dataclasses.replace(case, batch=min(case.batch, 2), context=case.context // 64) for case in cases]
+        cases = [
+            dataclasses.replace(case, batch=min(case.batch, 2), context=case.context // 64)
+            for case in cases
+            if case.k != 16 or case.drafter != "conditioned"  # like k = 8, but for times
+        ]
     begin = time.perf_counter()
     with ThreadPoolExecutor(len(cases)) as pool:
         programs = [pool.submit(make, case, args.tiny) for case in cases]
     wait = time.perf_counter() - begin
-    results.add("nine programs compiled side by side", {"seconds": wait},
+    results.add(f"{len(cases)} programs compiled side by side", {"seconds": wait},
                 {"seconds": max(each.result().seconds for each in programs if not each.exception())},
                 "as long as the slowest of them alone")  # fmt: skip
     held, params, plain = "", None, {}
