@@ -37,6 +37,7 @@ NUMBER_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4}  # what caches are made
 
 def run(results: Results, args: Any, deadline: float) -> None:
     """The whole phase."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the tests need memory beside this process; read by jax now
     target = random_target(args.tiny)
     near_ties(results, target, args.tiny)
     copies(results, args.tiny)
@@ -109,8 +110,7 @@ def exactness_tests(results: Results, tiny: bool, deadline: float) -> None:
         which = ["tests/decoding/test_greedy.py::test_the_grid_covers_every_pair"]
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-v", *which]
     platform = os.environ.get("JAX_PLATFORMS") or {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    environment = os.environ | {"DEER_JAX_TEST_PLATFORM": platform, "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-                                "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # fmt: skip
+    environment = os.environ | {"DEER_JAX_TEST_PLATFORM": platform, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # fmt: skip
     begin = time.perf_counter()
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
