@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Before jax is imported, and inherited by the programs that tests start.
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = PLATFORM = os.environ.get("DEER_JAX_TEST_PLATFORM", "cpu")  # else: benchmarks/gpu
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["NO_GCE_CHECK"] = "true"  # nobody looks for the account of a machine
@@ -36,7 +36,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Most of the time of the tests is compilation. XLA's own passes are left as they are, the program it arrives at is the
 # same; the machine code made of that is less optimised. What was compiled before is read from disk; the bound on the
 # size also makes JAX lock the folder, which workers that write the same entry need.
-jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_disable_most_optimizations", PLATFORM == "cpu")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -74,6 +74,7 @@ def test_the_grid_covers_every_pair():
         assert len({(call[first], call[second]) for call in calls}) == len(values[0]) * len(values[1])
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize(
     ("k", "batch", "drafters"),
     representing(GRID, next(line for line in GRID if line[:2] == (5, 3))),

@@ -40,6 +40,7 @@ def plain(prompts):
     return answers
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("kind", representing(KINDS, "selector reduced"))
 def test_greedy_equals_plain(prompts, plain, kind, monkeypatch):
     monkeypatch.setattr(programs, "PREFILL_CHUNK", 16)

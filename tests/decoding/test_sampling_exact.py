@@ -320,6 +320,7 @@ HARMLESS = {
 LEVEL_EACH = LEVEL / (len(CASES) + len(MISTAKES) + len(MISTAKES_OF_FEW) + len(HARMLESS))
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("name", representing(CASES, "fixed"))
 def test_joint_distribution_is_the_targets(name):
     assert CASES[name].p_value() > LEVEL_EACH
