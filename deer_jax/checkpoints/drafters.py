@@ -48,7 +48,7 @@ from deer_jax.data.tokenizer import Tokenizer, differing_ids
 from deer_jax.drafters.conditioned import ConditionedMethod, shared_of
 from deer_jax.drafters.drafter import Drafter
 from deer_jax.drafters.heads import HEAD, INDEPENDENT, head_from
-from deer_jax.drafters.prompt_lookup import prompt_lookup
+from deer_jax.drafters.prompt_lookup import lookup_first, prompt_lookup
 from deer_jax.drafters.protocol import Trainable
 from deer_jax.drafters.standalone import MASK, StandaloneMethod, backbone, drafter_from_target, new_entries
 from deer_jax.drafters.start import FROM_TARGET, listed_layers
@@ -61,7 +61,7 @@ from deer_jax.sharding import on_mesh, placements
 SPECIAL = "deer_jax.mask_and_separator"
 OF_HEAD = f"{SECTION}.{HEAD}."  # before the names of a head's weights
 DRAFTERS = re.compile(r"eagle|medusa|draft|dspark|speculator|mtp", re.IGNORECASE)  # architectures of other drafters
-PROMPT_LOOKUP = "prompt-lookup"
+PROMPT_LOOKUP, LOOKUP_FIRST = "prompt-lookup", "prompt-lookup+"
 OPEN_DCODER_MASK = "<M>"
 OPEN_DCODER_DIFFERING = (151665, 151666, 151667, 151668)  # <M> and unused rows there, tool and think tags in Qwen3
 PAPER_DRAFT_LENGTH = 32  # k of the DEER paper, for folders that do not say theirs
@@ -82,7 +82,8 @@ def load_drafter(
         checkpoint), one in the layout of open-dCoder, of z-lab's dflash (DFlash, DFlash 2) or of speculators (dflash,
         dflash2, dspark); or `from-target` (`from-target:0,2,4`): an untrained drafter with the target's own weights, of
         all layers or of those listed; or `prompt-lookup`, which proposes what followed the last time the text ended as
-        it does now.
+        it does now; or `prompt-lookup+SOURCE`, which does so where at least three tokens are repeated, and drafts as
+        that source elsewhere.
       dtype: "bfloat16" or "float32"; None is the target's.
       config: how the drafter reads, instead of what its folder says; a folder of a plain model needs it.
       progress: called with the bytes read so far and their total.
@@ -96,6 +97,11 @@ def load_drafter(
     name = str(source)
     if name == PROMPT_LOOKUP:
         return prompt_lookup(target)
+    if name.startswith(LOOKUP_FIRST):
+        inner = name.removeprefix(LOOKUP_FIRST)
+        if not inner or inner.startswith(PROMPT_LOOKUP):
+            raise InputError(f"{shown(name)}: name the drafter behind it, as in {LOOKUP_FIRST}runs/mine")
+        return lookup_first(load_drafter(inner, target=target, dtype=dtype, config=config, progress=progress))
     if name.partition(":")[0] == FROM_TARGET:
         drafter = drafter_from_target(target, config, layers=listed_layers(name), name=name)
         if dtype is None:

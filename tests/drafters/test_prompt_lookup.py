@@ -71,3 +71,20 @@ def test_it_copies_or_lets_a_drafter_draft():
         expected = found(text, k, 3) if repeats else own.tokens[b].tolist()
         assert draft.tokens[b].tolist() == expected
     assert 5 < copied < 95
+
+
+def test_it_is_named_before_the_drafter_behind_it():
+    """With copying: the target's own answer, and no fewer tokens a round than by drafting alone."""
+    config = tiny("llama", vocab_size=48)
+    target = deer_jax.Target(config=config, params=random_params(config, 2, scan=False))
+    options = {"max_new_tokens": 60, "ignore_stop": True, "draft_length": 4}
+    plain = deer_jax.decode(target, [[1, 2, 3], [9]], max_new_tokens=60, ignore_stop=True)
+    taken = {}
+    for source in ("from-target:0", "prompt-lookup+from-target:0"):
+        drafter = deer_jax.load_drafter(source, target=target)
+        ours = deer_jax.decode(target, [[1, 2, 3], [9]], drafter=drafter, **options)
+        assert ours.tokens == plain.tokens
+        taken[source] = ours.stats.acceptance_length
+    assert taken["prompt-lookup+from-target:0"] > taken["from-target:0"] + 0.3
+    with pytest.raises(deer_jax.InputError, match="name the drafter behind it"):
+        deer_jax.load_drafter("prompt-lookup+", target=target)
