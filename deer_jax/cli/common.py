@@ -144,7 +144,7 @@ class PromptOptions:
 class DecodeOptions:
     """decoding"""
 
-    max_new_tokens: Annotated[int, "stop an answer after this many tokens"] = 128
+    max_new_tokens: Annotated[int, "stop an answer after this many tokens"] = 256
     temperature: Annotated[float, "0 takes the likeliest token; higher values sample"] = 0.0
     top_k: Annotated[int, "sample among the N likeliest tokens; 0: among all"] = 0
     top_p: Annotated[float, "sample among the likeliest tokens that together have this probability; 1: all"] = 1.0
