@@ -197,6 +197,9 @@ def curve(curves: Sequence[Curve]) -> Figure:
     return _finish(figure, "Acceptance length while the drafter learns", legend, footer)
 
 
+PICTURES = {"histogram": histogram, "depth": depth, "speed": speed}  # of a report
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a folder for pictures before any work is done for them; it need not exist yet."""
     if is_store(folder):
@@ -221,7 +224,7 @@ def write(report: BenchReport, folder: str | Path, curves: Sequence[Curve] = ())
     check_folder(folder)
     figures = {}
     if len(report.methods) > 1:
-        figures = {"histogram": histogram(report), "depth": depth(report), "speed": speed(report)}
+        figures = {name: draw(report) for name, draw in PICTURES.items()}
     if curves:
         figures["curve"] = curve(curves)
     paths = []

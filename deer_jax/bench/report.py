@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich import box
 from rich.table import Table
 
+from deer_jax.config import check_choice
 from deer_jax.decoding.acceptance import acceptance_by_depth, acceptance_interval, repeated_windows
 from deer_jax.decoding.agreement import Agreement
 from deer_jax.decoding.state import DecodeResult, acceptance_length
@@ -91,6 +92,18 @@ class BenchReport:
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON holds it."""
         return dataclasses.asdict(self)
+
+    def table(self) -> Table:
+        """The report as `deer-jax bench` prints it; a notebook shows it too."""
+        return table(self)
+
+    def picture(self, name: Literal["histogram", "depth", "speed"] = "speed") -> Any:
+        """One of the pictures of `bench --plot`, a matplotlib Figure: accepted tokens, acceptance by position, or speed
+        and cost of a round against the draft length. InputError for a report of plain decoding alone."""
+        from deer_jax.bench import plots  # only here: matplotlib looks for fonts and a folder of its own
+
+        check_choice("name", name, plots.PICTURES)
+        return plots.PICTURES[name](self)
 
 
 def measure(

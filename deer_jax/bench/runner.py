@@ -60,6 +60,9 @@ def bench(
       progress: called before each run.
       command: what to record as the command that made the report.
 
+    Returns:
+      the report; its `table()`, and `picture("speed")`, "histogram" or "depth", show it.
+
     Raises:
       InputError: anything wrong with the arguments.
       NotFiniteError: logits that are not finite, whose and in which method.

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from deer_jax import processes
 from deer_jax.cli.common import show
+from deer_jax.cli.docstrings import recipe_help
 from deer_jax.cli.options import parse
 from deer_jax.cli.processes import ProcessOptions
 from deer_jax.cli.progress import Reporter, silent, tell
@@ -16,23 +17,23 @@ from deer_jax.cli.stopping import asked_to_stop
 from deer_jax.cli.training import RecipeOptions, report_end
 from deer_jax.training.align import align
 from deer_jax.training.metrics import read_metrics
-from deer_jax.training.recipe import recipe_from
+from deer_jax.training.recipe import Recipe, recipe_from
 
-EXAMPLE = "deer-jax align --recipe configs/align_stories260k.yaml --set output=runs/mine --set stages.0.steps=200"
+EXAMPLE = "deer-jax align --recipe configs/first.yaml  # the example of answers makes its answers"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(RecipeOptions, ProcessOptions):
     """Train a drafter for a target from the target's answers: continuation, then refinement (DEER).
 
-    Everything is in the recipe, a YAML file; see configs/ for complete ones. The run's folder gets checkpoints,
-    metrics.jsonl and TensorBoard files. Ctrl-C writes a checkpoint and stops; the same command goes on, also after a
-    crash. Then: deer-jax bench --drafter OUTPUT.
+    Everything is in the recipe, a YAML file; its keys are below, complete ones in configs/. The run's folder gets
+    checkpoints, metrics.jsonl and TensorBoard files. Ctrl-C writes a checkpoint and stops; the same command goes on,
+    also after a crash. Then: deer-jax bench --drafter OUTPUT.
     """
 
 
 def run(argv: Sequence[str]) -> None:
-    options = parse(Options, "align", argv, EXAMPLE)
+    options = parse(Options, "align", argv, EXAMPLE, lambda: recipe_help(Recipe))
     options.join()
     recipe = processes.together(lambda: recipe_from(options.read(), str(options.recipe)))
     with asked_to_stop() as stopping, Reporter("aligning, steps", guess=False) as reporter:

@@ -33,7 +33,10 @@ from deer_jax.decoding.state import DecodeResult, DecodeStats
 from deer_jax.decoding.stream import stream
 from deer_jax.errors import InputError
 
-EXAMPLE = 'deer-jax decode --target models/stories260k --drafter from-target --prompt "Once upon a time"'
+EXAMPLE = (
+    "deer-jax decode --target deer_jax/pair/target --drafter deer_jax/pair/drafter "
+    '--prompt "def main():" --max-new-tokens 64'
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from deer_jax import processes
 from deer_jax.cli.common import show
+from deer_jax.cli.docstrings import recipe_help
 from deer_jax.cli.options import parse
 from deer_jax.cli.processes import ProcessOptions
 from deer_jax.cli.progress import Reporter, silent, tell
@@ -16,9 +17,9 @@ from deer_jax.cli.stopping import asked_to_stop
 from deer_jax.cli.training import RecipeOptions, report_end
 from deer_jax.training.metrics import read_metrics
 from deer_jax.training.pretrain import pretrain
-from deer_jax.training.recipe import pretrain_recipe_from
+from deer_jax.training.recipe import PretrainRecipe, pretrain_recipe_from
 
-EXAMPLE = "deer-jax pretrain --recipe my-target.yaml --set steps=200 --set output=runs/target"
+EXAMPLE = "deer-jax pretrain --recipe configs/first_target.yaml"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Options(RecipeOptions, ProcessOptions):
 
 
 def run(argv: Sequence[str]) -> None:
-    options = parse(Options, "pretrain", argv, EXAMPLE)
+    options = parse(Options, "pretrain", argv, EXAMPLE, lambda: recipe_help(PretrainRecipe))
     options.join()
     recipe = processes.together(lambda: pretrain_recipe_from(options.read(), str(options.recipe)))
     with asked_to_stop() as stopping, Reporter("pretraining, steps", guess=False) as reporter:

@@ -42,9 +42,7 @@ def encode_prompts(
             )
         prompts = list(np.atleast_2d(np.asarray(prompts)))
     if not isinstance(prompts, Sequence):
-        raise InputError(
-            f"prompts must be a string, a chat or a list of these or of token-id lists, got {type(prompts).__name__}"
-        )
+        raise InputError(f"prompts must be a string, a chat or a list of these, got {type(prompts).__name__}")
     if not prompts:
         raise InputError("prompts is empty: give at least one")
     if all(is_whole(prompt) for prompt in prompts):

@@ -59,11 +59,12 @@ def described(
         line += f", {cut:,} of which are cut at length {recipe.length}"
     yield line
     if evaluation is not None:
-        pairs = len(evaluation.draft_lengths or (0,)) * len(evaluation.temperatures)
-        tokens = pairs * held_out * evaluation.max_new_tokens
+        lengths, temperatures = len(evaluation.draft_lengths or (0,)), len(evaluation.temperatures)
+        tokens = lengths * temperatures * held_out * evaluation.max_new_tokens
         times = 1 + evaluations_after(0, [stage.steps for stage in stages], evaluation.every)
         yield (
-            f"{times} evaluations, each decodes {held_out:,} held-out prompts {pairs} times: up to {tokens:,} tokens"
+            f"{times} evaluations, each decodes {held_out:,} held-out prompts at {lengths} x {temperatures} (draft "
+            f"lengths x temperatures): up to {tokens:,} tokens"
         )
 
 

@@ -140,6 +140,19 @@ def test_what_is_no_target_is_said_by_every_way_in(target, no_work, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_drafters_that_are_not_named_are_refused(target, no_work):
+    drafter = drafter_from_target(target)
+    for wrong, what in (([drafter], "list"), (drafter, "Drafter"), ("runs/mine", "str")):
+        with pytest.raises(InputError, match=rf'drafters must be .* as in {{"mine": drafter}}, got a {what}'):
+            bench(target, [[1]], drafters=wrong)
+    with pytest.raises(InputError, match=r"draft_lengths must be a list, as in \[8\], got 8"):
+        bench(target, [[1]], drafters={"a": drafter}, draft_lengths=8)
+    with pytest.raises(InputError, match=r"drafter must be a Drafter, got 'runs/mine': load it first"):
+        bench(target, [[1]], drafters={"a": "runs/mine"})
+    with pytest.raises(InputError, match=r"drafter must be a Drafter, got 'runs/mine': load it first"):
+        stream(target, [[1]], drafter="runs/mine")
+
+
 def test_a_cache_that_does_not_fit_names_the_slots_that_would(target, no_work, monkeypatch):
     drafter = drafter_from_target(target)
     # 2 layers, keys and values, one head of 8 floats; target and drafter; the capacity of 4 + 20 tokens is 64.
