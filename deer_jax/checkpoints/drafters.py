@@ -51,7 +51,7 @@ from deer_jax.drafters.protocol import Trainable
 from deer_jax.drafters.standalone import MASK, StandaloneMethod, backbone, drafter_from_target, new_entries
 from deer_jax.drafters.start import FROM_TARGET, listed_layers
 from deer_jax.errors import InputError, named, shown
-from deer_jax.models.target import Target
+from deer_jax.models.target import Target, check_target
 from deer_jax.models.transformer import Params, is_stacked, stack_layers, unstack_layers
 from deer_jax.models.weights import Weight
 from deer_jax.sharding import on_mesh, placements
@@ -86,8 +86,7 @@ def load_drafter(
 
     Raises InputError, one line, for a folder that is no drafter or whose tokenizer differs from the target's.
     """
-    if not isinstance(target, Target):
-        raise InputError(f"target must be a loaded one, as in load_target({shown(target)}), got {shown(target)}")
+    check_target(target)
     if not isinstance(config, DrafterConfig | None):
         raise InputError(f"config must be a DrafterConfig, got {shown(config)}")
     name = str(source)

@@ -11,7 +11,7 @@ from deer_jax.build import Build
 from deer_jax.config import ModelConfig
 from deer_jax.drafters.protocol import Draft, Method, Row, Seen
 from deer_jax.errors import InputError
-from deer_jax.models.target import Target, Tokenizer, check_tokens
+from deer_jax.models.target import Target, Tokenizer, check_target, check_tokens
 from deer_jax.models.transformer import Params, bind
 from deer_jax.sharding import batch_ways, on_mesh
 
@@ -47,6 +47,7 @@ class Drafter:
         -inf where nothing may be proposed. Of a drafter whose tokens depend on each other these are the scores along
         its own greedy path. Raises InputError for one that proposes tokens without scores.
         """
+        check_target(target)
         anchor = check_tokens(np.asarray(anchor)[:, None], self.method.target_vocab)
         prefix = np.asarray(tokens).reshape(anchor.shape[0], -1)
         text = np.concatenate([prefix, anchor], axis=1)

@@ -97,13 +97,11 @@ def _round_seconds(
     """Seconds of a round of all prompts, the least of some timings; None if they ended before one was timed."""
     engine, limits = prepare(target, list(prompts), drafter, k or None, new, sampling, 0, len(prompts), False)
     engine.admit(prompts, limits, range(len(prompts)), engine.order[: len(prompts)])
-    engine.segment(max_rounds=1)
-    found = math.inf
+    after, found = engine.segment(max_rounds=1), math.inf
     for _ in range(TIMINGS):
-        if bool(engine.fetch(engine.state.done).all()):
+        if after["done"].all():
             break
-        before = int(engine.fetch(engine.state.rounds).max())
-        begin = time.perf_counter()
+        before, begin = int(after["rounds"].max()), time.perf_counter()
         after = engine.segment(max_rounds=TIMED_ROUNDS)
         rounds = int(after["rounds"].max()) - before
         found = min(found, (time.perf_counter() - begin) / max(rounds, 1))
