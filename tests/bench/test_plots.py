@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.image import imread
 
 from deer_jax.bench import plots
-from deer_jax.bench.curves import read_curves
+from deer_jax.bench.curves import learning_curve, read_curves
 from deer_jax.bench.report import BenchReport, MethodReport
 from deer_jax.cli import bench as verb
 from deer_jax.cli import main as cli
@@ -207,6 +207,16 @@ def test_curve(tmp_path):
     assert "text tokens" in axes.get_xlabel()
     assert "tokens per round" in axes.get_ylabel()
     assert any("target some-target, 16 held-out prompts" in text for text in texts(figure))
+
+
+def test_public_ways_to_the_pictures(tmp_path, several):
+    run_folder(tmp_path / "run")
+    assert texts(learning_curve(tmp_path / "run")) == texts(plots.curve(read_curves([tmp_path / "run"])))
+    for name, draw in (("speed", plots.speed), ("depth", plots.depth), ("histogram", plots.histogram)):
+        assert texts(several.picture(name)) == texts(draw(several))
+    with pytest.raises(InputError, match="name must be one of histogram, depth, speed, got 'curve'"):
+        several.picture("curve")
+    assert several.table().row_count == 5
 
 
 def test_curve_against_steps_where_a_run_counts_no_tokens(tmp_path):
