@@ -33,7 +33,8 @@ from deer_jax.stores import check_file, is_store, place, write
 
 DRAFTER_HELP = (
     f"a folder, a hub id ([hub:]OWNER/NAME), or '{FROM_TARGET}': an untrained drafter with the target's own weights "
-    f"('{FROM_TARGET}:0,2' takes these layers only), or '{PROMPT_LOOKUP}': what followed where the text ended so before"
+    f"('{FROM_TARGET}:0,2' takes these layers only, and then guesses no token well before it is trained), or "
+    f"'{PROMPT_LOOKUP}': what followed where the text ended so before"
 )
 
 
