@@ -1,5 +1,6 @@
 """Diffusion-drafted speculative decoding in JAX: lossless, on device, trainable."""
 
+from deer_jax.bench.curves import learning_curve
 from deer_jax.bench.runner import bench
 from deer_jax.checkpoints.drafters import load_drafter, save_drafter
 from deer_jax.checkpoints.export import export
@@ -41,6 +42,7 @@ __all__ = [
     "demo_pair",
     "drafter_from_target",
     "export",
+    "learning_curve",
     "load_drafter",
     "load_target",
     "make_mesh",

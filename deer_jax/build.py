@@ -4,8 +4,11 @@ Decided once, at the edge (`Build.here`, or `Build.of` for a machine that is not
 that a program for a TPU can be traced on a host that has none.
 """
 
+import contextlib
+import contextvars
 import dataclasses
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +71,36 @@ class Build:
     def block_of(self, capacity: int) -> int | None:
         """Slots of a cache of this capacity that attention reads at a time; None reads all at once."""
         return None if capacity <= self.whole_cache else self.cache_block
+
+
+def described(devices: Sequence[jax.Device]) -> str:
+    """Devices as people read them: `1 x cpu`, `8 x TPU v5 lite`."""
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+Watcher = Callable[[bool], Any]  # True: a program begins to be compiled; False: that is over
+_watcher: contextvars.ContextVar[Watcher | None] = contextvars.ContextVar("watcher", default=None)
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Around what compiles a program, which may take minutes: whoever watches is told."""
+    tell = _watcher.get() or (lambda begun: None)
+    tell(True)
+    try:
+        yield
+    finally:
+        tell(False)
+
+
+@contextlib.contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """In the block the watcher is told of compilation, and nobody else."""
+    before = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(before)
 
 
 def parse_dtype(dtype) -> jnp.dtype:

@@ -79,6 +79,13 @@ class Rope:
 
     Fields beyond `theta` are read by some kinds only; the names are those of Hugging Face configurations, except
     `original_context` (original_max_position_embeddings).
+
+    Attributes:
+      theta: base frequency.
+      kind: `default`, `linear`, `llama3` or `yarn`.
+      factor: by how much the context is stretched. original_context: what the model was made for before.
+      low_freq_factor, high_freq_factor: of `llama3`.
+      beta_fast, beta_slow, attention_factor, mscale, mscale_all_dim, truncate: of `yarn`.
     """
 
     theta: float = 10000.0
@@ -119,11 +126,15 @@ class ModelConfig:
 
     Attributes:
       family: name of the Hugging Face model type whose layout a folder has.
+      vocab_size, width, layers, heads, kv_heads, head_width, mlp_width: the sizes.
       context: positions the model was made for; a prompt and its answer must fit.
+      norm_eps: added to the mean square in norms.
+      rope: rotary positions.
       tied: the output head is the embedding.
       qkv_bias: biases on the query, key and value projections (Qwen2).
       qk_norm: RMS norm over each head of queries and keys (Qwen3).
       experts: number of experts per layer; 0 means one dense MLP.
+      experts_per_token, expert_width: how many of them a token reaches, and the width of each.
       normalise_router: the chosen experts' weights are divided by their sum.
     """
 

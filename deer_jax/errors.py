@@ -1,5 +1,6 @@
 """What goes wrong, as one line each: by whom it can be mended, and the command line's exit status."""
 
+import math
 from typing import Any
 
 
@@ -62,3 +63,11 @@ def named(name: Any, most: int = 80) -> str:
     """A name from elsewhere, such as a path or a key: as it is, or as `shown` where that is no short line."""
     text = str(name)
     return text if text.isprintable() and len(text) <= most else shown(text, most)
+
+
+def duration(seconds: float) -> str:
+    """In one unit, rounded up: 40 s, 3 min, 2 h."""
+    for unit, name, most in ((1, "s", 60), (60, "min", 3600)):
+        if seconds <= most:
+            return f"{math.ceil(seconds / unit)} {name}"
+    return f"{math.ceil(seconds / 3600)} h"

@@ -81,7 +81,11 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence |
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshShape:
-    """How many devices each mesh axis has: copies of everything, slices of the parameters, slices of each product."""
+    """How many devices each mesh axis has.
+
+    Attributes:
+      data: copies of everything. fsdp: slices of the parameters. tensor: slices of each product.
+    """
 
     data: int = 1
     fsdp: int = 1

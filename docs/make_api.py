@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import deer_jax
+from deer_jax.cli.docstrings import Items, sections
 from deer_jax.cli.main import VERBS
 from deer_jax.cli.options import _parser
 
@@ -27,7 +28,6 @@ RECORDS = """\
 What the names above take and return. A recipe's YAML keys are the fields of [Recipe](#recipe); in a stage, the keys of
 [Stage](#stage), [Corruption](#corruption) and [OptimizerConfig](#optimizerconfig) stand side by side.
 """
-Items = list[tuple[str, str]]  # names and what is said about them
 
 
 def page() -> str:
@@ -126,31 +126,6 @@ def flag(action: argparse.Action) -> str:
     """`--limit N`, or `--chat`, `--no-chat`."""
     value = "" if action.nargs == 0 else f" {action.metavar or '{' + ','.join(map(str, action.choices or ())) + '}'}"
     return ", ".join(f"`{name}{value}`" for name in action.option_strings)
-
-
-def sections(value: Any) -> tuple[str, dict[str, Items]]:
-    """A docstring's text, and its lists under Args:, Attributes: and so on.
-
-    "Does.\\n\\nArgs:\\n  a, b: numbers\\n    to add" -> "Does.", {"Args": [("a, b", "numbers to add")]}
-    """
-    lines = (inspect.getdoc(value) or "").splitlines()
-    text, found, items = [], {}, None
-    for line in lines:
-        if heading := re.fullmatch(r"(Args|Attributes|Returns|Raises|Yields):", line):
-            items = found.setdefault(heading[1], [])
-        elif items is not None and (entry := re.match(r"  (\w[\w, ]*): (.*)", line)):
-            items.append((entry[1], entry[2]))
-        elif items and line.startswith("  "):
-            items.append((items[-1][0], f"{items.pop()[1]} {line.strip()}"))
-        elif line or items is None:
-            items = None
-            text.append(line)
-    # "temperature: 0 is greedy. top_k: 0 keeps all." are two.
-    names = "|".join(inspect.signature(value).parameters) if found and callable(value) else ""
-    for title, items in found.items():
-        split = [(name, re.split(rf"[.;] ({names}): ", said)) for name, said in items]
-        found[title] = [pair for name, parts in split for pair in zip([name, *parts[1::2]], parts[0::2], strict=True)]
-    return "\n".join(text).strip(), found
 
 
 def prose(text: str, found: dict[str, Items]) -> str:

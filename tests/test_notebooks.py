@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom as they stand, what they say of their results holds, and none are stored."""
 
+import ast
 import os
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+import deer_jax
 from tests.test_docs import link_problems
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,6 +120,19 @@ def test_stored_without_outputs(path: Path):
     text = path.read_text(encoding="utf-8")
     assert not MACHINE_PATH.search(text)
     assert list(link_problems("\n".join(c.source for c in book.cells if c.cell_type == "markdown"), path, str)) == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def test_only_public_names(path: Path):
+    book = nbformat.read(path, as_version=4)
+    code = "\n".join(re.sub("^%.*$", "", c.source, flags=re.MULTILINE) for c in book.cells if c.cell_type == "code")
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom):
+            assert not (node.module or "").startswith("deer_jax"), node.module
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("deer_jax.") for alias in node.names)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "deer_jax":
+            assert node.attr in (*deer_jax.__all__, "__file__"), node.attr
 
 
 def test_machine_paths_are_found():

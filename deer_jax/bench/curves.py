@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from deer_jax.checkpoints.runs import RECIPE
 from deer_jax.errors import InputError
@@ -44,6 +45,19 @@ class Curve:
     @property
     def name(self) -> str:
         return f"{self.run}: k={self.draft_length}, T={self.temperature:g}"
+
+
+def learning_curve(*runs: str | Path) -> Any:
+    """A matplotlib Figure of how the drafters of align runs learned: τ against the text that training has read.
+
+    Args:
+      runs: their folders.
+
+    Raises InputError for a folder that is no such run, or has no evaluation.
+    """
+    from deer_jax.bench import plots  # only here: matplotlib looks for fonts and a folder of its own
+
+    return plots.curve(read_curves(runs))
 
 
 def read_curves(folders: Iterable[str | Path]) -> list[Curve]:

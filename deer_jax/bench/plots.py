@@ -22,7 +22,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from deer_jax.bench.curves import Curve
-from deer_jax.bench.report import BenchReport, MethodReport
+from deer_jax.bench.report import BenchReport, MethodReport, measured_on, remarks
 from deer_jax.errors import InputError
 from deer_jax.files import disk_error
 from deer_jax.stores import check_file, is_store, place
@@ -81,7 +81,7 @@ def histogram(report: BenchReport) -> Figure:
     legend: dict[str, Artist] = {"mean: τ − 1 (the target adds one)": mean}
     if any(method.ci95 for method in methods.values()):
         legend["its 95 % interval over prompts"] = Patch(facecolor="black", alpha=0.15)
-    return _finish(figure, "How many draft tokens a round accepts", legend, _setting(report))
+    return _finish(figure, "How many draft tokens a round accepts", legend, measured_on(report))
 
 
 def depth(report: BenchReport) -> Figure:
@@ -115,7 +115,7 @@ def depth(report: BenchReport) -> Figure:
     if hollow:
         label = f"hollow: fewer than {FEW} rounds per repeat"
         legend[label] = Line2D([], [], color="0.3", marker="o", **HOLLOW)
-    return _finish(figure, "Acceptance by position in the draft", legend, _setting(report))
+    return _finish(figure, "Acceptance by position in the draft", legend, measured_on(report))
 
 
 def speed(report: BenchReport) -> Figure:
@@ -137,6 +137,8 @@ def speed(report: BenchReport) -> Figure:
         tau = np.array([method.acceptance_length for method in methods])
         cost = np.array([method.round_cost for method in methods])
         (legend[name],) = first.plot(lengths, [method.speedup for method in methods], **style.line())
+        least, most = np.transpose([method.speedup_range for method in methods])
+        first.vlines(lengths, least, most, color=style.color, linewidth=1)
         bars = [(t - m.ci95[0], m.ci95[1] - t) if m.ci95 else (0.0, 0.0) for t, m in zip(tau, methods, strict=True)]
         axes.errorbar(lengths, tau, yerr=np.transpose(bars), capsize=3, elinewidth=1, **style.line())
         axes.plot(lengths, cost, **COST)
@@ -149,19 +151,20 @@ def speed(report: BenchReport) -> Figure:
     for axes in panels:
         axes.set_ylim(0, 1.1 * top)
     first.axhline(1, **ONE)
-    first.set_ylim(0, 1.1 * max(1.0, *(method.speedup for method in report.methods.values())))
+    first.set_ylim(0, 1.1 * max(1.0, *(method.speedup_range[1] for method in report.methods.values())))
     first.set_ylabel("tokens/s over plain decoding's", fontsize=MEDIUM)
     _panel_title(first, "speedup", "prefill included")
     _lengths(first, {method.draft_length for method in _drafted(report).values()})
     legend["round cost, prefill excluded"] = Line2D([], [], **COST)
     legend["plain decoding"] = Line2D([], [], **ONE)
+    legend["bars of the speedup: least and most of the repeats"] = Line2D([], [], color="0.3", linewidth=1)
     legend["gain: τ above cost"], legend["loss"] = Patch(**GAIN), Patch(**LOSS)
     if any(method.ci95 for method in _drafted(report).values()):
         legend["bars: 95 % interval of τ over prompts"] = Line2D([], [], color="0.3", marker="|", linestyle="none")
     title = (
         "Speed against draft length: drafting gains where\na round commits more tokens (τ) than it costs plain steps"
     )
-    return _finish(figure, title, legend, _setting(report))
+    return _finish(figure, title, legend, [*measured_on(report), *remarks(report)])
 
 
 def curve(curves: Sequence[Curve]) -> Figure:
@@ -194,6 +197,9 @@ def curve(curves: Sequence[Curve]) -> Figure:
     return _finish(figure, "Acceptance length while the drafter learns", legend, footer)
 
 
+PICTURES = {"histogram": histogram, "depth": depth, "speed": speed}  # of a report
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a folder for pictures before any work is done for them; it need not exist yet."""
     if is_store(folder):
@@ -218,7 +224,7 @@ def write(report: BenchReport, folder: str | Path, curves: Sequence[Curve] = ())
     check_folder(folder)
     figures = {}
     if len(report.methods) > 1:
-        figures = {"histogram": histogram(report), "depth": depth(report), "speed": speed(report)}
+        figures = {name: draw(report) for name, draw in PICTURES.items()}
     if curves:
         figures["curve"] = curve(curves)
     paths = []
@@ -282,17 +288,6 @@ def _finish(figure: Figure, title: str, legend: dict[str, Artist], footer: Seque
     figure.set_figheight(height)
     figure.get_layout_engine().set(rect=(0, below / height, 1, 1 - below / height))  # pyrefly: ignore
     return figure
-
-
-def _setting(report: BenchReport) -> list[str]:
-    """What a report's numbers were measured on."""
-    method, machine = next(iter(report.methods.values())), report.machine
-    decoding = f"T={method.temperature:g}, {report.settings['dtype']}, batch {method.batch_size}"
-    hardware = f"{machine['devices']} x {machine['device_kind']}, {machine['cores']} cores, jax {machine['jax']}"
-    return [
-        f"target {report.target}, {report.prompts} prompts x {report.repeats} repeats, {decoding}",
-        f"{hardware}, {report.date}",
-    ]
 
 
 def _panel_title(axes: Axes, name: str, below: str) -> None:

@@ -2,17 +2,19 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich import box
 from rich.table import Table
 
+from deer_jax.config import check_choice
 from deer_jax.decoding.acceptance import acceptance_by_depth, acceptance_interval, repeated_windows
 from deer_jax.decoding.agreement import Agreement
 from deer_jax.decoding.state import DecodeResult, acceptance_length
 
 PLAIN = "plain"
+NOISE = 0.2  # by which repeats of one method may differ before a line says so
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class MethodReport:
       tokens_per_second: new tokens over wall clock, prefill included, compilation excluded.
       decode_tokens_per_second: the same without prefill.
       speedup: tokens_per_second over plain decoding's.
+      speedup_range: the least and the most of it among the repeats, each beside plain decoding's of the same turn.
+      speed_range: of tokens_per_second, among the repeats.
       exact_match: share of prompts whose tokens equal plain decoding's; None when sampling.
       rows_differing: how many prompts differ; None when sampling.
       near_ties: how many of these depart where the target's best logits are closer than rounding; None when sampling.
@@ -51,6 +55,8 @@ class MethodReport:
     tokens_per_second: float
     decode_tokens_per_second: float
     speedup: float
+    speedup_range: tuple[float, float]
+    speed_range: tuple[float, float]
     exact_match: float | None
     rows_differing: int | None
     near_ties: int | None
@@ -87,6 +93,18 @@ class BenchReport:
         """The report as JSON holds it."""
         return dataclasses.asdict(self)
 
+    def table(self) -> Table:
+        """The report as `deer-jax bench` prints it; a notebook shows it too."""
+        return table(self)
+
+    def picture(self, name: Literal["histogram", "depth", "speed"] = "speed") -> Any:
+        """One of the pictures of `bench --plot`, a matplotlib Figure: accepted tokens, acceptance by position, or speed
+        and cost of a round against the draft length. InputError for a report of plain decoding alone."""
+        from deer_jax.bench import plots  # only here: matplotlib looks for fonts and a folder of its own
+
+        check_choice("name", name, plots.PICTURES)
+        return plots.PICTURES[name](self)
+
 
 def measure(
     repeats: Sequence[DecodeResult],
@@ -109,7 +127,8 @@ def measure(
         rows = {departure.row for departure in departures}  # in any repeat
         differing, exact = len(rows), 1 - len(rows) / agreements[0].rows
         near_ties = differing - len({departure.row for departure in departures if not departure.near_tie})
-    speed = _speed(repeats)
+    speed, speeds = _speed(repeats), [_speed([each]) for each in repeats]
+    speedups = [each / _speed([other]) for each, other in zip(speeds, plain, strict=True)]
     return MethodReport(
         drafter=drafter,
         draft_length=repeats[0].stats.draft_length,
@@ -121,6 +140,8 @@ def measure(
         tokens_per_second=speed,
         decode_tokens_per_second=_speed(repeats, prefill=False),
         speedup=speed / _speed(plain),
+        speedup_range=(min(speedups), max(speedups)),
+        speed_range=(min(speeds), max(speeds)),
         exact_match=exact,
         rows_differing=differing,
         near_ties=near_ties,
@@ -150,15 +171,13 @@ def _decode_seconds(repeats: Sequence[DecodeResult]) -> float:
 
 def table(report: BenchReport) -> Table:
     """The report for a terminal."""
-    title = f"{report.target}, {report.prompts} prompts x {report.repeats}"
-    for name, method in report.methods.items():
-        if method.rows_differing:
-            title += f"\n{name}: {method.near_ties} of {method.rows_differing} departures are near-ties"
-    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
+    title = "\n".join([*measured_on(report), *remarks(report)])
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 0)}
     result = Table(caption=title, caption_justify="left", **style)
     result.add_column("method")
     heads = (
-        "τ [95 %]", "round/\nstep", "tokens\nper s", "decode\nper s", "speedup", "exact\nmatch", "repeat\n8-gram",
+        "τ [95 %]", "round/\nstep", "tokens\nper s", "decode\nper s", "speed-\nup", "least..\nmost", "exact\nmatch",
+        "repeat\n8-gram",
     )  # fmt: skip
     for head in heads:
         result.add_column(head, justify="right", no_wrap=True)
@@ -171,10 +190,38 @@ def table(report: BenchReport) -> Table:
             _rate(method.tokens_per_second),
             _rate(method.decode_tokens_per_second),
             f"{method.speedup:.2f}x",
+            "{:.2f}..{:.2f}".format(*method.speedup_range),
             _percent(method.exact_match),
             _percent(method.repeated_8grams),
         )
     return result
+
+
+def measured_on(report: BenchReport) -> list[str]:
+    """What a report's numbers were measured on, in two lines."""
+    method, machine = next(iter(report.methods.values())), report.machine
+    decoding = f"T={method.temperature:g}, {report.settings['dtype']}, batch {method.batch_size}"
+    hardware = f"{machine['devices']} x {machine['device_kind']}, {machine['cores']} cores, jax {machine['jax']}"
+    return [
+        f"target {report.target}, {report.prompts} prompts x {report.repeats} repeats, {decoding}",
+        f"{hardware}, {report.date}",
+    ]
+
+
+def remarks(report: BenchReport) -> list[str]:
+    """What a reader of a report has to know beside its numbers, a line each."""
+    lines = []
+    for name, method in report.methods.items():
+        if method.rows_differing:
+            lines.append(f"{name}: {method.near_ties} of {method.rows_differing} departures are near-ties")
+    for name, method in report.methods.items():
+        least, most = method.speed_range
+        if most > (1 + NOISE) * least:
+            lines.append(
+                f"{name}: its repeats differ by {most / least - 1:.0%}, {_rate(least)} to {_rate(most)} tokens/s; "
+                "measure again on a quiet machine"
+            )
+    return lines
 
 
 def _rate(value: float) -> str:

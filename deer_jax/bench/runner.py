@@ -34,7 +34,7 @@ def bench(
     *,
     drafters: Mapping[str, Drafter],
     draft_lengths: Sequence[int] | None = None,
-    max_new_tokens: int | Sequence[int] = 128,
+    max_new_tokens: int | Sequence[int] = 256,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -60,12 +60,19 @@ def bench(
       progress: called before each run.
       command: what to record as the command that made the report.
 
+    Returns:
+      the report; its `table()`, and `picture("speed")`, "histogram" or "depth", show it.
+
     Raises:
       InputError: anything wrong with the arguments.
       NotFiniteError: logits that are not finite, whose and in which method.
     """
     if repeats < 1:
         raise InputError(f"repeats must be at least 1, got {repeats}")
+    if not isinstance(drafters, Mapping):
+        raise InputError(
+            f'drafters must be loaded ones by their names, as in {{"mine": drafter}}, got a {type(drafters).__name__}'
+        )
     for drafter in (None, *drafters.values()):
         check_models(target, drafter)
     ways = _ways(drafters, draft_lengths)
@@ -151,6 +158,8 @@ def _agreements(
 
 
 def _ways(drafters: Mapping[str, Drafter], draft_lengths: Sequence[int] | None) -> dict[str, Way]:
+    if isinstance(draft_lengths, int):
+        raise InputError(f"draft_lengths must be a list, as in [{draft_lengths}], got {draft_lengths}")
     if draft_lengths is not None and (not draft_lengths or min(draft_lengths) < 1):
         raise InputError(f"draft_lengths must be 1 or more each, got {list(draft_lengths)}; plain decoding always runs")
     ways = {PLAIN: Way(None, None, 0)}

@@ -7,7 +7,6 @@ in `conditioned`.
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from deer_jax.checkpoints.conditioned import (
     target_in,
     write_drafter,
 )
-from deer_jax.checkpoints.families import write_config
+from deer_jax.checkpoints.families import DRAFTERS, write_config
 from deer_jax.checkpoints.gguf import is_gguf
 from deer_jax.checkpoints.hub import model_name, resolve_folder
 from deer_jax.checkpoints.huggingface import (
@@ -53,14 +52,13 @@ from deer_jax.drafters.protocol import Trainable
 from deer_jax.drafters.standalone import MASK, StandaloneMethod, backbone, drafter_from_target, new_entries
 from deer_jax.drafters.start import FROM_TARGET, listed_layers
 from deer_jax.errors import InputError, named, shown
-from deer_jax.models.target import Target
+from deer_jax.models.target import Target, check_target
 from deer_jax.models.transformer import Params, is_stacked, stack_layers, unstack_layers
 from deer_jax.models.weights import Weight
 from deer_jax.sharding import on_mesh, placements
 
 SPECIAL = "deer_jax.mask_and_separator"
 OF_HEAD = f"{SECTION}.{HEAD}."  # before the names of a head's weights
-DRAFTERS = re.compile(r"eagle|medusa|draft|dspark|speculator|mtp", re.IGNORECASE)  # architectures of other drafters
 PROMPT_LOOKUP, LOOKUP_FIRST = "prompt-lookup", "prompt-lookup+"
 OPEN_DCODER_MASK = "<M>"
 OPEN_DCODER_DIFFERING = (151665, 151666, 151667, 151668)  # <M> and unused rows there, tool and think tags in Qwen3
@@ -90,8 +88,7 @@ def load_drafter(
 
     Raises InputError, one line, for a folder that is no drafter or whose tokenizer differs from the target's.
     """
-    if not isinstance(target, Target):
-        raise InputError(f"target must be a loaded one, as in load_target({shown(target)}), got {shown(target)}")
+    check_target(target)
     if not isinstance(config, DrafterConfig | None):
         raise InputError(f"config must be a DrafterConfig, got {shown(config)}")
     name = str(source)
@@ -114,6 +111,7 @@ def load_drafter(
     if run is None:
         deciding_files(folder)  # refuses what is no file before anything reads it
     values = read_values(folder)
+    _check_eagle(values, folder)
     if is_conditioned(values):
         if config is not None:
             raise InputError(f"{folder}: the drafter reads its target; config is for drafters that read text alone")
@@ -182,6 +180,18 @@ def _own_tokenizer(folder: Path, target: Target) -> Tokenizer | None:
     return tokenizer
 
 
+def _check_eagle(values: Mapping[str, Any], folder: Path) -> None:
+    """InputError for EAGLE's drafters, by architecture or kind, or by the vocabulary that they have of their own."""
+    given = values.get("architectures")
+    said = [*(given if isinstance(given, list) else ()), values.get("speculators_model_type")]
+    eagle = any(isinstance(each, str) and "eagle" in each.lower() for each in said)
+    if eagle or (given == ["LlamaForCausalLM"] and "draft_vocab_size" in values):
+        raise InputError(
+            f"{folder}: is an EAGLE drafter, which drafts one token after the other with a layer of its own: another "
+            "kind than those that load, DFlash, DFlash 2, DSpark and open-dCoder (docs/drafters.md)"
+        )
+
+
 def _check_kind(values: Mapping[str, Any], folder: Path) -> None:
     """InputError for drafters of other kinds, by their architecture; those without one are plain models."""
     given = values.get("architectures")
@@ -228,6 +238,8 @@ def save_drafter(
         they are for. InputError where that layout cannot say the drafter.
     """
     check_choice("layout", layout, LAYOUTS)
+    if not isinstance(drafter, Drafter):
+        raise InputError(f"drafter must be a Drafter, as load_drafter returns, got {shown(drafter)}")
     tokenizer, method = drafter.tokenizer, trainable(drafter)
     options["tokenizer_source"] = tokenizer.folder if isinstance(tokenizer, Tokenizer) else None
     if isinstance(method, ConditionedMethod):

@@ -6,6 +6,7 @@ Weights are [out, in] on both sides, so a table only renames; layers and experts
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+DRAFTERS = re.compile(r"eagle|medusa|draft|dspark|speculator|mtp", re.IGNORECASE)  # architectures of drafters
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 # Our name of a parameter -> the Hugging Face key; {i} is the layer, {e} the expert. Experts' names are prefixed.
@@ -154,6 +156,11 @@ def _family(values: Mapping[str, Any], where: str) -> str:
             return family
     found = named[0] if isinstance(named, list) and len(named) == 1 else named
     said = found if isinstance(found, str) and found.isidentifier() and len(found) <= 80 else shown(found)
+    if DRAFTERS.search(said) or {"speculators_model_type", "dflash_config"} & values.keys():
+        raise InputError(
+            f"{where}: is a drafter, architecture {said}, and no target: name here the model that it drafts for, and "
+            "this folder as its drafter"
+        )
     raise InputError(f"{where}: architecture {said} is not supported; supported: {', '.join(ARCHITECTURES.values())}")
 
 

@@ -17,6 +17,7 @@ from deer_jax.stores import Entry, is_store, local_file, local_folder, place
 
 HUB = "hub:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+SNAPSHOTS = re.compile(r"models--(?:.+?--)?(.+)")  # folders of the hub's cache
 DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 # What people call folders of their own: `runs/mine` from the wrong place is no question for the hub.
 FOLDERS = frozenset(
@@ -70,8 +71,14 @@ def resolve_target(path_or_id: str | os.PathLike[str]) -> Path:
 
 
 def model_name(path_or_id: str | os.PathLike[str]) -> str:
-    """What a model is called: the last part of its path or id."""
-    return Path(path_or_id).name or str(path_or_id)
+    """What a model is called: the last part of its path or id; the id's where the path is the hub's own copy.
+
+    ~/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/b968826d -> Qwen3-8B
+    """
+    path = Path(path_or_id)
+    if path.parent.name == "snapshots" and (found := SNAPSHOTS.fullmatch(path.parent.parent.name)):
+        return found[1]
+    return path.name or path.absolute().name or str(path_or_id)
 
 
 def expanded(text: str | os.PathLike[str]) -> Path:

@@ -26,7 +26,8 @@ from deer_jax.errors import InputError
 
 FROM_BOS = Prompt("BOS", [], "from BOS")
 EXAMPLE = (
-    "deer-jax answers --target models/stories260k --prompts stories.jsonl --temperatures 0,0.7,1 --output answers.jsonl"
+    "deer-jax answers --target deer_jax/pair/target --from-bos --samples 256 --temperatures 0.6,1 --max-new-tokens 96 "
+    "--batch-size 32 --output first-answers.jsonl"
 )
 
 

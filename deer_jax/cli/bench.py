@@ -29,8 +29,8 @@ from deer_jax.data.sources import placed
 from deer_jax.errors import InputError
 
 EXAMPLE = (
-    "deer-jax bench --target models/stories260k --drafter from-target --draft-lengths 1,4,8 "
-    "--prompts stories.jsonl --json report.json"
+    "deer-jax bench --target deer_jax/pair/target --drafter deer_jax/pair/drafter --draft-lengths 2,4,8 "
+    "--prompts deer_jax/pair/held_out.jsonl --limit 8 --max-new-tokens 64 --json report.json"
 )
 
 

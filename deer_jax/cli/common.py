@@ -33,7 +33,8 @@ from deer_jax.stores import check_file, is_store, place, write
 
 DRAFTER_HELP = (
     f"a folder, a hub id ([hub:]OWNER/NAME), or '{FROM_TARGET}': an untrained drafter with the target's own weights "
-    f"('{FROM_TARGET}:0,2' takes these layers only), or '{PROMPT_LOOKUP}': what followed where the text ended so before"
+    f"('{FROM_TARGET}:0,2' takes these layers only, and then guesses no token well before it is trained), or "
+    f"'{PROMPT_LOOKUP}': what followed where the text ended so before"
 )
 
 
@@ -146,7 +147,7 @@ class PromptOptions:
 class DecodeOptions:
     """decoding"""
 
-    max_new_tokens: Annotated[int, "stop an answer after this many tokens"] = 128
+    max_new_tokens: Annotated[int, "stop an answer after this many tokens"] = 256
     temperature: Annotated[float, "0 takes the likeliest token; higher values sample"] = 0.0
     top_k: Annotated[int, "sample among the N likeliest tokens; 0: among all"] = 0
     top_p: Annotated[float, "sample among the likeliest tokens that together have this probability; 1: all"] = 1.0

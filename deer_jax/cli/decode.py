@@ -1,13 +1,16 @@
 """deer-jax decode: answers of a target to prompts, with or without a drafter."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import numpy as np
 
 from deer_jax import processes
+from deer_jax.build import described
 from deer_jax.cli.common import (
     DRAFTER_HELP,
     DecodeOptions,
@@ -30,7 +33,10 @@ from deer_jax.decoding.state import DecodeResult, DecodeStats
 from deer_jax.decoding.stream import stream
 from deer_jax.errors import InputError
 
-EXAMPLE = 'deer-jax decode --target models/stories260k --drafter from-target --prompt "Once upon a time"'
+EXAMPLE = (
+    "deer-jax decode --target deer_jax/pair/target --drafter deer_jax/pair/drafter "
+    '--prompt "def main():" --max-new-tokens 64'
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +87,12 @@ def run(argv: Sequence[str]) -> None:
         contents = [prompt.content for prompt in prompts]
         if options.stream:
             with placed(prompts):
-                for piece in stream(target, contents, **arguments, finished=lambda stats: report(stats, "\n")):
+                pieces = stream(
+                    target, contents, **arguments, finished=lambda stats: report(stats, target.devices, "\n")
+                )  # fmt: skip
+                with Reporter("decoding"):  # up to the first words, as it compiles until then
+                    first = next(pieces, "")
+                for piece in itertools.chain([first], pieces):
                     check()
                     if not silent():
                         print(piece, end="", flush=True)
@@ -100,10 +111,10 @@ def run(argv: Sequence[str]) -> None:
             print(row["tokens"] if row["text"] is None else row["text"])
     if options.json:
         write_json(options.json, statistics(result) | {"target": target.name, "drafter": options.drafter})
-    report(result.stats, output=options.output)
+    report(result.stats, target.devices, output=options.output)
 
 
-def report(stats: DecodeStats, before: str = "", output: Path | None = None) -> None:
+def report(stats: DecodeStats, devices: Sequence[jax.Device], before: str = "", output: Path | None = None) -> None:
     """The numbers, on one line of stderr; `before` ends the answer on stdout."""
     if silent():
         return
@@ -120,6 +131,7 @@ def report(stats: DecodeStats, before: str = "", output: Path | None = None) -> 
     of = f" (of {sum(stats.new_tokens):,}, the others from before)" if stats.resumed_tokens else ""
     compiling = f"({stats.compile_seconds:.1f} s of compiling excluded)"
     parts.append(f"{made:,} tokens{of} in {stats.seconds:.1f} s {compiling}")
+    parts.append(f"on {described(devices)}")
     say(f"{', '.join(parts)}")
 
 

@@ -12,7 +12,7 @@ from deer_jax.cli.options import Source, parse
 from deer_jax.cli.progress import say
 from deer_jax.stores import folder_bytes
 
-EXAMPLE = "deer-jax export --source runs/mine --output models/mine"
+EXAMPLE = "deer-jax export --source runs/first --output first-drafter  # the example of align makes the run"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

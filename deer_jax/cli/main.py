@@ -50,8 +50,8 @@ Diffusion-drafted speculative decoding: the target's own answers, several tokens
 
 `deer-jax VERB --help` lists the options of a verb; `deer-jax --version` prints the version.
 
-example:
-  deer-jax decode --target models/stories260k --drafter from-target --prompt "Once upon a time"
+example, in the repository:
+  deer-jax decode --target deer_jax/pair/target --drafter deer_jax/pair/drafter --prompt "def main():"
 """
 
 

@@ -65,12 +65,14 @@ def _store(action: argparse.Action, parser: argparse.ArgumentParser, namespace: 
     setattr(namespace, action.dest, value)
 
 
-def parse(cls: type[Options], verb: str, argv: Sequence[str], example: str) -> Options:
+def parse(cls: type[Options], verb: str, argv: Sequence[str], example: str, more: Callable[[], str] = str) -> Options:
     """The options in argv; `--help` prints and exits. With a `config` field, a YAML file may give them too.
 
-    The command line wins over the file.
+    The command line wins over the file. more: what the help page says behind the options.
     """
     parser = _parser(cls, verb, example)
+    if {"-h", "--help"} & set(argv) and (text := more()):
+        parser.epilog = f"{text}\n\n{parser.epilog}"
     given = _parse(cls, parser, argv)
     if given.get("config") is not None:
         path = given["config"]
@@ -103,7 +105,7 @@ def _parser(cls: type, verb: str, example: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=f"deer-jax {verb}",
         description=inspect.getdoc(cls),
-        epilog=f"example:\n  {example}",
+        epilog=f"example, in the repository:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

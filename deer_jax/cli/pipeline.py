@@ -21,7 +21,7 @@ from deer_jax import processes
 from deer_jax.cli.common import show, write_json, write_text
 from deer_jax.cli.options import parse, shown
 from deer_jax.cli.processes import ProcessOptions
-from deer_jax.cli.progress import say, silent
+from deer_jax.cli.progress import silent, tell
 from deer_jax.config import nearest
 from deer_jax.errors import InputError, RunError
 from deer_jax.files import disk_error
@@ -83,12 +83,6 @@ def run(argv: Sequence[str]) -> None:
             processes.led(lambda text=text: write(lock, options.output / STATE, text))
     if not silent():
         show(table(done))
-
-
-def tell(text: str) -> None:
-    """A line, by the lead."""
-    if not silent():
-        say(text)
 
 
 def write(lock: Guard, path: Path, text: str) -> None:

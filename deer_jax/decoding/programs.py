@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax.experimental.layout import Format, Layout
 
+from deer_jax.build import compiling
+
 PREFILL_CHUNK = 512  # prompt tokens one pass reads per row; longer prompts take several
 STATE = 0  # the place, among a program's arguments that are not static, of what it changes and returns
 PROGRAMS = 128  # compiled programs that are kept: each holds memory maps, of which a process has a limited number
@@ -60,11 +62,12 @@ def compiled(function, static: tuple, *args, formats: Any = None, **options) -> 
     program, seconds = _compiled.pop(key, None), 0.0
     if program is None:
         begin = time.perf_counter()
-        if formats is None:
-            lowered = function.lower(*static, *args, **options)
-        else:
-            lowered = _in_formats(functools.partial(function, *static, **options), args, formats)
-        program = lowered.compile()
+        with compiling():
+            if formats is None:
+                lowered = function.lower(*static, *args, **options)
+            else:
+                lowered = _in_formats(functools.partial(function, *static, **options), args, formats)
+            program = lowered.compile()
         seconds = time.perf_counter() - begin
     _compiled[key] = program
     if len(_compiled) > PROGRAMS:

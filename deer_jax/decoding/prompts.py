@@ -4,6 +4,7 @@ import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from deer_jax.data.chats import excerpt, is_chat, normalised, plain
@@ -22,10 +23,10 @@ def encode_prompts(
     """Token ids of each prompt.
 
     Args:
-      prompts: a string, a chat, or a list of strings, chats or token-id lists (NumPy arrays too). A chat is a list of
-        messages with role and content, or a mapping {"messages": ..., "tools": ..., "documents": ...,
-        "chat_template_kwargs": ...}; see `data.chats`. Strings get BOS if the tokenizer adds one; chats go through the
-        tokenizer's template, which writes its own.
+      prompts: a string, a chat, or a list of strings, chats or token-id lists; or an array of token ids, [T] of one
+        prompt or [B, T] of several of one length. A chat is a list of messages with role and content, or a mapping
+        {"messages": ..., "tools": ..., "documents": ..., "chat_template_kwargs": ...}; see `data.chats`. Strings get
+        BOS if the tokenizer adds one; chats go through the tokenizer's template, which writes its own.
       template_arguments: passed to the template; a chat's own chat_template_kwargs win.
       now: the moment that templates which write the date write; None is the present.
 
@@ -33,8 +34,13 @@ def encode_prompts(
     """
     if isinstance(prompts, str) or is_chat(prompts):
         prompts = [prompts]
-    if isinstance(prompts, np.ndarray) and np.issubdtype(prompts.dtype, np.integer):
-        prompts = list(prompts)
+    if isinstance(prompts, np.ndarray | jax.Array):
+        if not np.issubdtype(prompts.dtype, np.integer) or prompts.ndim not in (1, 2):
+            raise InputError(
+                "prompts as an array must be token ids, integers [T] of one prompt or [B, T] of several, got "
+                f"{prompts.dtype} of shape {prompts.shape}"
+            )
+        prompts = list(np.atleast_2d(np.asarray(prompts)))
     if not isinstance(prompts, Sequence):
         raise InputError(f"prompts must be a string, a chat or a list of these, got {type(prompts).__name__}")
     if not prompts:
@@ -103,7 +109,8 @@ def is_whole(value: Any) -> bool:
 
 def _ids(prompt: Any) -> list[int] | None:
     """Token ids as a list; None if the prompt is none of them."""
-    if isinstance(prompt, np.ndarray):
+    if isinstance(prompt, np.ndarray | jax.Array):
+        prompt = np.asarray(prompt)
         whole = prompt.ndim == 1 and np.issubdtype(prompt.dtype, np.integer)
         return prompt.tolist() if whole or (prompt.ndim == 1 and not prompt.size) else None
     if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) and all(is_whole(token) for token in prompt):

@@ -12,7 +12,7 @@ from deer_jax.config import ModelConfig
 from deer_jax.drafters.protocol import Draft, Method, Row, Seen, Trainable
 from deer_jax.errors import InputError
 from deer_jax.models.layers import TwoWays
-from deer_jax.models.target import Target, Tokenizer, check_tokens
+from deer_jax.models.target import Target, Tokenizer, check_target, check_tokens
 from deer_jax.models.transformer import Params, bind, in_two_ways
 from deer_jax.sharding import batch_ways, on_mesh
 
@@ -60,6 +60,7 @@ class Drafter:
         -inf where nothing may be proposed. Of a drafter whose tokens depend on each other these are the scores along
         its own greedy path. Raises InputError for one that proposes tokens without scores.
         """
+        check_target(target)
         anchor = check_tokens(np.asarray(anchor)[:, None], self.method.target_vocab)
         prefix = np.asarray(tokens).reshape(anchor.shape[0], -1)
         text = np.concatenate([prefix, anchor], axis=1)

@@ -32,7 +32,7 @@ from deer_jax.drafters.protocol import Draft, Pick, Predictions, Row, Seen, Term
 from deer_jax.errors import InputError
 from deer_jax.models.cache import KVCache, empty_cache, write_cache, write_rows
 from deer_jax.models.piecewise import Before, BlockMask
-from deer_jax.models.target import Target
+from deer_jax.models.target import Target, check_target
 from deer_jax.models.transformer import (
     Params,
     Transformer,
@@ -367,6 +367,7 @@ def drafter_from_target(
     name: str = "from-target",
 ) -> Drafter:
     """An untrained drafter with the target's weights, of all layers or the chosen ones, in the given order."""
+    check_target(target)
     model, params = target.config, dict(target.params)
     if layers is not None:
         own = chosen_layers(target, layers)

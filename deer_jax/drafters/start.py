@@ -51,7 +51,10 @@ class HeadStart:
     """An untrained head.
 
     Attributes:
-      kind: `none`, `selector` (with rank and candidates) or `markov` (with rank and form), see `heads`; None: as there.
+      kind: `none`: all tokens of a draft at once; `selector` (DFlash 2): among the best candidates of each place, one
+        after the other; `markov` (DSpark): each token's scores have a term of the token before it.
+      rank: of what a selector or a Markov head adds to the scores. candidates: of a selector, for each place.
+      form: how a Markov head makes its term. None: as `heads` has them.
       confidence: whether it also learns how likely a token is to be accepted.
     """
 
@@ -95,10 +98,13 @@ class ConditionedStart:
 
     Attributes:
       taps: layers of the target that it reads, from 0; None: up to five, from its second to its third last.
-      mask: an id of the target that texts do not contain, whose embedding is the mask; or mask_token, its text.
-      draft_length: k; layout: see `ConditionedReading`.
+      mask: an id of the target that texts do not contain, whose embedding is the mask. mask_token: its text instead.
+      draft_length: k, tokens per draft.
+      layout: `fill_in`: a token is predicted at its own place, from a mask (DFlash); `next_token`: at the place before
+        it, the first at the anchor (DSpark).
       draft_vocab: proposes only so many ids, those most frequent in the answers and the stop ids; None: all.
-      head: its kind; rank, candidates, form, confidence: see `HeadStart`.
+      head: its kind.
+      rank, candidates, form, confidence: of it, see `HeadStart`.
       window: how far its layers see; 0: everything. causal: rows of a block see only those before them.
       conv_kernel, conv_group: convolutions around attention and MLP (DFlash 2); conv_kernel 0 has none.
       mlp_width, heads, kv_heads, head_width: of its layers; None: the target's.

@@ -17,7 +17,7 @@ from deer_jax import processes
 from deer_jax.build import Build
 from deer_jax.config import ModelConfig
 from deer_jax.digests import Digests, Stamp, combined
-from deer_jax.errors import InputError
+from deer_jax.errors import InputError, shown
 from deer_jax.models.transformer import Params, bind, in_two_ways
 from deer_jax.sharding import batch_ways, on_mesh
 
@@ -39,6 +39,12 @@ def check_tokens(tokens, vocab_size: int) -> np.ndarray:
         wrong = int(tokens.min() if tokens.min() < 0 else tokens.max())
         raise InputError(f"token id {wrong} is outside the vocabulary of {vocab_size} (0..{vocab_size - 1})")
     return tokens.astype(np.int32)
+
+
+def check_target(target: Any) -> None:
+    """InputError for what is no target, such as the name of one."""
+    if not isinstance(target, Target):
+        raise InputError(f"target must be a loaded one, as in load_target({shown(target)}), got {shown(target)}")
 
 
 def params_digests(params: Params) -> dict[str, str]:

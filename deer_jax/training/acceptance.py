@@ -34,6 +34,11 @@ class Acceptance:
     seconds: float
 
     @property
+    def interval(self) -> str:
+        """The interval behind a space, as in ` [1.92, 2.31]`; nothing where there is none."""
+        return "" if self.ci95 is None else f" [{self.ci95[0]:.2f}, {self.ci95[1]:.2f}]"
+
+    @property
     def name(self) -> str:
         return f"k{self.draft_length}_T{self.temperature:g}"
 
@@ -60,12 +65,14 @@ class Survey:
 
     Attributes:
       met: which prompts occur in a row, token by token, at its start or inside.
+      cut: how many rows are longer than there is room, of those whose answer has some.
       overlong: numbers of the rows whose prompt leaves no room for an answer.
       counts: int64 [V] how often each id occurs in the answers.
       first: int64 [V] number of the first row whose text has each id, as far as there is room; -1: none has.
     """
 
     met: list[bool]
+    cut: int
     overlong: list[int]
     counts: np.ndarray
     first: np.ndarray
@@ -74,7 +81,7 @@ class Survey:
 def survey(records: AnswerFiles, prompts: Sequence[Sequence[int]], room: int) -> Survey:
     """Read every row: InputError at the first that is no answer of the target. room: tokens of prompt and answer."""
     needles = [np.asarray(prompt, np.int32).tobytes() for prompt in prompts]
-    met, overlong = [False] * len(prompts), []
+    met, cut, overlong = [False] * len(prompts), 0, []
     counts, first = np.zeros(records.vocab_size, np.int64), np.full(records.vocab_size, -1)
     for number in range(len(records)):
         record = records[number]
@@ -83,13 +90,14 @@ def survey(records: AnswerFiles, prompts: Sequence[Sequence[int]], room: int) ->
         if prompt >= room:
             overlong.append(number)
             continue
+        cut += len(text) > room
         read = text[:room]
         first[read[first[read] < 0]] = number
         row = text.tobytes()
         for i, needle in enumerate(needles):
             if not met[i]:
                 met[i] = _at_token(row, needle)
-    return Survey(met, overlong, counts, first)
+    return Survey(met, cut, overlong, counts, first)
 
 
 def _at_token(row: bytes, needle: bytes) -> bool:

@@ -41,6 +41,7 @@ from deer_jax.stores import place
 from deer_jax.training.acceptance import Acceptance, Survey, measure, read_held_out, survey
 from deer_jax.training.loop import Batches, Progress, StagePlan, Trainer, TrainReport, Work, run_mesh, stage_seed
 from deer_jax.training.objectives import drafter_loss, fixed_params, reads_target
+from deer_jax.training.outlook import break_even, described
 from deer_jax.training.recipe import INESSENTIAL, Recipe, Stage, as_recipe, recipe_from, to_mapping
 from deer_jax.training.target_states import TargetStates
 
@@ -60,6 +61,7 @@ def align(
     recipe: Recipe | Mapping[str, Any] | str | Path,
     *,
     progress: Progress | None = None,
+    tell: Callable[[str], Any] | None = None,
     should_stop: Callable[[], bool] | None = None,
     verify: bool = False,
 ) -> AlignReport:
@@ -68,6 +70,8 @@ def align(
     Args:
       recipe: a Recipe, its plain values, or a YAML file of them.
       progress: called after every step, and during evaluations.
+      tell: given lines worth keeping: before the first step what the run will take, and what a round costs here; then
+        τ at each evaluation, and how long the rest takes. Of several processes all have one, or none.
       should_stop: asked after every step; True writes a checkpoint and returns.
       verify: when a run goes on, read the target, the start drafter and the answers in full for their digests, instead
         of trusting the size and time of change of files.
@@ -88,9 +92,11 @@ def align(
             lambda folder: describe_drafter(folder, inputs.drafter, inputs.target.stop_ids),
         )
         run = Trainer(
-            work_of(recipe, stages, inputs), recipe, lock=claim.lock, show=show,
+            work_of(recipe, stages, inputs), recipe, lock=claim.lock, show=show, tell=tell or (lambda _: None),
             should_stop=should_stop or (lambda: False),
         )  # fmt: skip
+        if tell:
+            say_before(recipe, stages, inputs, run, tell)
         report = run.train()
     evaluations = {step: found.results for step, found in run.evaluations.items()}
     return AlignReport(**vars(report), evaluations=evaluations)
@@ -106,6 +112,12 @@ class _Measured:
     def score(self) -> float:
         return self.results[0].acceptance_length
 
+    def described(self) -> str:
+        return "τ " + ", ".join(
+            f"{each.acceptance_length:.2f}{each.interval} at k = {each.draft_length}, T = {each.temperature:g}"
+            for each in self.results
+        )
+
     def metrics(self) -> dict[str, Any]:
         return {
             "acceptance_length": {each.name: each.acceptance_length for each in self.results},
@@ -119,13 +131,15 @@ class Inputs(NamedTuple):
 
     Attributes:
       target: on the run's mesh. drafter: what training starts from; start: the digests of its files, by name.
-      records: the training rows. held_out: prompts to evaluate on, as token ids.
+      records: the training rows; cut: how many of them are longer than the recipe's `length`.
+      held_out: prompts to evaluate on, as token ids.
     """
 
     target: Target
     drafter: Drafter
     start: dict[str, str]
     records: AnswerFiles
+    cut: int
     held_out: list[list[int]]
 
 
@@ -165,7 +179,25 @@ def read_inputs(recipe: Recipe, claim: Claim, say: Callable[[str], Any]) -> Inpu
         raise RunError(f"{source}: of its weights these are not finite: {', '.join(broken[:NAMED])}")
     check_texts(trainable(drafter), records, found)
     held_out = usable_rows(recipe, records, prompts, found)
-    return Inputs(target, drafter, start, records, held_out)
+    return Inputs(target, drafter, start, records, found.cut, held_out)
+
+
+def say_before(
+    recipe: Recipe, stages: Sequence[Stage], inputs: Inputs, run: Trainer, tell: Callable[[str], Any]
+) -> None:
+    """What the run will take; for one that begins, also what a round costs on this machine."""
+    target, drafter, held_out = inputs.target, inputs.drafter, inputs.held_out
+    done = max(run.checkpoints.steps(), default=-1)
+    if done == run.steps:
+        return
+    for line in described(recipe, stages, target, drafter, len(inputs.records), inputs.cut, len(held_out)):
+        tell(line)
+    if recipe.evaluation is not None and done < 0:
+        assert target.mesh is not None
+        run.show(0, run.steps, "timing a round against a plain step")
+        usable = usable_drafter(drafter, place_drafter(drafter, target.mesh), target)
+        if line := break_even(target, usable, held_out, recipe):
+            tell(line)
 
 
 def check_texts(method: Trainable, records: AnswerFiles, found: Survey) -> None:

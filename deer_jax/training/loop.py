@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deer_jax import processes
-from deer_jax.build import Build
+from deer_jax.build import Build, compiling
 from deer_jax.checkpoints.records import DamagedError
 from deer_jax.checkpoints.runs import Checkpoints, best_of
-from deer_jax.errors import InputError, RunError
+from deer_jax.errors import InputError, RunError, duration
 from deer_jax.models.transformer import Params
 from deer_jax.sharding import batch_placement, make_mesh, on_mesh
 from deer_jax.spools import Guard
@@ -60,6 +60,10 @@ class Evaluated(Protocol):
 
     def metrics(self) -> Mapping[str, Any]:
         """For metrics.jsonl."""
+        ...
+
+    def described(self) -> str:
+        """In a few words."""
         ...
 
 
@@ -112,16 +116,17 @@ class _Clock:
     """What the steps since it was started took.
 
     Attributes:
-      waited: seconds for examples. tokens: of texts, those that this process counts.
+      waited: seconds for examples. steps: begun. tokens: of texts, those that this process counts.
     """
 
     def __init__(self):
-        self.begin, self.waited, self.tokens = time.perf_counter(), 0.0, 0
+        self.begin, self.waited, self.steps, self.tokens = time.perf_counter(), 0.0, 0, 0
 
     def next(self, examples: Batches) -> dict[str, np.ndarray]:
         start = time.perf_counter()
         batch = next(examples)
         self.waited += time.perf_counter() - start
+        self.steps += 1
         return batch
 
     @property
@@ -134,13 +139,17 @@ class Trainer:
 
     Attributes:
       evaluations: by step, in order, those of this call.
+      step_seconds, evaluation_seconds: of the last ones; None before one was timed.
     """
 
     def __init__(
-        self, work: Work, settings: RunSettings, *, lock: Guard, show: Progress, should_stop: Callable[[], bool]
-    ):
-        """lock: of the run's folder."""
-        self.work, self.settings, self.lock, self.show = work, settings, lock, show
+        self, work: Work, settings: RunSettings, *, lock: Guard, show: Progress, tell: Callable[[str], Any],
+        should_stop: Callable[[], bool],
+    ):  # fmt: skip
+        """lock: of the run's folder. tell: is given the lines that are worth keeping."""
+        self.work, self.settings, self.lock, self.show, self.tell = work, settings, lock, show, tell
+        self.step_seconds: float | None = None
+        self.evaluation_seconds: float | None = None
         self.should_stop = processes.agreed(should_stop)
         self.share = processes.Share(batch_placement(work.mesh), settings.accumulate, settings.batch)
         self.output, self.steps = place(settings.output), sum(stage.steps for stage in work.stages)
@@ -243,10 +252,11 @@ class Trainer:
         while step < last:
             batch = clock.next(examples)
             clock.tokens += int(batch["length"][self.share.own].sum())
-            if stage.with_states is not None:
-                batch = stage.with_states(batch, self.share)
-            with on_mesh(self.work.mesh):
-                state, metrics = run_step(state, self.share.place(batch), stage.fixed)
+            with contextlib.nullcontext() if compiled else compiling():
+                if stage.with_states is not None:
+                    batch = stage.with_states(batch, self.share)
+                with on_mesh(self.work.mesh):
+                    state, metrics = run_step(state, self.share.place(batch), stage.fixed)
             if not compiled:  # the first step of a call compiles; the clock starts behind it
                 jax.block_until_ready(metrics)
                 untimed, clock, compiled = clock.tokens, _Clock(), True
@@ -273,7 +283,12 @@ class Trainer:
                 speed = {"tokens_per_second": tokens / seconds, "data_share": clock.waited / seconds} if tokens else {}
                 self.write(step, {"stage": stage.name, "tokens": self.read, **values, **speed})
                 note = f"{stage.name}, loss {values['loss']:.3f}"
-                note += f", {tokens / seconds:,.0f} tokens/s" if tokens else ""
+                if tokens:
+                    first_timed, self.step_seconds = self.step_seconds is None, seconds / clock.steps
+                    left = self.left(step)
+                    note += f", {tokens / seconds:,.0f} tokens/s" + (f", {left}" if left else "")
+                    if first_timed and left and not measured:
+                        self.tell(f"step {step:,}: {left}")
                 if saved:
                     score = self.evaluate(step, state).score if measured else None
                     self.save(step, state, score)
@@ -292,12 +307,25 @@ class Trainer:
 
     def evaluate(self, step: int, state: TrainState) -> Evaluated:
         """How good the parameters are, also written to the metrics."""
+        begin = time.perf_counter()
         found = self.work.evaluate(state.average or state.params, lambda note: self.show(step, self.steps, note))
+        self.evaluation_seconds = time.perf_counter() - begin
         if not np.isfinite(found.score):
             raise RunError(f"{self.output}: the evaluation at step {step} gives {found.score}; lower the learning rate")
         self.evaluations[step] = found
         self.write(step, {"tokens": self.read, **found.metrics()})
+        self.tell(f"step {step:,}: {found.described()}" + (f"; {left}" if (left := self.left(step)) else ""))
         return found
+
+    def left(self, step: int) -> str:
+        """How long the rest of the run takes, evaluations included; empty where there is none, or no step was timed."""
+        if self.step_seconds is None or step >= self.steps:
+            return ""
+        every, lengths = self.work.evaluate_every, [stage.steps for stage in self.work.stages]
+        ahead = 0 if every is None else evaluations_after(step, lengths, every)
+        seconds = (self.steps - step) * self.step_seconds + ahead * (self.evaluation_seconds or 0.0)
+        unknown = " without the time of its evaluations" if ahead and self.evaluation_seconds is None else ""
+        return f"{self.step_seconds:.2g} s a step, about {duration(seconds)} left{unknown}"
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """A line of the metrics, by the lead."""
@@ -314,6 +342,16 @@ def run_mesh(settings: RunSettings) -> Mesh:
             "several processes use them all"
         )
     return mesh
+
+
+def evaluations_after(step: int, stages: Sequence[int], every: int) -> int:
+    """How many evaluations follow a step of a run whose stages have so many steps: at multiples of `every`, and at the
+    end of each stage.
+
+    0, (6, 6), 4 -> 4: at 4, 6, 8 and 12
+    """
+    ends = np.cumsum(stages).tolist()
+    return len({each for each in {*range(0, ends[-1] + 1, every), *ends} if each > step})
 
 
 def stage_seed(seed: int, number: int) -> int:

@@ -71,6 +71,9 @@ class HeldOutLoss:
     def metrics(self) -> dict[str, Any]:
         return {"held_out": dataclasses.asdict(self)}
 
+    def described(self) -> str:
+        return f"held-out loss {self.loss:.3f} nats per token, {self.bits_per_byte:.3f} bits per byte"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainReport(TrainReport):
@@ -87,6 +90,7 @@ def pretrain(
     recipe: PretrainRecipe | Mapping[str, Any] | str | Path,
     *,
     progress: Progress | None = None,
+    tell: Callable[[str], Any] | None = None,
     should_stop: Callable[[], bool] | None = None,
     verify: bool = False,
 ) -> PretrainReport:
@@ -95,6 +99,7 @@ def pretrain(
     Args:
       recipe: a PretrainRecipe, its plain values, or a YAML file of them.
       progress: called after every step, and during evaluations.
+      tell: given lines worth keeping: what each evaluation found, and how long the rest takes.
       should_stop: asked after every step; True writes a checkpoint and returns.
       verify: as for `align`; the texts are read in full in any case.
 
@@ -122,7 +127,7 @@ def pretrain(
         show(0, recipe.steps, "reading the texts as tokens")
         run = Trainer(
             work_of(recipe, corpus, tokenizer, mesh, build), recipe, lock=claim.lock, show=show,
-            should_stop=should_stop or (lambda: False),
+            tell=tell or (lambda _: None), should_stop=should_stop or (lambda: False),
         )  # fmt: skip
         report = run.train()
     return PretrainReport(**vars(report), evaluations=run.evaluations)

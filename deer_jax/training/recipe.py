@@ -27,6 +27,7 @@ class Stage:
     """One stage: its corruption, its optimiser, and how long it runs.
 
     Attributes:
+      steps: of the optimiser, each over a batch.
       loss: what is minimised, see `objectives.Objective`: by default cross-entropy on what the answers say (the paper).
     """
 
@@ -52,6 +53,7 @@ class Evaluation:
       limit: how many of the prompts to use.
       draft_lengths, temperatures: each pair is measured; the first pair decides which checkpoint is the best. Draft
         lengths None is the drafter's.
+      max_new_tokens: stop an answer after so many tokens. batch_size: prompts that are decoded at once.
     """
 
     prompts: str
@@ -91,8 +93,10 @@ class RunSettings:
       remat: what gradients compute again instead of keeping it, to save memory: "none"; "cheap", what of each layer is
         no product with weights; "layers", all of each layer but its attention. None is none on CPU, layers elsewhere.
       batch: texts per step, in `accumulate` micro-batches.
+      accumulate: into how many parts a step's texts are split where memory is short.
+      seed: fixes every random choice.
       log_every: steps between lines of metrics.jsonl.
-      checkpoint_every: steps between checkpoints; `keep` of them stay, beside the best.
+      checkpoint_every: steps between checkpoints. keep: how many of them stay, beside the best.
     """
 
     output: str
@@ -134,6 +138,7 @@ class Recipe(RunSettings):
 
     Attributes:
       target: folder, GGUF file or hub id. answers: the files its `answers` wrote.
+      stages: a list of them, run one after the other.
       drafter: what it starts from: a folder, a hub id, `from-target` or `from-target:0,2`; a conditioned one from such
         layers of the target, or from `random:2` layers.
       reading: how a standalone drafter reads and is read; None: as its folder says, or the defaults for `from-target`.
@@ -143,6 +148,7 @@ class Recipe(RunSettings):
       keep_states: GiB of each process's memory for what the target says of the texts, so that it reads each of them
         once and not in every epoch; None: it reads them in every step. A step then has the states of its whole batch on
         the devices, whatever `accumulate` is.
+      evaluation: of the drafter while it learns; None: none, and the newest checkpoint counts.
     """
 
     target: str
@@ -190,6 +196,7 @@ class PretrainRecipe(RunSettings):
         held_out: of those to keep apart, for the evaluation and for prompts.
       model: shape of the target, as in `config.ModelConfig`; its tokenizer, byte-level BPE, is learnt to its
         vocab_size.
+      steps: of the optimiser, each over a batch.
       length: tokens per training window.
       optimizer: its keys stand beside the others: learning_rate, warmup, ...
       evaluate_every: steps between evaluations on the texts kept apart.
@@ -234,12 +241,12 @@ OPTIMIZER = {field.name for field in dataclasses.fields(OptimizerConfig)}
 OWN = {"steps", "loss"}
 PARTS = {"reading": DrafterConfig, "draft_head": HeadStart, "conditioned": ConditionedStart, "evaluation": Evaluation}
 MODEL, MESH = ({field.name for field in dataclasses.fields(kind)} for kind in (ModelConfig, MeshShape))
-# Where keys belong that a recipe does not have itself; the last one counts.
-PLACES = {
-    name: place
-    for place, kind in (("mesh", MeshShape), ("reading", DrafterConfig), ("evaluation", Evaluation))
-    for name in (field.name for field in dataclasses.fields(kind))
-} | dict.fromkeys(OWN | CORRUPTION | OPTIMIZER, "a stage, one of the list `stages`")
+# Where keys belong that a recipe does not have itself.
+PLACES: dict[str, str] = {}
+for place, kind in (("mesh", MeshShape), *PARTS.items()):
+    for name in (field.name for field in dataclasses.fields(kind)):
+        PLACES[name] = f"{PLACES[name]} or {place}" if name in PLACES else place
+PLACES |= dict.fromkeys(OWN | CORRUPTION | OPTIMIZER, "a stage, one of the list `stages`")
 PRETRAIN_PLACES = dict.fromkeys(MESH, "mesh") | dict.fromkeys(MODEL, "model")
 
 

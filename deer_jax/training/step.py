@@ -21,9 +21,11 @@ class OptimizerConfig:
     """AdamW with warm-up and cosine decay, clipping, and an average of the parameters.
 
     Attributes:
+      learning_rate: the largest, behind the warm-up.
       warmup: steps of linear growth to `learning_rate`.
       final_rate: learning rate at the last step, as a share of `learning_rate`.
       clip: largest global gradient norm.
+      b1, b2: how slowly Adam's two moments change.
       weight_decay: on matrices only.
       ema: decay of the averaged parameters, which are the ones evaluated and exported; 0 averages nothing.
     """

@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.image import imread
 
 from deer_jax.bench import plots
-from deer_jax.bench.curves import read_curves
+from deer_jax.bench.curves import learning_curve, read_curves
 from deer_jax.bench.report import BenchReport, MethodReport
 from deer_jax.cli import bench as verb
 from deer_jax.cli import main as cli
@@ -26,8 +26,9 @@ def method(drafter, histogram, cost, interval=True):
     return MethodReport(
         drafter=drafter, draft_length=len(histogram) - 1, temperature=0.0, batch_size=2, acceptance_length=tau,
         ci95=(tau - 0.25, tau + 0.125) if interval else None, round_cost=cost, tokens_per_second=1.0,
-        decode_tokens_per_second=2.0, speedup=0.9 * tau / cost, exact_match=1.0, rows_differing=0, near_ties=0,
-        accepted_histogram=histogram.tolist(), acceptance_by_depth=acceptance_by_depth(histogram),
+        decode_tokens_per_second=2.0, speedup=0.9 * tau / cost,
+        speedup_range=(0.8 * tau / cost, tau / cost), speed_range=(0.75, 1.25), exact_match=1.0, rows_differing=0,
+        near_ties=0, accepted_histogram=histogram.tolist(), acceptance_by_depth=acceptance_by_depth(histogram),
         repeated_8grams=0.0, seconds=1.0, prefill_seconds=0.5, compile_seconds=1.0, new_tokens=committed, rounds=rounds,
     )  # fmt: skip
 
@@ -105,6 +106,9 @@ def test_speed(several):
     assert lines[0] == [(k, methods[f"a k={k}"].speedup) for k in (2, 4, 8)]
     assert lines[1] == [(3, methods["b k=3"].speedup)]
     assert list(first.lines[2].get_ydata()) == [1, 1]
+    spread = [segment[:, 1].tolist() for segment in first.collections[0].get_segments()]
+    assert spread == [list(methods[f"a k={k}"].speedup_range) for k in (2, 4, 8)]
+    assert any("b k=3: its repeats differ by 67%" in text for text in texts(figure))
     tau, cost = a.lines[0], a.lines[-2]
     assert points(tau) == [(k, methods[f"a k={k}"].acceptance_length) for k in (2, 4, 8)]
     assert points(cost) == [(2, 1.5), (4, 3.5), (8, 5.0)]
@@ -203,6 +207,16 @@ def test_curve(tmp_path):
     assert "text tokens" in axes.get_xlabel()
     assert "tokens per round" in axes.get_ylabel()
     assert any("target some-target, 16 held-out prompts" in text for text in texts(figure))
+
+
+def test_public_ways_to_the_pictures(tmp_path, several):
+    run_folder(tmp_path / "run")
+    assert texts(learning_curve(tmp_path / "run")) == texts(plots.curve(read_curves([tmp_path / "run"])))
+    for name, draw in (("speed", plots.speed), ("depth", plots.depth), ("histogram", plots.histogram)):
+        assert texts(several.picture(name)) == texts(draw(several))
+    with pytest.raises(InputError, match="name must be one of histogram, depth, speed, got 'curve'"):
+        several.picture("curve")
+    assert several.table().row_count == 5
 
 
 def test_curve_against_steps_where_a_run_counts_no_tokens(tmp_path):

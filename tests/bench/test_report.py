@@ -54,6 +54,8 @@ def test_measure():
     assert found.tokens_per_second == pytest.approx(12 / 1.5)
     assert found.decode_tokens_per_second == pytest.approx(12 / 1.0)
     assert found.speedup == pytest.approx((12 / 1.5) / (12 / 6.0))
+    assert found.speed_range == (6 / 1.0, 6 / 0.5)
+    assert found.speedup_range == ((6 / 1.0) / (6 / 4.0), (6 / 0.5) / (6 / 2.0))  # of the same turn
     assert found.round_cost == pytest.approx((1.0 / 7) / (5.0 / 12))  # decode seconds per round, over plain's per step
     plain_decode = sum(len(answer) for result in PLAIN for answer in result.tokens) / 5.0
     assert found.decode_tokens_per_second / plain_decode == pytest.approx(found.acceptance_length / found.round_cost)
@@ -160,8 +162,9 @@ def test_json_and_table():
         ),
     }
     report = BenchReport(
-        methods=methods, machine={"platform": "cpu"}, date="2026-01-02", command="deer-jax bench", target="tiny",
-        prompts=2, repeats=2, settings={},
+        methods=methods, date="2026-01-02", command="deer-jax bench", target="tiny", prompts=2, repeats=2,
+        machine={"platform": "cpu", "device_kind": "some cpu", "devices": 1, "cores": 2, "jax": "0.1"},
+        settings={"dtype": "float32"},
     )  # fmt: skip
     values = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert list(values["methods"]) == ["plain", "x k=2"]
@@ -170,7 +173,11 @@ def test_json_and_table():
     console.print(table(report))
     lines = console.file.getvalue().splitlines()
     assert all(len(line.rstrip()) <= 80 for line in lines)
-    row = next(line.split() for line in lines if "x k=2" in line)
+    row = next(line.split() for line in lines if "x k=2 " in line)
     assert row[:3] == ["x", "k=2", "1.71"]
     assert row[5] == "0.34"  # what a round costs, in plain steps
-    assert row[-5:] == ["12.0", "4.00x", "50.0", "%", "-"]
+    assert row[-6:] == ["12.0", "4.00x", "4.00..4.00", "50.0", "%", "-"]
+    text = " ".join(" ".join(lines).split())
+    assert "target tiny, 2 prompts x 2 repeats, T=0, float32, batch 1" in text
+    assert "1 x some cpu, 2 cores, jax 0.1, 2026-01-02" in text
+    assert "x k=2: its repeats differ by 100%, 6.0 to 12.0 tokens/s; measure again on a quiet machine" in text

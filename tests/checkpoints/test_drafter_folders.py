@@ -252,7 +252,7 @@ def test_our_layout_says_what_the_others_cannot(tmp_path, family, layers, head, 
     deer_jax.save_drafter(tmp_path / "ours", drafter, max_shard_bytes=9000)
     assert (tmp_path / "ours" / "model.safetensors.index.json").exists()
     same_drafter(deer_jax.load_drafter(tmp_path / "ours", target=target), drafter)
-    with pytest.raises(InputError, match="architecture DeerJaxDrafter is not supported"):
+    with pytest.raises(InputError, match="is a drafter, architecture DeerJaxDrafter, and no target: name"):
         deer_jax.load_target(tmp_path / "ours")
 
 
@@ -345,7 +345,8 @@ LAYER = "transformer_layer_config"
         ("speculators-dflash", put("aux_hidden_state_layer_ids", [1, 4, 4]), "taps must be different layers"),
         # Kinds and parts that are not supported.
         ("zlab-dflash", put("markov_rank", 8), "markov_rank is not supported for DFlash"),
-        ("speculators-dspark", put("speculators_model_type", "eagle3"), "'eagle3' is not supported; supported: dflash"),
+        ("speculators-dspark", put("speculators_model_type", "eagle3"), "is an EAGLE drafter, which drafts one"),
+        ("speculators-dspark", put("speculators_model_type", "mtp"), "'mtp' is not supported; supported: dflash"),
         ("speculators-dspark", put("markov_head_type", "lstm"), "markov_head_type 'lstm' is not supported; supported"),
         ("zlab-dflash", put("dflash_config.fc_layernorm", True), r"dflash_config\.fc_layernorm is not supported"),
         ("zlab-dflash", put("attn_output_gate", True), "attn_output_gate is not supported for DFlash"),
@@ -392,7 +393,7 @@ def test_bad_folders_are_refused_in_one_line(target, tmp_path, case, change, pro
         deer_jax.load_drafter(folder, target=target)
 
 
-@pytest.mark.parametrize("name", ["Qwen3DSparkModel", "LlamaForCausalLMEagle3", "MedusaModel", "XPressDraftModel"])
+@pytest.mark.parametrize("name", ["Qwen3DSparkModel", "MedusaModel", "XPressDraftModel"])
 def test_other_drafters_are_named(target, tmp_path, name):
     def change(values, tensors):
         values.pop("dflash_config")
@@ -403,6 +404,17 @@ def test_other_drafters_are_named(target, tmp_path, name):
         deer_jax.load_drafter(folder, target=target)
     folder = changed("zlab-dflash", tmp_path / "nested", put("architectures", ["Qwen3DSparkModel"]))
     with pytest.raises(InputError, match=rf"\A{folder}: drafters of architecture Qwen3DSparkModel are not supported"):
+        deer_jax.load_drafter(folder, target=target)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLMEagle3", "LlamaForCausalLM"])
+def test_eagle_is_said_to_be_of_another_kind(target, tmp_path, name):
+    def change(values, tensors):
+        values.pop("dflash_config")
+        values |= {"architectures": [name], "draft_vocab_size": 32000}
+
+    folder = changed("zlab-dflash", tmp_path / "folder", change)
+    with pytest.raises(InputError, match=rf"\A{folder}: is an EAGLE drafter, .*: another kind than those that load"):
         deer_jax.load_drafter(folder, target=target)
 
 

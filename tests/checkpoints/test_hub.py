@@ -108,4 +108,6 @@ def test_a_working_directory_that_is_gone(asked, here, tmp_path):
 
 
 def test_models_are_called_by_the_last_part_of_their_name():
-    assert [model_name(name) for name in ("a/b", "hub:a/b", Path("/x/y"), ".")] == ["b", "b", "y", "."]
+    assert [model_name(name) for name in ("a/b", "hub:a/b", Path("/x/y"), ".")] == ["b", "b", "y", Path.cwd().name]
+    assert model_name("hub/models--Qwen--Qwen3-8B/snapshots/b968826d") == "Qwen3-8B"
+    assert model_name("hub/models--gpt2/snapshots/b968826d") == "gpt2"

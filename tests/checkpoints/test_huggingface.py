@@ -160,8 +160,14 @@ def test_defaults_follow_transformers():
         ({"num_attention_heads": 3}, ["heads", "multiple"]),
         ({"num_attention_heads": 0}, ["heads"]),
         ({"architectures": {"a": 1}}, ["architecture {'a': 1} is not supported"]),
-        ({"architectures": ["LlamaForCausalLMEagle3"]}, ["LlamaForCausalLMEagle3 is not supported"]),
-        ({"architectures": ["DFlashDraftModel"]}, ["DFlashDraftModel is not supported", "LlamaForCausalLM"]),
+        (
+            {"architectures": ["LlamaForCausalLMEagle3"]},
+            ["is a drafter, architecture LlamaForCausalLMEagle3, and no"],
+        ),
+        (
+            {"architectures": ["DFlashDraftModel"]},
+            ["is a drafter, architecture DFlashDraftModel", "this folder as its dr"],
+        ),
         ({"architectures": "x" * 9000}, ["is not supported"]),
         ({"hidden_act": ["silu"]}, ["hidden_act"]),
         ({"attention_bias": "false"}, ["attention_bias must be true or false, got 'false'"]),

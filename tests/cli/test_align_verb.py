@@ -1,5 +1,6 @@
 """deer-jax align as a user meets it: messages of one line, interruptions, a full disk."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -9,7 +10,14 @@ import time
 
 import pytest
 
+from deer_jax.cli.docstrings import NAMES, recipe_help
 from deer_jax.cli.main import main
+from deer_jax.config import DrafterConfig
+from deer_jax.diffusion.corruption import Corruption
+from deer_jax.drafters.start import ConditionedStart
+from deer_jax.training.objectives import Objective
+from deer_jax.training.recipe import Evaluation, PretrainRecipe, Recipe, Stage
+from deer_jax.training.step import OptimizerConfig
 from tests.training import runs
 
 
@@ -40,9 +48,25 @@ def test_a_run_prints_its_table_and_goes_on_with_nothing_to_do(folder, capsys):
         r"cli: 12 steps done, [\d,]+ tokens/s, [\d.]+ % of the time waiting for examples; the best", said.err
     )
     assert json.loads(report.read_text())["evaluations"]["12"][0]["draft_length"] == 4
+    lines = [line.removeprefix("deer-jax: ") for line in said.err.splitlines()]
+    first = next(i for i, line in enumerate(lines) if line.startswith("step 0: τ "))
+    before = "\n".join(lines[:first])
+    for line in (
+        r"the drafter has [\d,]+ parameters, its target [\d,]+: [\d.]+ % of them",
+        r"memory: [\d.]+ [MG]B for target, .*, [\d.]+ [MG]B are free; disk: [\d.]+ MB for 4 checkpoints, .* free",
+        r"12 steps of 4 texts are 1.2 epochs of 40 rows",
+        r"5 evaluations, each decodes 8 held-out prompts at 1 x 2 \(draft lengths x temperatures\): up to 128 tokens",
+        r"a round of 4 drafts takes [\d.]+ plain steps here \(8 prompts at once, 1 x cpu\): decoding gets faster",
+    ):
+        assert re.search(f"^{line}", before, re.MULTILINE), (line, before)
+    told = [line for line in lines if re.match(r"step \d+: τ [\d.]+ \[.*\] at k = 4, T = 0, [\d.]+ .* T = 1", line)]
+    assert [line.split(":")[0] for line in told] == ["step 0", "step 4", "step 6", "step 8", "step 12"]
+    assert re.search(r"; [\d.e-]+ s a step, about \d+ (s|min) left$", told[1])
+    assert not told[-1].endswith("left")
     assert main(["align", "--recipe", values["output"] + ".yaml", "--set", "seed=5"]) == 0
     said = capsys.readouterr()
-    assert said.out == ""
+    assert re.findall(r"^ *(\d+)(?: best)? .*\[", said.out, re.MULTILINE) == ["0", "4", "6", "8", "12"]
+    assert "τ " not in said.err  # nothing is evaluated, nor said of what is to come
     assert "12 steps done, nothing was left to do; the best checkpoint is that of step" in said.err
     assert main(["align", "--recipe", values["output"] + ".yaml"]) == 2
     assert "holds another run: seed was 5, is 0. Name another output" in capsys.readouterr().err
@@ -73,7 +97,23 @@ def test_bad_options(folder, capsys, options, message):
 def test_help(capsys):
     with pytest.raises(SystemExit):
         main(["align", "--help"])
-    assert "the same command goes on, also after a" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the same command goes on," in said
+    for kind in (Recipe, Stage, Corruption, OptimizerConfig, Evaluation, Objective, DrafterConfig, ConditionedStart):
+        for field in dataclasses.fields(kind):
+            if kind is not Stage or field.name not in ("corruption", "optimizer"):
+                assert re.search(rf"^ +([a-z_0-9]+, )*{field.name}(, [a-z_0-9]+)*( |$)", said, re.MULTILINE), field.name
+
+
+@pytest.mark.parametrize("recipe", [Recipe, PretrainRecipe])
+def test_every_key_has_a_meaning(recipe):
+    lines = recipe_help(recipe).splitlines()[1:]
+    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+        name, meaning = line[:NAMES].rstrip(), line[NAMES:]
+        if name:
+            text = meaning if line[:NAMES] != line else after[NAMES:]
+            assert text.strip(), line
+            assert not text.strip().startswith("(default"), line
 
 
 def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(folder, environment):
@@ -106,8 +146,9 @@ def test_no_room_for_the_metrics_is_one_line(folder, environment):
         timeout=90,
     )
     assert done.returncode == 1, done.stderr
-    errors = [line for line in done.stderr.splitlines() if "aligning" not in line]
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
     assert len(errors) == 1
+    assert errors == done.stderr.splitlines()[-1:]
     assert re.search(r"error: .*no_room/metrics.jsonl: cannot be written: File too large; the same command", errors[0])
 
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from deer_jax.build import compiling
 from deer_jax.cli import answers as verb
 from deer_jax.cli import main as cli
 from deer_jax.cli import progress
@@ -151,7 +152,8 @@ def test_interrupted(run, monkeypatch, tmp_path, folder, ids):
     output = tmp_path / "o"
     status, _, err = run("answers", "--target", folder, "--prompts", ids, "--output", str(output))
     assert status == 130
-    assert err == f"deer-jax: interrupted: {output} keeps what is done; the same command goes on from there\n"
+    line = f"deer-jax: interrupted: {output} keeps what is done; the same command goes on from there"
+    assert err.splitlines()[-1] == line
 
 
 def test_killed_and_started_again(run, environment, folder, tmp_path):
@@ -177,6 +179,20 @@ def test_killed_and_started_again(run, environment, folder, tmp_path):
     assert "from before" in done.stderr
     assert read(killed) == read(tmp_path / "whole")
     assert sorted(read(killed)) == list(range(24))
+
+
+def test_what_compiles_for_long_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False)
+    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.1)
+    with Reporter("answering"):
+        with compiling():
+            pass  # too short to be said
+        with compiling():
+            time.sleep(0.5)
+    with compiling():
+        time.sleep(0.2)  # of which nobody is told
+    line = "deer-jax: answering: compiling, which may take minutes the first time"
+    assert capsys.readouterr().err.splitlines() == [line]
 
 
 def test_lines_of_progress_say_what_is_left(capsys, monkeypatch):

@@ -1,8 +1,10 @@
 """The command line: what it prints and writes, and one line with status 2 for whatever is wrong with its input."""
 
+import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -17,9 +19,11 @@ from deer_jax.checkpoints.huggingface import save_folder
 from deer_jax.cli import main as cli
 from deer_jax.cli.options import parse
 from deer_jax.cli.progress import Reporter
+from deer_jax.training.recipe import read_pretrain_recipe, read_recipe
 from tests.tiny import random_params, tiny
 
-CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
+ROOT = Path(__file__).resolve().parent.parent.parent
+CONFIGS = ROOT / "configs"
 
 
 @pytest.fixture
@@ -58,7 +62,9 @@ def test_decode_prints_answers(run, stories_dir):
     header, text = out.split("\n", 1)
     assert header == "== 1 (12 tokens, 12 rounds)"
     assert "τ" not in err  # which says nothing where nothing is drafted
-    assert re.fullmatch(r"deer-jax: [\d,.]+ tokens/s, 12 tokens in [\d.]+ s \([\d.]+ s of compiling .*\)", last(err))
+    assert re.fullmatch(
+        r"deer-jax: [\d,.]+ tokens/s, 12 tokens in [\d.]+ s \([\d.]+ s of compiling .*\), on 1 x cpu", last(err)
+    )
     status, streamed, err = run(*arguments, "--stream", "--drafter", "from-target:0,1", "--draft-length", "2")
     assert (status, streamed) == (0, text)
     assert re.fullmatch(r"deer-jax: τ [\d.]+, [\d,.]+ tokens/s, 12 tokens in .*", last(err))
@@ -319,6 +325,37 @@ def test_interrupted(run, monkeypatch):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_examples_run_as_they_stand(capsys, monkeypatch, verb):
+    """In the repository, in the order of the verbs that make what others read: all that they name is there."""
+    module, given = importlib.import_module(f"deer_jax.cli.{verb}"), []
+
+    def parsed(cls, name, argv, *rest):
+        given.append(parse(cls, name, argv, *rest))
+        raise SystemExit
+
+    monkeypatch.setattr(module, "parse", parsed)
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(module.EXAMPLE, comments=True)
+    assert words[:2] == ["deer-jax", verb]
+    with pytest.raises(SystemExit):
+        cli.main(words[1:])
+    (options,) = given
+    made = {"first-answers.jsonl", "runs/first"}  # by the examples of answers and align
+    for name in ("target", "drafter", "prompts", "recipe", "steps", "config", "source"):
+        found = getattr(options, name, None)
+        for path in found if isinstance(found, tuple) else [found]:
+            assert path is None or str(path) in made or (ROOT / path).exists(), path
+    if verb == "align":
+        recipe = read_recipe(ROOT / options.recipe)
+        assert {*recipe.answers, recipe.output} == made
+        assert all((ROOT / path).exists() for path in (recipe.target, recipe.evaluation.prompts))
+    if verb == "answers":
+        assert str(options.output) in made
+    if verb == "pretrain":
+        assert read_pretrain_recipe(ROOT / options.recipe).texts == ("stdlib",)
+
+
 @pytest.mark.parametrize("verb", ["demo", "decode", "bench"])
 def test_help_of_every_verb(capsys, verb):
     with pytest.raises(SystemExit) as stopped:
@@ -326,7 +363,7 @@ def test_help_of_every_verb(capsys, verb):
     out = capsys.readouterr().out
     assert stopped.value.code == 0
     assert out.startswith(f"usage: deer-jax {verb} [options]")
-    assert f"example:\n  deer-jax {verb}" in out
+    assert f"example, in the repository:\n  deer-jax {verb}" in out
 
 
 def test_version(run):

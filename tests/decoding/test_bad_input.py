@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,6 +139,26 @@ def test_what_is_no_target_is_said_by_every_way_in(target, no_work, tmp_path):
             with pytest.raises(InputError, match=message):
                 way(wrong)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_drafters_that_are_not_named_are_refused(target, no_work):
+    drafter = drafter_from_target(target)
+    for wrong, what in (([drafter], "list"), (drafter, "Drafter"), ("runs/mine", "str")):
+        with pytest.raises(InputError, match=rf'drafters must be .* as in {{"mine": drafter}}, got a {what}'):
+            bench(target, [[1]], drafters=wrong)
+    with pytest.raises(InputError, match=r"draft_lengths must be a list, as in \[8\], got 8"):
+        bench(target, [[1]], drafters={"a": drafter}, draft_lengths=8)
+    name: Any = "runs/mine"
+    for way in (
+        lambda: bench(target, [[1]], drafters={"a": name}),
+        lambda: stream(target, [[1]], drafter=name),
+        lambda: stream_blocks(target, [[1]], drafter=name),
+    ):
+        with pytest.raises(InputError, match=r"drafter must be a Drafter, got 'runs/mine': load it first"):
+            way()
+    for way in (lambda: drafter_from_target(name), lambda: drafter.draft_logits(name, [[1]], [2])):
+        with pytest.raises(InputError, match=r"target must be a loaded one, as in load_target\('runs/mine'\), got"):
+            way()
 
 
 def test_a_cache_that_does_not_fit_names_the_slots_that_would(target, no_work, monkeypatch):

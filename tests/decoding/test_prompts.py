@@ -3,10 +3,11 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deer_jax import Target, load_target
+from deer_jax import Target, decode, load_target
 from deer_jax.checkpoints.huggingface import save_folder
 from deer_jax.data.bpe import train_bpe
 from deer_jax.data.sources import placed, read_prompts
@@ -58,7 +59,21 @@ def test_ids_in_every_form(target):
         with pytest.raises(PromptError, match=r"prompts\[0\]: "):
             encode_prompts(dataclasses.replace(target, tokenizer=Pieces({})), wrong)
     with pytest.raises(InputError, match="one list of token ids: wrap it"):
-        encode_prompts(target, np.asarray([1, 2]))
+        encode_prompts(target, [1, 2])
+
+
+def test_arrays_of_ids(target):
+    for array in (np.asarray([1, 2]), jnp.asarray([1, 2]), np.asarray([[1, 2]], np.uint8)):
+        assert encode_prompts(target, array) == [[1, 2]]
+    assert encode_prompts(target, [jnp.asarray([1, 2]), np.asarray([3])]) == [[1, 2], [3]]
+    assert (
+        decode(target, np.asarray([1, 2]), max_new_tokens=4).tokens == decode(target, [[1, 2]], max_new_tokens=4).tokens
+    )
+    for wrong in (np.asarray([1.0]), np.zeros((1, 1, 1), int), np.asarray("text")):
+        with pytest.raises(InputError, match=r"as an array must be token ids, integers \[T\] of one prompt or"):
+            encode_prompts(target, wrong)
+    with pytest.raises(PromptError, match="is empty"):
+        encode_prompts(target, np.zeros(0, int))
 
 
 def test_chats_in_every_form(spoken):

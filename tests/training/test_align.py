@@ -333,7 +333,10 @@ def test_prompts_that_occur_in_a_row_are_found_wherever_they_are(tmp_path):
     path.write_text("".join(json.dumps({"prompt": row[:2], "answer": row[2:]}) + "\n" for row in rows))
     prompts = [rng.integers(0, 3, n).tolist() for n in (1, 2, 3, 4, 5) for _ in range(20)] + [[256, 0], [65536]]
     plain = [any(row[i : i + len(p)] == p for row in rows for i in range(len(row))) for p in prompts]
-    assert survey(AnswerFiles([path], vocab_size=3), prompts, room=10).met == plain
+    found = survey(AnswerFiles([path], vocab_size=3), prompts, room=10)
+    assert (found.met, found.cut, found.overlong) == (plain, 6, [])  # of 12 tokens each
+    assert survey(AnswerFiles([path], vocab_size=3), [], room=12).cut == 0
+    assert (survey(AnswerFiles([path], vocab_size=3), [], room=2).cut) == 0  # without room for an answer they are none
     assert 10 < sum(plain) < len(plain) - 10
 
 

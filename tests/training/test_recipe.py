@@ -158,7 +158,7 @@ def stage(**changes):
         (stage(ema=1), "stages[1]: ema must be in [0, 1), got 1.0"),
         (stage(warmup=-1), "stages[1]: warmup must not be negative, got -1"),
         ({"learning_rate": 1}, "unknown key 'learning_rate', it belongs into a stage, one of the list `stages`"),
-        ({"draft_length": 4}, "unknown key 'draft_length', it belongs into reading"),
+        ({"draft_length": 4}, "unknown key 'draft_length', it belongs into reading or conditioned"),
         ({"max_new_tokens": 4}, "unknown key 'max_new_tokens', it belongs into evaluation"),
         ({"tensor": 4}, "unknown key 'tensor', it belongs into mesh"),
         ({"k" * 100_000: 4}, f"unknown key '{'k' * 80}', valid: accumulate, "),

@@ -6,7 +6,7 @@ import pytest
 
 import deer_jax
 from deer_jax.training import loop
-from deer_jax.training.loop import stage_seed
+from deer_jax.training.loop import evaluations_after, stage_seed
 from deer_jax.training.metrics import read_metrics
 from tests.training import runs
 
@@ -55,6 +55,15 @@ def run(tmp_path_factory):
     assert steps == 12
     losses = [[line["loss"] for line in read_metrics(folder / str(seed)) if "loss" in line] for seed in (0, 1)]
     return reports, losses, [line for line in read_metrics(folder / "0") if "tokens_per_second" in line]
+
+
+@pytest.mark.parametrize("stages", [(6,), (6, 6), (5, 1, 9)])
+@pytest.mark.parametrize("every", [1, 4, 6, 50])
+def test_evaluations_that_are_left(stages, every):
+    ends = [sum(stages[: i + 1]) for i in range(len(stages))]
+    for done in range(ends[-1] + 1):
+        left = [step for step in range(done + 1, ends[-1] + 1) if step % every == 0 or step in ends]
+        assert evaluations_after(done, stages, every) == len(left)
 
 
 def test_stages_and_seeds_see_other_examples(run):
