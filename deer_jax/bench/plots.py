@@ -125,7 +125,11 @@ def speed(report: BenchReport) -> Figure:
     the answers: where τ lies above the cost, it gains. The speedup includes prefill, as everywhere.
     """
     drafters: dict[str, list[MethodReport]] = {}
-    for method in _drafted(report).values():
+    chosen = {name: method for name, method in _drafted(report).items() if method.rounds_at is not None}
+    fixed = [method for method in _drafted(report).values() if method.rounds_at is None]
+    if not fixed:
+        raise InputError("the report is of chosen draft lengths alone: bench some fixed ones")
+    for method in fixed:
         drafters.setdefault(str(method.drafter), []).append(method)
     figure, (first, *panels) = _figure(1 + len(drafters))
     legend: dict[str, Artist] = {}
@@ -154,7 +158,9 @@ def speed(report: BenchReport) -> Figure:
     first.set_ylim(0, 1.1 * max(1.0, *(method.speedup_range[1] for method in report.methods.values())))
     first.set_ylabel("tokens/s over plain decoding's", fontsize=MEDIUM)
     _panel_title(first, "speedup", "prefill included")
-    _lengths(first, {method.draft_length for method in _drafted(report).values()})
+    for i, (name, method) in enumerate(chosen.items()):
+        legend[name] = first.axhline(method.speedup, color=Style.number(i).color, linestyle=":")
+    _lengths(first, {method.draft_length for method in fixed})
     legend["round cost, prefill excluded"] = Line2D([], [], **COST)
     legend["plain decoding"] = Line2D([], [], **ONE)
     legend["bars of the speedup: least and most of the repeats"] = Line2D([], [], color="0.3", linewidth=1)

@@ -23,7 +23,8 @@ class MethodReport:
 
     Attributes:
       drafter: its name in the report; None is plain decoding.
-      draft_length: k; 0 is plain decoding.
+      draft_length: k, the largest where it was chosen; 0 is plain decoding.
+      rounds_at: rounds at each draft length, where it was chosen; None where it was given.
       acceptance_length: tokens committed over rounds, each summed before dividing.
       ci95: 95 % bootstrap interval of it over prompts; None for a single prompt.
       round_cost: decode seconds per round over plain decoding's per step, prefill excluded: what a round costs in plain
@@ -68,6 +69,7 @@ class MethodReport:
     compile_seconds: float
     new_tokens: int
     rounds: int
+    rounds_at: dict[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +134,7 @@ def measure(
     return MethodReport(
         drafter=drafter,
         draft_length=repeats[0].stats.draft_length,
+        rounds_at=_rounds_at(repeats),
         temperature=temperature,
         batch_size=batch_size,
         acceptance_length=acceptance_length(histograms.tolist()),
@@ -154,6 +157,11 @@ def measure(
         new_tokens=sum(sum(result.stats.new_tokens) for result in repeats),
         rounds=sum(sum(result.stats.rounds) for result in repeats),
     )
+
+
+def _rounds_at(repeats: Sequence[DecodeResult]) -> dict[int, int] | None:
+    found = [result.stats.rounds_at for result in repeats if result.stats.rounds_at is not None]
+    return {k: sum(each.get(k, 0) for each in found) for k in sorted(set().union(*found))} if found else None
 
 
 def _speed(repeats: Sequence[DecodeResult], prefill: bool = True) -> float:

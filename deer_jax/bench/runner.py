@@ -3,15 +3,16 @@
 import datetime
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
 from deer_jax.bench.report import PLAIN, BenchReport, measure
 from deer_jax.decoding.agreement import Agreement, compare_greedy
+from deer_jax.decoding.auto import AUTO
 from deer_jax.decoding.checks import check_models
 from deer_jax.decoding.decode import decode
-from deer_jax.decoding.prompts import encode_prompts
+from deer_jax.decoding.prompts import encode_prompts, is_whole
 from deer_jax.decoding.state import DecodeResult
 from deer_jax.drafters.drafter import Drafter
 from deer_jax.errors import InputError, NotFiniteError
@@ -25,7 +26,7 @@ class Way(NamedTuple):
 
     name: str | None  # the drafter's
     drafter: Drafter | None
-    k: int
+    k: int | Literal["auto"]
 
 
 def bench(
@@ -33,7 +34,7 @@ def bench(
     prompts: Any,
     *,
     drafters: Mapping[str, Drafter],
-    draft_lengths: Sequence[int] | None = None,
+    draft_lengths: Sequence[int | Literal["auto"]] | None = None,
     max_new_tokens: int | Sequence[int] = 256,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -56,7 +57,7 @@ def bench(
     Args:
       prompts: as for `decode`.
       drafters: by the name they have in the report; their methods are called "NAME k=8".
-      draft_lengths: k to try with every drafter; None is what each was trained for.
+      draft_lengths: k to try with every drafter; None is what each was trained for. "auto": see `decode`.
       progress: called before each run.
       command: what to record as the command that made the report.
 
@@ -108,7 +109,9 @@ def bench(
         for name in names:
             if progress and name != PLAIN:
                 progress(finished, total, f"comparing {name}")
-            agreements[name] = _agreements(target, encoded, repeated[PLAIN], repeated[name], ways[name].k, batch_size)
+            agreements[name] = _agreements(
+                target, encoded, repeated[PLAIN], repeated[name], repeated[name][0].stats.draft_length, batch_size
+            )
     if progress:
         progress(finished, total, "")
 
@@ -157,15 +160,16 @@ def _agreements(
     return found
 
 
-def _ways(drafters: Mapping[str, Drafter], draft_lengths: Sequence[int] | None) -> dict[str, Way]:
+def _ways(drafters: Mapping[str, Drafter], draft_lengths: Sequence[int | Literal["auto"]] | None) -> dict[str, Way]:
     if isinstance(draft_lengths, int):
         raise InputError(f"draft_lengths must be a list, as in [{draft_lengths}], got {draft_lengths}")
-    if draft_lengths is not None and (not draft_lengths or min(draft_lengths) < 1):
+    numbers = [k for k in draft_lengths or () if k != AUTO]
+    if draft_lengths is not None and (not draft_lengths or not all(is_whole(k) and k >= 1 for k in numbers)):
         raise InputError(f"draft_lengths must be 1 or more each, got {list(draft_lengths)}; plain decoding always runs")
     ways = {PLAIN: Way(None, None, 0)}
     for name, drafter in drafters.items():
         for k in draft_lengths or [drafter.draft_length]:
-            ways[f"{name} k={k}"] = Way(name, drafter, k)
+            ways[f"{name} {k}" if k == AUTO else f"{name} k={k}"] = Way(name, drafter, k)
     return ways
 
 

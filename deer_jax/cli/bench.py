@@ -21,7 +21,7 @@ from deer_jax.cli.common import (
     show,
     write_json,
 )
-from deer_jax.cli.options import Source, parse
+from deer_jax.cli.options import Length, Source, parse
 from deer_jax.cli.processes import ProcessOptions
 from deer_jax.cli.progress import Reporter, silent
 from deer_jax.cli.stopping import ending_together
@@ -40,8 +40,8 @@ class Options(ProcessOptions, OutputOptions, DecodeOptions, PromptOptions, Model
 
     drafter: Annotated[tuple[Source, ...], f"{DRAFTER_HELP}; repeatable", "[NAME=]SOURCE"]
     draft_lengths: Annotated[
-        tuple[int, ...] | None,
-        "tokens drafted per round, as in 2,4,8; by default what each drafter was trained for",
+        tuple[Length, ...] | None,
+        "tokens drafted per round, as in 2,4,8,auto; by default what each drafter was trained for",
         "N,N",
     ] = None
     batch_size: Annotated[int, "prompts that run at once"] = 1

@@ -22,7 +22,7 @@ from deer_jax.cli.common import (
     known_digests,
     write_json,
 )
-from deer_jax.cli.options import Source, parse
+from deer_jax.cli.options import Length, Source, parse
 from deer_jax.cli.processes import ProcessOptions
 from deer_jax.cli.progress import Reporter, say, silent
 from deer_jax.cli.stopping import ending_together, interrupted
@@ -44,7 +44,12 @@ class Options(ProcessOptions, OutputOptions, DecodeOptions, PromptOptions, Model
     """Decode prompts with a target. A drafter makes it faster and leaves the answers as they are."""
 
     drafter: Annotated[Source | None, f"{DRAFTER_HELP}; without one, plain decoding", "SOURCE"] = None
-    draft_length: Annotated[int | None, "tokens drafted per round; by default what the drafter was trained for"] = None
+    draft_length: Annotated[
+        Length | None,
+        "tokens drafted per round, or auto: chosen again and again, by what rounds cost and commit here; by default "
+        "what the drafter was trained for",
+        "N",
+    ] = None
     batch_size: Annotated[int | None, "prompts that run at once (default: up to 16)"] = None
     output: Annotated[
         Path | None,

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NewType, NoReturn, TypeVar
 
 from deer_jax.config import nearest
+from deer_jax.decoding.auto import AUTO
 from deer_jax.errors import InputError, one_line
 from deer_jax.formats import read_yaml
 from deer_jax.sharding import MeshShape
@@ -29,7 +30,8 @@ from deer_jax.stores import place
 
 Options = TypeVar("Options")
 Source = NewType("Source", str)  # a path, or what else names a model: a hub id, NAME=PATH
-Number = TypeVar("Number", int, float)
+Length = NewType("Length", int)  # a draft length: a whole number, or AUTO
+Number = TypeVar("Number", int, float, int | str)
 SHOWN = 60  # letters of a wrong value
 
 
@@ -133,10 +135,10 @@ def _argument(hint: Any, default: Any) -> dict[str, Any]:
     if typing.get_origin(kind) is typing.Literal:
         return argument | {"action": _Once, "choices": typing.get_args(kind)}
     argument["metavar"] = metavar[0] if metavar else {str: "TEXT", int: "N", float: "X", Path: "FILE"}[kind]
-    argument["action"] = ("extend" if kind in (int, float) else "append") if several else _Once
+    argument["action"] = ("extend" if kind in (int, float, Length) else "append") if several else _Once
     argument["type"] = {
         int: _integers if several else _integer, float: _floats if several else _float,
-        Path: _path, Source: _source, str: _text, MeshShape: _mesh,
+        Length: _lengths if several else _length, Path: _path, Source: _source, str: _text, MeshShape: _mesh,
     }[kind]  # fmt: skip
     return argument
 
@@ -170,6 +172,19 @@ def _integers(text: str) -> list[int]:
 
 def _floats(text: str) -> list[float]:
     return _numbers(_float, text)
+
+
+def _length(text: str) -> int | str:
+    if text == AUTO:
+        return AUTO
+    try:
+        return _integer(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected a whole number or {AUTO}, got {shown(text)}") from None
+
+
+def _lengths(text: str) -> list[int | str]:
+    return _numbers(_length, text)
 
 
 def _numbers(read: Callable[[str], Number], text: str) -> list[Number]:
@@ -255,7 +270,7 @@ def _as_arguments(cls: type, values: Mapping[str, Any]) -> list[str]:
         if isinstance(value, list | Mapping) and not several:
             raise InputError(f"key '{key}' takes one value, got {shown(value)}")
         if isinstance(value, Mapping):
-            if kind in (int, float):
+            if kind in (int, float, Length):
                 raise InputError(f"key '{key}' takes numbers, got {shown(value)}")
             value = [f"{k}={v if isinstance(v, str) else _as_json(v, f'{key}.{k}')}" for k, v in value.items()]
         for entry in value if isinstance(value, list) else [value]:

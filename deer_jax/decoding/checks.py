@@ -40,7 +40,7 @@ def prepare(
     own = draft_length is None or auto
     k = 0 if drafter is None else drafter.draft_length if own else draft_length
     if not is_whole(k) or k < 0:
-        raise InputError(f'draft_length must be "auto", 0 (plain decoding) or a positive whole number, got {k!r}')
+        raise InputError(f'draft_length must be 0 (plain decoding), a positive whole number or "auto", got {k!r}')
     if k > target.config.context:
         raise InputError(f"draft_length {k} exceeds the target's context of {target.config.context}")
     check_run(seed, slots)

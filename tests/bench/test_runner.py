@@ -118,3 +118,22 @@ def test_sampling(target, drafter, monkeypatch):
 def test_refused_arguments(target, drafter, arguments, message):
     with pytest.raises(InputError, match=message):
         bench(target, PROMPTS, drafters={"x": drafter}, **arguments)
+
+
+def test_a_draft_length_that_is_chosen(target, drafter):
+    """Beside fixed ones, with the rounds at each; the picture of speed has it as a level."""
+    report = bench(
+        target, PROMPTS, drafters={"x": drafter}, draft_lengths=[2, "auto"], max_new_tokens=24, batch_size=3, repeats=1
+    )
+    chosen, fixed = report.methods["x auto"], report.methods["x k=2"]
+    assert list(report.methods) == ["plain", "x k=2", "x auto"]
+    assert fixed.rounds_at is None
+    assert chosen.rounds_at is not None
+    assert chosen.draft_length == 4
+    assert sum(chosen.rounds_at.values()) == chosen.rounds
+    assert chosen.exact_match is not None
+    assert chosen.rows_differing == chosen.near_ties
+    labels = [text.get_text() for text in report.picture("speed").legends[0].get_texts()]
+    assert "x auto" in labels
+    with pytest.raises(InputError, match="draft_lengths must be 1 or more each"):
+        bench(target, PROMPTS, drafters={"x": drafter}, draft_lengths=["fast"])

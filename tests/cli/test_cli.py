@@ -65,7 +65,7 @@ def test_decode_prints_answers(run, stories_dir):
     assert re.fullmatch(
         r"deer-jax: [\d,.]+ tokens/s, 12 tokens in [\d.]+ s \([\d.]+ s of compiling .*\), on 1 x cpu", last(err)
     )
-    status, streamed, err = run(*arguments, "--stream", "--drafter", "from-target:0,1", "--draft-length", "2")
+    status, streamed, err = run(*arguments, "--stream", "--drafter", "from-target:0,1", "--draft-length", "auto")
     assert (status, streamed) == (0, text)
     assert re.fullmatch(r"deer-jax: τ [\d.]+, [\d,.]+ tokens/s, 12 tokens in .*", last(err))
     status, streamed, err = run(*arguments, "--stream")
@@ -222,6 +222,7 @@ def test_shipped_configs_are_read(path):
         ("decode --target T --prompt a --dtype int8", "--dtype: invalid choice: 'int8'"),
         ("decode --target T --prompts P --draft-length -1 --drafter from-target", "draft_length must be 0"),
         ("decode --target T --prompts P --draft-length 2", "there is no drafter"),
+        ("decode --target T --prompts P --draft-length quick", "--draft-length: expected a whole number or auto"),
         ("decode --target T --prompts P --output P", "is read or written under another option too"),
         ("decode --target T --prompts P --output O --json O", "is read or written under another option too"),
         ("decode --target T --prompt a --temperature 1e-9", "is too small to divide by in float32: 0 is greedy"),
