@@ -55,7 +55,7 @@ def short(monkeypatch, tmp_path):
 
 
 def test_the_verb_shows_answers_a_table_and_a_picture(short, capsys):
-    assert cli.main(["demo"]) == 0
+    assert cli.main(["demo", "--pair", "bundled"]) == 0
     out = capsys.readouterr().out
     assert out.count("the same tokens as plain decoding's") == demo.SHOWN - 1
     assert out.count("sampled at temperature") == 1
@@ -64,7 +64,9 @@ def test_the_verb_shows_answers_a_table_and_a_picture(short, capsys):
 
 
 def test_the_verb_takes_prompts(short, capsys):
-    assert cli.main(["demo", "--prompt", "class Stack:\n    def push", "--picture", "own.png"]) == 0
+    assert (
+        cli.main(["demo", "--pair", "bundled", "--prompt", "class Stack:\n    def push", "--picture", "own.png"]) == 0
+    )
     out = capsys.readouterr().out
     assert "class Stack:" in out
     assert out.count("the same tokens as plain decoding's") == 1
@@ -83,3 +85,20 @@ def test_the_verb_takes_prompts(short, capsys):
 def test_wrong_arguments(short, capsys, argv, line):
     assert cli.main(["demo", *argv]) == 2
     assert line in capsys.readouterr().err
+
+
+def test_without_smollm2_the_small_pair_is_shown(short, capsys, monkeypatch):
+    """And the line that says so says why; asked for by name, its absence is an error."""
+
+    def missing(name, **options):
+        if name == "smollm2":
+            raise deer_jax.RunError("cannot be downloaded (no network)")
+        return demo_pair(name, **options)
+
+    monkeypatch.setattr(demo, "demo_pair", missing)
+    assert cli.main(["demo", "--prompt", "class Stack:"]) == 0
+    found = capsys.readouterr()
+    assert "cannot be downloaded (no network); here is the small pair that comes with this package" in found.err
+    assert "class Stack:" in found.out
+    assert cli.main(["demo", "--pair", "smollm2"]) == 1
+    assert "cannot be downloaded (no network)" in capsys.readouterr().err
