@@ -103,10 +103,10 @@ def run(argv: Sequence[str]) -> None:
         )  # fmt: skip
     show(table(report))
     best = max(report.methods, key=lambda name: report.methods[name].speedup)
+    fastest = "plain decoding" if best == PLAIN else best
     print(
-        f"On this machine {'plain decoding' if best == PLAIN else best} is the fastest: a draft length pays where tau is "
-        "above its round/step. A CPU pays for every further row of a pass; an accelerator reads the weights once for all "
-        "of them (docs/numbers.md)."
+        f"On this machine {fastest} is the fastest: a draft length pays where tau is above its round/step. A CPU pays "
+        "for every further row of a pass; an accelerator reads the weights once for all of them (docs/numbers.md)."
     )
     from deer_jax.bench import plots  # only here: matplotlib looks for fonts and a folder of its own
 

@@ -28,4 +28,4 @@ def test_rounds_of_a_few_rows_read_them_and_no_others():
     assert isinstance(weights_of(4, 1), TwoWays)
     assert isinstance(weights_of(0, 2), TwoWays)
     assert not isinstance(weights_of(0, 1), TwoWays)
-    assert not isinstance(weights_of(7, 2), TwoWays)
+    assert not isinstance(weights_of(7, 8), TwoWays)

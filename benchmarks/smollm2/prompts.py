@@ -1,6 +1,6 @@
 """The prompts that SmolLM2's bundled drafter is trained by: code, mathematics and chat, in one shuffled file.
 
-    python benchmarks/smollm2_prompts.py --data DATA --output prompts.jsonl
+    python benchmarks/smollm2/prompts.py --data DATA --output prompts.jsonl
 
 DATA holds the public sets named below, one folder each. None is one that the drafter is evaluated on (HumanEval, the
 test part of GSM8K, MT-Bench); of MBPP the official train range is read. Every prompt is one user message. The order is
