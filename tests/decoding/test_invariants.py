@@ -254,7 +254,7 @@ def test_the_loop_works_in_the_memory_it_was_given(prompts, limits, scan, auto, 
     found = [
         (key[0].__name__, program)
         for key, program in programs._compiled.items()
-        if key[1] in wanted and _is_for(key, target.params, arrays[0].shape) and bool(key[4]) == auto
+        if key[1] in wanted and _is_for(key, test_engine.weights.target, arrays[0].shape) and bool(key[4]) == auto
     ]
     assert {"prefill", "admit", "run_segment"} <= {function for function, _ in found}
     for function, program in found:
