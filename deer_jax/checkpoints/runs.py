@@ -169,6 +169,8 @@ class Checkpoints:
                 self._shelf.give_up(partial.name, self._lock.check)
             except RunError as gone:
                 return gone
+            except InputError:
+                pass  # a store that refuses everything: nothing is removed, and what failed first is said
         if is_store(self.folder) and isinstance(error, Exception) and not isinstance(error, InputError | RunError):
             return RunError(f"{self.folder / str(step)}: cannot be written: {one_line(error)}; {GOES_ON}")
         if isinstance(error, OSError | ValueError) and not isinstance(error, InputError):
