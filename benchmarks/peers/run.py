@@ -1,13 +1,15 @@
-"""Beside what people use: transformers, the dflash package and deer_jax answer the same prompts in turns.
+r"""Beside what people use: transformers, the dflash package and deer_jax answer the same prompts in turns.
 
     sh benchmarks/peers/make_env.sh ENV
-    python benchmarks/peers/run.py --target MODEL --data DATA --python ENV/bin/python [--drafter D] [--trunk T] --json FILE
+    python benchmarks/peers/run.py --target MODEL --data DATA --python ENV/bin/python --json FILE \
+        [--drafter FOLDER] [--trunk FOLDER]
 
 Greedy, batch 1, float32, CPU. Each environment has one process; one prompt goes to one of them at a time, and the other
 sleeps meanwhile. See README.md.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -36,11 +38,10 @@ class Worker:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __call__(self, do: str, **job: Any) -> dict[str, Any]:
-        assert self.process.stdin and self.process.stdout
-        try:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # where it has ended, as the empty answer says
             print(json.dumps({"do": do} | job), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # it has ended, which the empty answer says
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"{self.name} ended; what it said is above")
@@ -187,7 +188,8 @@ def show(report: dict[str, Any]) -> None:
         for each in report["departures"][name]:
             print(f"  other answer: {each['way']}, prompt {each['prompt']} at {each['at']}, gap {each['gap']}")
     if report["trunk"]:
-        print(f"\ntrunk: {report['trunk']['of']}; left out on both sides: {report['trunk']['left_out'] or 'nothing'}")
+        left_out = ", ".join(report["trunk"]["left_out"]) or "nothing"
+        print(f"\ntrunk: {report['trunk']['of']}; left out on both sides: {left_out}")
     print("\nprocessor seconds used while waiting: ", report["busy_while_waiting"])
 
 

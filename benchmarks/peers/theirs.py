@@ -60,7 +60,7 @@ def load(args: argparse.Namespace) -> Jobs:
 
 
 def load_trunk(folder: Path) -> Any:
-    """The package's model of a folder; SystemExit where it lacks tensors or has others, which would only be warned of."""
+    """The package's model of a folder; SystemExit for missing and unknown tensors, of which it would only warn."""
     import dflash
 
     second = "DFlash2DraftModel" in json.loads((folder / "config.json").read_text())["architectures"]
