@@ -114,10 +114,10 @@ def write_values(method: ConditionedMethod, dtype, target: ItsTarget) -> dict[st
     sliding, same = windowed, len(set(shape.causal)) == 1
     said: dict[str, Any] = {}
     if shape.causal != windowed:
-        if not window:
-            sliding = shape.causal  # sliding layers without a window are causal
-        elif same:
+        if same:
             said["is_causal"] = shape.causal[0]
+        elif not window:
+            sliding = shape.causal  # sliding layers without a window are causal, though the package's loop needs one
         else:
             raise InputError("some causal layers and windows on others cannot be said in this layout")
     nested: dict[str, Any] = {

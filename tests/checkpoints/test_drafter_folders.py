@@ -236,6 +236,16 @@ def test_what_a_layout_cannot_say_is_refused(target, tmp_path, layout, reading, 
     assert not (tmp_path / "no").exists()
 
 
+def test_causal_layers_without_a_window_are_not_written_as_sliding(target, tmp_path):
+    """The package's loop makes its cache of the layers' types, and fails for a sliding one without a window."""
+    drafter = conditioned_drafter(target, FILL, layers=2, causal=(True, True))
+    deer_jax.save_drafter(tmp_path / "causal", drafter, layout="dflash", target=target)
+    values = json.loads((tmp_path / "causal" / "config.json").read_text())
+    assert values["layer_types"] == ["full_attention"] * 2
+    assert values["is_causal"] is True
+    same_drafter(deer_jax.load_drafter(tmp_path / "causal", target=target), drafter)
+
+
 @pytest.mark.parametrize(
     ("family", "layers", "head", "shape"),
     [
