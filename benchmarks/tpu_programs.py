@@ -55,6 +55,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
+from gpu.shapes import PUBLISHED
 from jax.experimental import topologies
 from jax.experimental.layout import Layout
 
@@ -82,14 +83,7 @@ from deer_jax.training.recipe import Recipe, read_recipe
 
 LIBTPU = Path(os.environ["TPU_LIBRARY_PATH"])
 
-MODELS = {
-    "0.5b": ModelConfig(family="qwen2", vocab_size=151936, width=896, layers=24, heads=14, kv_heads=2, head_width=64,
-                        mlp_width=4864, context=32768, rope=Rope(theta=1e6), tied=True, qkv_bias=True),
-    "8b": ModelConfig(family="qwen3", vocab_size=151936, width=4096, layers=36, heads=32, kv_heads=8, head_width=128,
-                      mlp_width=12288, context=40960, rope=Rope(theta=1e6), qk_norm=True),
-    "30b": ModelConfig(family="qwen3_moe", vocab_size=151936, width=2048, layers=48, heads=32, kv_heads=4,
-                       head_width=128, mlp_width=6144, context=40960, rope=Rope(theta=1e6), qk_norm=True, experts=128,
-                       experts_per_token=8, expert_width=768),
+MODELS = PUBLISHED | {
     "llama8b": ModelConfig(family="llama", vocab_size=128256, width=4096, layers=32, heads=32, kv_heads=8,
                            head_width=128, mlp_width=14336, context=131072, norm_eps=1e-5,
                            rope=Rope(theta=500000.0, kind="llama3", factor=8.0, original_context=8192)),

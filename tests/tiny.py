@@ -1,8 +1,6 @@
 """Tiny versions of real configurations, as ours and as Hugging Face's, and random torch models of them."""
 
 import dataclasses
-from types import SimpleNamespace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +8,7 @@ import numpy as np
 
 from deer_jax.build import Build
 from deer_jax.config import ModelConfig, Rope
+from deer_jax.models.target import Target
 from deer_jax.models.transformer import Params, abstract_params, unstack_layers
 
 # Shapes as published: Llama-3.2-1B, Qwen2.5-0.5B, Qwen3-8B, Qwen3-30B-A3B.
@@ -117,4 +116,4 @@ def torch_model(config: ModelConfig, seed: int = 0):
 
 
 # What a drafter that reads text only asks of its target.
-HERE: Any = SimpleNamespace(mesh=None, build=Build.of("cpu"))
+HERE = Target(config=REAL["llama"], params={}, build=Build.of("cpu"))

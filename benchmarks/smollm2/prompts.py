@@ -1,10 +1,11 @@
 """The prompts that SmolLM2's bundled drafter is trained by: code, mathematics and chat, in one shuffled file.
 
-    python benchmarks/smollm2/prompts.py --data DATA --output prompts.jsonl
+    python benchmarks/smollm2/prompts.py --data DATA --output prompts.jsonl --held-out held_out.jsonl
 
 DATA holds the public sets named below, one folder each. None is one that the drafter is evaluated on (HumanEval, the
 test part of GSM8K, MT-Bench); of MBPP the official train range is read. Every prompt is one user message. The order is
-fixed, so that any beginning of the file is a mixture like the whole.
+fixed, so that any beginning of the file is a mixture like the whole. Another file has prompts that choose the
+checkpoint: the end of GSM8K's test part, the beginning of MBPP's validation range, questions of Spec-Bench.
 """
 
 import argparse
@@ -101,18 +102,35 @@ def collected(data: Path, draw: random.Random) -> Iterator[tuple[str, str]]:
     yield from named("story", some([f"Write a short story that begins like this: {text}" for text in stories], 800))
 
 
+def held_out(data: Path) -> Iterator[tuple[str, str]]:
+    """Name and text of the prompts that choose the checkpoint."""
+    mbpp = [row["text"] for row in rows(data / "mbpp/mbpp_nontest.jsonl") if row["split"] == "validation"]
+    spec_bench = rows(data / "spec_bench/question_shared.jsonl")
+    questions = [row["turns"][0] for row in spec_bench if row["category"] == "qa"]
+    gsm8k = [row["question"] for row in rows(data / "gsm8k/test_0000_0999.jsonl")]
+    for name, texts in (("gsm8k", gsm8k[-8:]), ("mbpp", mbpp[:8]), ("qa", questions[:8])):
+        yield from ((f"{name}-{i}", text) for i, text in enumerate(texts))
+
+
+def write(path: Path, found: list[tuple[str, str]]) -> None:
+    """As prompts of one message each."""
+    with path.open("w", encoding="utf-8") as file:
+        for name, text in found:
+            file.write(json.dumps({"id": name, "messages": [{"role": "user", "content": text}]}) + "\n")
+    print(f"{path}: {len(found):,} prompts")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--held-out", type=Path, required=True)
     options = parser.parse_args()
     draw = random.Random(0)
     found = list(collected(options.data, draw))
     draw.shuffle(found)
-    with options.output.open("w", encoding="utf-8") as file:
-        for name, text in found:
-            file.write(json.dumps({"id": name, "messages": [{"role": "user", "content": text}]}) + "\n")
-    print(f"{options.output}: {len(found):,} prompts")
+    write(options.output, found)
+    write(options.held_out, list(held_out(options.data)))
 
 
 if __name__ == "__main__":

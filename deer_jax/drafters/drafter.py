@@ -9,7 +9,7 @@ import numpy as np
 
 from deer_jax.build import Build
 from deer_jax.config import ModelConfig
-from deer_jax.drafters.protocol import Draft, Method, Row, Seen, Trainable
+from deer_jax.drafters.protocol import Draft, Method, Row, Seen
 from deer_jax.errors import InputError
 from deer_jax.models.layers import TwoWays
 from deer_jax.models.target import Target, Tokenizer, check_target, check_tokens
@@ -47,8 +47,7 @@ class Drafter:
         """Both kinds of arrays for passes over a few rows on a CPU, see `layers.TwoWays`."""
         params, shared = self.params, self.shared
         if "layers" in params:
-            tied = isinstance(self.method, Trainable) and self.method.shape.tied
-            names = ("fc", "head", *(["embed"] if tied else []))
+            names = ("fc", "head" if "head" in params else "embed")  # a tied embedding is the head
             params = in_two_ways(params, *(name for name in names if name in params))
         if "ids" in shared:  # its head is not the target's own
             shared = shared | {"head": TwoWays(shared["head"], shared["head"].T)}

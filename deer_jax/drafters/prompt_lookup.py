@@ -59,7 +59,8 @@ class LookupFirst(Method):
     """Copies where the text repeats itself, and drafts where it does not.
 
     A row whose last `longest` tokens stand earlier in its text proposes what followed there, for certain; every other
-    row what the drafter says. Where every row copies, the drafter does not run. Only committed tokens decide.
+    row what the drafter says. Where every row copies, the drafter does not run, unless it is one that reads on whenever
+    it drafts: its caches, handed out of a branch, would be copied. Only committed tokens decide.
     """
 
     drafter: Method
@@ -96,15 +97,17 @@ class LookupFirst(Method):
         copied, matched = look_up_text(row, k, self.longest)
         copies = matched == self.longest
 
-        def drafted(state):
-            state = self.drafter.catch_up(params, shared, state, row, k)  # of rounds in which it did not run
+        def drafted():
             return self.drafter.propose(params, shared, state, row, k, pick)
 
-        def skipped(state):
-            draft = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(drafted, state)[0])
-            return draft, state
+        if type(self.drafter).catch_up is not Method.catch_up:  # it reads on when it drafts
+            draft, state = drafted()
+            return _with_copies(draft, copied, copies), state
 
-        draft, state = lax.cond(jnp.all(copies), skipped, drafted, state)
+        def skipped():
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(drafted)[0])
+
+        draft = lax.cond(jnp.all(copies), skipped, lambda: drafted()[0])
         return _with_copies(draft, copied, copies), state
 
 

@@ -42,8 +42,8 @@ def check_tokens(tokens, vocab_size: int) -> np.ndarray:
 
 
 def check_target(target: Any) -> None:
-    """InputError for what is no target, such as the name of one: it does not say how programs are made for it."""
-    if not hasattr(target, "build"):
+    """InputError for what is no target, such as the name of one."""
+    if not isinstance(target, Target):
         raise InputError(f"target must be a loaded one, as in load_target({shown(target)}), got {shown(target)}")
 
 

@@ -19,6 +19,7 @@ from deer_jax.decoding import decode as decoding
 from deer_jax.decoding import loop, programs
 from deer_jax.decoding.engine import Engine
 from deer_jax.decoding.programs import bucket
+from deer_jax.drafters.prompt_lookup import lookup_first
 from deer_jax.models.cache import KVCache
 from tests.doubles import Pieces, table_drafter, table_drafters, text_table
 from tests.kinds import CONDITIONED, conditioned
@@ -62,6 +63,8 @@ def plain(target, prompts):
 
 
 def drafter_for(target: Target, name: str):
+    if name.startswith("lookup or "):
+        return lookup_first(drafter_for(target, name.removeprefix("lookup or ")), longest=2)
     if name in CONDITIONED:
         return conditioned(target, CONDITIONED[name], k=K, scan=target.build.scan)
     return None if name == "none" else drafter_from_target(target, DrafterConfig(attention=name))
@@ -241,7 +244,7 @@ def cache_copies(text: str, shapes: set[tuple[int, ...]]) -> list[str]:
 @pytest.mark.parametrize(
     ("scan", "auto"), [(False, False), (True, False), (True, True)], ids=["unrolled", "scanned", "auto_layouts"]
 )
-@pytest.mark.parametrize("name", ["none", "block_causal", "selector"])
+@pytest.mark.parametrize("name", ["none", "block_causal", "selector", "lookup or block_causal", "lookup or selector"])
 def test_the_loop_works_in_the_memory_it_was_given(prompts, limits, scan, auto, name):
     """Every cache is aliased with the donated one, and nothing as large as a cache is copied anywhere."""
     target = choosing(make_target(scan)) if auto else make_target(scan)

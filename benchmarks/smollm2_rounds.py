@@ -1,6 +1,6 @@
 """What a pass of SmolLM2-135M over k + 1 rows costs on a CPU, with weights [out, in] alone and with both ways.
 
-    python benchmarks/smollm2/rounds.py --target FOLDER [--lengths 0 1 2 4 8] [--repeats 5] [--json FILE]
+    python benchmarks/smollm2_rounds.py --target FOLDER [--lengths 0 1 2 4 8] [--repeats 5] [--json FILE]
 
 One row, greedy, float32, a context of some 200 tokens, nothing drafted (constant tokens), so a round is the target's
 pass. Each figure is the difference of 20 and 4 rounds in one call of the compiled loop, so that what a call costs once
@@ -9,7 +9,6 @@ the same shapes: all of a pass's weights, both ways, one after the other, with n
 """
 
 import argparse
-import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -18,27 +17,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from round_cost import ConstantMethod
 
 import deer_jax
 from deer_jax.config import Sampling
 from deer_jax.decoding import loop
 from deer_jax.decoding.engine import Engine
 from deer_jax.drafters.drafter import Drafter
-from deer_jax.drafters.protocol import Draft, Method
 from deer_jax.models.layers import product
 
 PROMPT, CAPACITY, FEW, MANY = 150, 512, 4, 20
-
-
-@dataclasses.dataclass(frozen=True)
-class ConstantMethod(Method):
-    """Proposes token 0 for nothing."""
-
-    target_vocab: int
-    draft_length: int = 99
-
-    def propose(self, params, shared, state, row, k, pick):
-        return Draft(jnp.zeros((row.length.shape[0], k), jnp.int32), None), state
 
 
 def rounds_of(target: deer_jax.Target, k: int, *, both_ways: bool) -> Callable[[], float]:
