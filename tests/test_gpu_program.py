@@ -1,5 +1,6 @@
 """The program of benchmarks/gpu, with tiny shapes: it runs, and what fails in it costs nothing but itself."""
 
+import gzip
 import importlib
 import io
 import json
@@ -15,7 +16,7 @@ from deer_jax.models.transformer import abstract_params
 from tests.conftest import CACHE, CACHE_BYTES, ROOT
 
 FOLDER = ROOT / "benchmarks" / "gpu"
-PHASES = ["correct", "rounds", "generate", "pair", "training"]
+PHASES = ["correct", "rounds", "generate", "answers", "align", "pair", "training"]
 MOST_FILES, MOST_BYTES = 8, 16 << 20
 
 
@@ -43,7 +44,7 @@ def lines(out: Path) -> list[dict]:
 
 def test_every_phase_runs_and_a_failing_one_costs_nothing_but_itself(program, tmp_path: Path):
     out = tmp_path / "out"
-    argv = [str(out), "--tiny", "--seconds", "600"]
+    argv = [str(out), "--tiny", "--seconds", "600", "--work", str(tmp_path / "work")]
     crash = program.Phase("crash", 60, [sys.executable, "-c", "print('begun'); raise SystemExit('planted')"])
     asleep = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
     hang = program.Phase("hang", 0.5, [sys.executable, "-c", asleep])
@@ -79,10 +80,20 @@ def test_every_phase_runs_and_a_failing_one_costs_nothing_but_itself(program, tm
     files = list(out.iterdir())
     assert len(files) <= MOST_FILES
     assert all(file.stat().st_size <= MOST_BYTES for file in files)
-    data = b"".join(file.read_bytes() for file in sorted(out.glob("drafter.tar.*")))
+    with tarfile.open(fileobj=io.BytesIO((out / "answers.tar.0").read_bytes())) as tar:
+        names = [
+            "smollm2.jsonl.gz",
+            "smollm2.jsonl.state.json",
+            "smollm2_again.jsonl.gz",
+            "smollm2_again.jsonl.state.json",
+        ]
+        assert tar.getnames() == names
+        rows = gzip.decompress(tar.extractfile(names[0]).read()).splitlines()
+    assert len(rows) == of("answers", "smollm2.jsonl")[0]["measured"]["answers"]
+    data = b"".join(file.read_bytes() for file in sorted(out.glob("smollm2_drafter.tar.*")))
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        weights = tar.extractfile("drafter/model.safetensors").read()
-        assert "drafter/config.json" in tar.getnames()
+        weights = tar.extractfile("smollm2_drafter/model.safetensors").read()
+        assert "smollm2_drafter/config.json" in tar.getnames()
     header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
     assert {value["dtype"] for name, value in header.items() if name != "__metadata__"} <= {"BF16", "I32", "I64"}
 

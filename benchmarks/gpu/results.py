@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 LINES, TEXT = "results.jsonl", "report.txt"
+PIECE = 15 << 20  # bytes
 
 Figures = Mapping[str, Any]
 
@@ -53,6 +54,14 @@ class Results:
             file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def in_pieces(results: Results, name: str, data: bytes) -> None:
+    """A file of the results, in pieces NAME.0, NAME.1, ...: `cat NAME.*` has it whole."""
+    pieces = [data[at : at + PIECE] for at in range(0, len(data), PIECE)]
+    for number, piece in enumerate(pieces):
+        (results.out / f"{name}.{number}").write_bytes(piece)
+    results.add(name, {"MB": len(data) / 1e6, "pieces": len(pieces)})
 
 
 def shown(value: Any) -> str:

@@ -9,7 +9,8 @@ beside what should come out and why:
     results.jsonl    one figure a line: phase, what, measured, expected, because
     report.txt       the same to read, with what failed and what was left out
     log.txt          what the phases said
-    drafter.tar.N    the aligned drafter in bfloat16, in pieces: cat drafter.tar.* | tar x
+    answers.tar.N    the target's answers, in pieces: cat answers.tar.* | tar x
+    RECIPE.tar.N     the drafter of a recipe in bfloat16, likewise
 
 The exit status is 1 if a phase failed. --tiny runs everything with tiny shapes, on CPU too, to see that it runs; its
 figures mean nothing. See README.md beside this file for the phases and how to get everything to such a machine.
@@ -31,7 +32,7 @@ from results import Results
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
-SECONDS = {"correct": 60, "rounds": 115, "generate": 35, "pair": 240, "training": 60}
+SECONDS = {"correct": 60, "rounds": 115, "generate": 35, "answers": 120, "align": 180, "pair": 60, "training": 60}
 LOG, LOG_BYTES = "log.txt", 8 << 20  # only the end of a longer log is kept
 WORDS = 300  # of what a failed phase said last
 
@@ -117,9 +118,11 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--phases", nargs="+", default=list(SECONDS), choices=list(SECONDS))
     parser.add_argument("--target", help="of the pair: a GGUF file or a Hugging Face folder")
     parser.add_argument("--inputs", type=Path, help="folder of its prompts: prompts.jsonl.gz to train on; "
-                        "humaneval.jsonl, gsm8k.jsonl and mt_bench.jsonl to measure on")  # fmt: skip
-    parser.add_argument("--recipe", type=Path, default=ROOT / "configs" / "align_smollm2.yaml",
-                        help="whose drafter and stages the pair has")  # fmt: skip
+                        "held_out.jsonl, humaneval.jsonl, gsm8k.jsonl and mt_bench.jsonl to measure on")  # fmt: skip
+    parser.add_argument("--recipe", type=Path, default=ROOT / "configs" / "smollm2_drafter.yaml",
+                        help="of the drafter that is aligned and measured")  # fmt: skip
+    parser.add_argument("--work", type=Path, default=ROOT / "out" / "gpu" / "work",
+                        help="folder of what one phase makes for the next")  # fmt: skip
     parser.add_argument("--seconds", type=float, help="of every phase, instead of its own")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to see that it runs")
     parser.add_argument("--only", choices=list(SECONDS), help=argparse.SUPPRESS)  # the process of this phase
@@ -132,8 +135,9 @@ def main(argv: Sequence[str]) -> int:
         phase = importlib.import_module(args.only)
         phase.run(Results(args.out, args.only), args, time.monotonic() + (args.seconds or SECONDS[args.only]))
         return 0
-    if not args.tiny and "pair" in args.phases and not (args.target and args.inputs):
-        sys.exit("the pair needs --target and --inputs; or leave it out by --phases correct rounds generate training")
+    real = [name for name in args.phases if name in ("answers", "align", "pair")]
+    if not args.tiny and real and not (args.target and args.inputs):
+        sys.exit(f"{', '.join(real)}: needs --target and --inputs; or --phases correct rounds generate training")
     failed = run_phases(args.out, phases_of(args, argv))
     print(f"\n{args.out}: " + (f"failed: {', '.join(failed)}" if failed else "all phases done"))
     return int(bool(failed))

@@ -1,10 +1,11 @@
 """The prompts that SmolLM2's bundled drafter is trained by: code, mathematics and chat, in one shuffled file.
 
-    python benchmarks/smollm2/prompts.py --data DATA --output prompts.jsonl --held-out held_out.jsonl
+    python benchmarks/smollm2/prompts.py --data DATA --target MODEL --output prompts.jsonl --held-out held_out.jsonl
 
 DATA holds the public sets named below, one folder each. None is one that the drafter is evaluated on (HumanEval, the
 test part of GSM8K, MT-Bench); of MBPP the official train range is read. Every prompt is one user message. The order is
-fixed, so that any beginning of the file is a mixture like the whole. Another file has prompts that choose the
+fixed, so that any beginning of the file is a mixture like the whole. Those of more than 255 tokens as chat are left
+out, so that with 128 more all fit the training length. Another file has prompts that choose the
 checkpoint: the end of GSM8K's test part, the beginning of MBPP's validation range, questions of Spec-Bench.
 """
 
@@ -18,9 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import deer_jax
 from deer_jax.data.sources import mbpp_prompt
+from deer_jax.decoding.prompts import encode_prompts
 
-MOST_CHARACTERS = 900  # of a prompt: some 220 tokens, so that prompt and answer fit into the training length
+MOST_CHARACTERS = 900  # of a prompt, some 220 tokens
+MOST_TOKENS = 255
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -123,13 +127,16 @@ def write(path: Path, found: list[tuple[str, str]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--target", required=True, help="whose chat template and tokenizer count")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--held-out", type=Path, required=True)
     options = parser.parse_args()
     draw = random.Random(0)
     found = list(collected(options.data, draw))
     draw.shuffle(found)
-    write(options.output, found)
+    target = deer_jax.load_target(options.target)
+    chats = encode_prompts(target, [[{"role": "user", "content": text}] for _, text in found])
+    write(options.output, [each for each, tokens in zip(found, chats, strict=True) if len(tokens) <= MOST_TOKENS])
     write(options.held_out, list(held_out(options.data)))
 
 

@@ -29,6 +29,7 @@ from deer_jax.models.layers import FEW_ROWS
 from deer_jax.models.target import Target
 from deer_jax.sharding import batch_ways, bytes_per_device, everywhere, on_mesh, placement, put, spans
 
+REFILL = 8  # part of the slots that is free before it is filled again: an idle slot costs less than a segment's end
 PREFILL_TOKENS = 32768  # prompt tokens one pass reads over all rows; bounds its activations
 
 Row = dict[str, np.ndarray]  # one slot's part of what a segment fetched
@@ -247,7 +248,7 @@ def serve(
     engine: Engine, prompts: Sequence[Sequence[int]], limits: Sequence[int], indices: Sequence[int],
     rounds: Sequence[int] | None = None, *, max_rounds: int | None = None, time_prefill: bool = False,
 ) -> Iterator[tuple[dict[int, Row], dict[int, Row]]]:  # fmt: skip
-    """Answer all prompts: a slot that gets free takes the next. After each segment, the rows that have finished in it
+    """Answer all prompts: slots that get free take the next ones. After each segment, the rows that have finished in it
     and those that run on, by the prompts' places in the list.
 
     A row whose logits are not finite ends it with NotFiniteError, by its place, after the segment was handed out: it is
@@ -255,7 +256,7 @@ def serve(
 
     Args:
       limits, indices, rounds: of each prompt, see `Engine.admit`.
-      max_rounds: length of a segment; None lets it last until a slot can be refilled, or to the end.
+      max_rounds: length of a segment; None lets it last until slots are to be refilled, or to the end.
       time_prefill: wait after each prefill, and add up `engine.prefill_seconds`.
     """
     holds: list[int | None] = [None] * engine.slots  # place of the prompt that each slot holds
@@ -267,7 +268,11 @@ def serve(
     if time_prefill:
         engine.prefill_seconds = 0.0
     while admitted < len(prompts) or any(place is not None for place in holds):
-        free = [row for row in engine.order if holds[row] is None][: len(prompts) - admitted]
+        free = [row for row in engine.order if holds[row] is None]
+        left = len(prompts) - admitted
+        if len(free) < min(left, engine.slots):  # an admission is padded to a power of two: the rest of them wait
+            free = free[: power_of_two(len(free) + 1) // 2]
+        free = free[:left]
         if free:
             taken = range(admitted, admitted + len(free))
             before, compiled = time.perf_counter(), engine.compile_seconds
@@ -283,7 +288,7 @@ def serve(
                 last["length"][row], last["rounds"][row], last["histogram"][row] = len(prompts[place]), rounds[place], 0
             admitted = taken.stop
         idle = sum(place is None for place in holds)
-        refill = idle + 1 if admitted < len(prompts) else None
+        refill = max(idle + 1, engine.slots // REFILL) if admitted < len(prompts) else None
         after = engine.segment(max_rounds, refill) if engine.auto is None else chosen(engine, last, max_rounds, refill)
         finished: dict[int, Row] = {}
         running: dict[int, Row] = {}
