@@ -25,6 +25,7 @@ SAVED = "attention"
 # large enough. Where heads are many, a piece has one row of the batch; where they are few, several.
 ROWS, KEYS = 256, 256
 SCORES = 2**22  # bytes
+GPU_SCORES = 2**28  # there a piece's launches take longer than its memory, until it is large
 
 
 class Before(NamedTuple):
@@ -98,22 +99,15 @@ def _attention(q, k, v, sight: _Sight, rows: int):
 
 def _forward(q, k, v, sight: _Sight, rows: int):
     wide, narrow, flat = _partitions(q, k, sight)
-    run = on_shards(
-        functools.partial(_forward_here, rows),
-        (wide, narrow, narrow, flat),
-        (wide, wide),
-    )
+    run = on_shards(_by_platform(_forward_here, rows), (wide, narrow, narrow, flat), (wide, wide))
     out, norm = (checkpoint_name(x, SAVED) for x in run(q, k, v, sight))
     return out, (q, k, v, sight, out, norm)
 
 
 def _backward(rows: int, kept, to_out):
     wide, narrow, flat = _partitions(kept[0], kept[1], kept[3])
-    run = on_shards(
-        functools.partial(_backward_here, rows),
-        (wide, narrow, narrow, flat, wide, wide, wide),
-        (wide, wide, wide),
-    )
+    arguments, gradients = (wide, narrow, narrow, flat, wide, wide, wide), (wide, wide, wide)
+    run = on_shards(_by_platform(_backward_here, rows), arguments, gradients)
     to_q, *sides = run(*kept, to_out)
     # Devices that share a key head have each their query heads' share of its gradient.
     to_k, to_v = (jnp.sum(side, axis=2).astype(x.dtype) for side, x in zip(sides, kept[1:3], strict=True))
@@ -121,6 +115,12 @@ def _backward(rows: int, kept, to_out):
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _by_platform(function, rows: int):
+    """A function of the bytes of a piece's scores, and of rows, for whatever it is compiled for."""
+    here, gpu = (functools.partial(function, scores, rows) for scores in (SCORES, GPU_SCORES))
+    return lambda *args: lax.platform_dependent(*args, cuda=gpu, rocm=gpu, default=here)
 
 
 def _partitions(q, k, sight: _Sight):
@@ -132,18 +132,18 @@ def _partitions(q, k, sight: _Sight):
     return wide, here(k.shape, "batch", "kv_heads", None, None), flat
 
 
-def _forward_here(rows: int, q, k, v, sight: _Sight):
+def _forward_here(scores: int, rows: int, q, k, v, sight: _Sight):
     """The output [B, K, G, T, H], and each row's log-sum-exp float32 [B, K, G, T, 1]; 0 if it sees nothing."""
     keys, values = _text(k, v, sight.real, rows)
     text, out = q.shape[3] - sight.real.shape[1] * rows, []
     if text:
         with jax.named_scope("attend_text"):
-            out.append(_forward_rows(q[..., :text, :], keys, values, sight.of(slice(text)), None))
+            out.append(_forward_rows(scores, q[..., :text, :], keys, values, sight.of(slice(text)), None))
     if rows:
         with jax.named_scope("attend_blocks"):
             own = part(*_own(q, k, v, sight, rows))
             own = Part(*(_beside(x, q.shape[0]) for x in own))
-            out.append(_forward_rows(q[..., text:, :], keys, values, sight.of(slice(text, None)), own))
+            out.append(_forward_rows(scores, q[..., text:, :], keys, values, sight.of(slice(text, None)), own))
     return out[0] if len(out) == 1 else tuple(jnp.concatenate(pair, axis=3) for pair in zip(*out, strict=True))
 
 
@@ -177,11 +177,11 @@ def _beside(x, B: int):
     return jnp.moveaxis(x.reshape(B, -1, K, G, rows, width), 1, 3).reshape(B, K, G, -1, width)
 
 
-def _together(q, keys) -> int:
-    """How many rows of the batch go into a piece: as many as keep its scores within SCORES bytes."""
+def _together(scores: int, q, keys) -> int:
+    """How many rows of the batch go into a piece: as many as keep its scores within so many bytes."""
     B, K, G, T, _ = q.shape
     one = 4 * K * G * min(ROWS, T) * min(KEYS, keys.shape[2])
-    return max(b for b in range(1, B + 1) if B % b == 0 and (b == 1 or b * one <= SCORES))
+    return max(b for b in range(1, B + 1) if B % b == 0 and (b == 1 or b * one <= scores))
 
 
 def _pieces(x, batch: int, axis: int = 3):
@@ -258,9 +258,9 @@ def _bounds(sight: _Sight, batch: int):
     return _pieces(sight.ends, batch, 1), begins
 
 
-def _forward_rows(q, keys, values, sight: _Sight, own: Part | None):
+def _forward_rows(scores: int, q, keys, values, sight: _Sight, own: Part | None):
     """Output and log-sum-exp of rows over their stretches of text, and over what their `own` part is of."""
-    B, batch = q.shape[0], _together(q, keys)
+    B, batch = q.shape[0], _together(scores, q, keys)
     others = None if own is None else Part(*(_pieces(x, batch) for x in own))
 
     def step(carry, xs):
@@ -280,7 +280,7 @@ def _forward_rows(q, keys, values, sight: _Sight, own: Part | None):
     return tuple(_whole(x, B, q.shape[3]) for x in out)
 
 
-def _backward_here(rows: int, q, k, v, sight: _Sight, out, norm, to_out):
+def _backward_here(scores: int, rows: int, q, k, v, sight: _Sight, out, norm, to_out):
     """Gradients of q [B, K, G, T, H], and of k and v float32 [B, K, 1, S, H] by the query heads that are here."""
     keys, values = _text(k, v, sight.real, rows)
     M = sight.real.shape[1]
@@ -290,13 +290,15 @@ def _backward_here(rows: int, q, k, v, sight: _Sight, out, norm, to_out):
     if text:
         with jax.named_scope("attend_text"):
             of = [x[..., :text, :] for x in (q, out, norm, to_out)]
-            to_text, to_keys, to_values = _backward_rows(of, sight.of(slice(text)), keys, values, to_keys, to_values)
+            to_text, to_keys, to_values = _backward_rows(
+                scores, of, sight.of(slice(text)), keys, values, to_keys, to_values
+            )
             to_q.append(to_text)
     if rows:
         with jax.named_scope("attend_blocks"):
             of = [x[..., text:, :] for x in (q, out, norm, to_out)]
             its = sight.of(slice(text, None))
-            to_blocks, to_keys, to_values = _backward_rows(of, its, keys, values, to_keys, to_values)
+            to_blocks, to_keys, to_values = _backward_rows(scores, of, its, keys, values, to_keys, to_values)
             own_out, own_norm, own_to_out = (_alone(x, M) for x in of[1:])
             own_shared = _shared(own_out, own_to_out)
             to_own, *own = _gradients(*_own(q, k, v, sight, rows), own_norm, own_shared, own_to_out)
@@ -308,13 +310,13 @@ def _backward_here(rows: int, q, k, v, sight: _Sight, out, norm, to_out):
     return whole.astype(q.dtype), *sides
 
 
-def _backward_rows(of, sight: _Sight, keys, values, to_keys, to_values):
+def _backward_rows(scores: int, of, sight: _Sight, keys, values, to_keys, to_values):
     """Gradient float32 [B, K, G, T, H] of rows over their text, added to the keys' and values' what these get.
 
     of: the rows, their output, log-sum-exp and the output's gradient.
     """
 
-    B, batch, T = of[0].shape[0], _together(of[0], keys), of[0].shape[3]
+    B, batch, T = of[0].shape[0], _together(scores, of[0], keys), of[0].shape[3]
 
     def step(carry, xs):
         at, rows, out, norm, to_out, (ends, begins) = xs

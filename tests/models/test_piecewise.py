@@ -143,6 +143,21 @@ def test_pieces_of_the_real_size():
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["causal", "windows"])
+def test_a_gpu_takes_the_whole_batch_at_once_and_says_the_same(kind, monkeypatch):
+    """What is made of it for a GPU: no loop over the batch, and equal values here."""
+    rows, mask = masks(20)[kind]
+    monkeypatch.setattr(piecewise, "SCORES", 1)
+    arguments = example(rows)
+    lowered = jax.jit(by_pieces(mask)).trace(*arguments[:3]).lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.while" not in lowered
+    assert "stablehlo.while" in jax.jit(by_pieces(mask)).lower(*arguments[:3]).as_text()
+    one = with_gradients(by_pieces(mask), *arguments)
+    monkeypatch.setattr(piecewise, "SCORES", piecewise.GPU_SCORES)
+    for ours, whole in zip(one, with_gradients(by_pieces(mask), *arguments), strict=True):
+        np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-6)
+
+
 def test_rows_that_see_nothing_are_zero_and_teach_nothing(small_pieces):
     text = 20
     q, k, v, to_out = example(text + M * R)
@@ -259,7 +274,7 @@ def test_what_the_backward_pass_keeps_can_be_saved():
         def loss(q, k, v):
             return jnp.sum(jax.checkpoint(attend, policy=policy)(q, k, v) ** 2)
 
-        return str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, k, v)).count("dot_general")
+        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).as_text().count("stablehlo.dot_general")
 
     assert products(jax.checkpoint_policies.save_only_these_names(SAVED)) == 2 + 5
     assert products(None) == 2 + 2 + 5
