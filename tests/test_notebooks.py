@@ -111,6 +111,14 @@ def test_bring_your_own_model(execute):
     assert found.number(r"τ = ([\d.]+)") >= 1.9
 
 
+@pytest.mark.skipif("DEER_JAX_SMOLLM2" not in os.environ, reason="DEER_JAX_SMOLLM2 names no SmolLM2")
+def test_a_real_model(execute):
+    found = execute("4_")
+    assert len(re.findall(r"tokens in \d+ rounds", found.printed)) == 3
+    assert found.pages.count("<span style='background:") > 30
+    assert found.pictures == 1
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 def test_stored_without_outputs(path: Path):
     book = nbformat.read(path, as_version=4)

@@ -77,6 +77,7 @@ class Shown(NamedTuple):
     prompts: Sequence[Any]  # as `decode` takes them
     texts: Sequence[str]  # the same, as they are printed
     temperatures: Sequence[float]  # of each prompt that is shown
+    draft_length: Literal["auto"] | None  # of what is shown
     measured: Sequence[Any]
     draft_lengths: Sequence[Any]
     new_tokens: int
@@ -129,7 +130,7 @@ def chosen(options: Options) -> Shown:
             texts = options.prompt or QUESTIONS
             chats = [as_chat(text) for text in texts]
             return Shown(
-                target, lookup_first(drafter), chats, [f"{text}\n" for text in texts], [0.0] * len(texts), chats,
+                target, lookup_first(drafter), chats, [f"{text}\n" for text in texts], [0.0] * len(texts), AUTO, chats,
                 CHAT_LENGTHS, CHAT_TOKENS,
             )  # fmt: skip
     target, drafter = demo_pair("bundled", target=options.target)
@@ -137,8 +138,9 @@ def chosen(options: Options) -> Shown:
     texts = options.prompt or bundled[:SHOWN]
     temperatures = [0.0] * len(texts) if options.prompt else [*[0.0] * (SHOWN - 1), TEMPERATURE]
     return Shown(
-        target, drafter, texts, texts, temperatures, options.prompt or bundled[:MEASURED], DRAFT_LENGTHS, NEW_TOKENS
-    )
+        target, drafter, texts, texts, temperatures, None, options.prompt or bundled[:MEASURED], DRAFT_LENGTHS,
+        NEW_TOKENS,
+    )  # fmt: skip
 
 
 def show_blocks(console: Console, shown: Shown, prompt: Any, text: str, temperature: float) -> None:
@@ -147,7 +149,10 @@ def show_blocks(console: Console, shown: Shown, prompt: Any, text: str, temperat
     assert target.tokenizer is not None
     console.print(Text(text, style="dim"), end="")
     tokens, rounds = [], 0
-    blocks = stream_blocks(target, prompt, drafter=shown.drafter, max_new_tokens=limit, temperature=temperature)
+    blocks = stream_blocks(
+        target, prompt, drafter=shown.drafter, draft_length=shown.draft_length, max_new_tokens=limit,
+        temperature=temperature,
+    )  # fmt: skip
     for rounds, block in enumerate(blocks, 1):
         tokens += block
         piece = Text(target.tokenizer.decode(block[:-1]), style=BLOCKS[rounds % 2])
