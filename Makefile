@@ -12,7 +12,7 @@ help:  ## this list
 	@sed -n -E 's/^([a-z]+):.*## */\1 /p' Makefile | while read -r verb text; do \
 	  printf '  make %-10s %s\n' "$$verb" "$$text"; done
 
-demo: $(VENV)/.demo  ## decode with the bundled pair, beside plain decoding
+demo: $(VENV)/.demo  ## a chat model answers in blocks, beside plain decoding
 	"$(BIN)/deer-jax" demo
 
 quickstart: $(VENV)/.demo  ## everything, small: text, target, answers, drafter, numbers, export (15 minutes)
