@@ -19,6 +19,7 @@ from results import Results, in_pieces
 from target import real_target
 
 import deer_jax
+from deer_jax.checkpoints.drafters import trainable
 from deer_jax.config import ModelConfig
 from deer_jax.data.answers import AnswerFiles
 from deer_jax.data.sources import read_prompts
@@ -28,14 +29,14 @@ from deer_jax.drafters.drafter import Drafter
 from deer_jax.formats import read_yaml
 from deer_jax.training.recipe import as_recipe
 
-TRAINED = 0.84  # share of the phase's time, from its beginning, at which training ends
-SAFE = 0.85  # of the steps that there seems to be time for
-FIRST = 8  # steps that measure how many there is time for
+BEHIND = 35  # seconds of the phase behind training, for what comes of it
+SAFE = 0.92  # of the steps that there seems to be time for
+FIRST = 24  # steps that measure how many there is time for
 
 
 def run(results: Results, args: Any, deadline: float) -> None:
     """The whole phase."""
-    until = time.monotonic() + TRAINED * (deadline - time.monotonic())
+    until = deadline - BEHIND
     recipe = args.recipe
     source, folder = real_target(args), args.work / recipe.stem
     shutil.rmtree(folder, ignore_errors=True)
@@ -66,9 +67,12 @@ def recipe_of(args: Any, recipe: Path, source: str, texts: Path) -> dict[str, An
 
 def texts_of(results: Results, args: Any, name: str, target: deer_jax.Target, values: dict[str, Any]) -> None:
     """All answers in the file that the recipe names, but for those with the mask in them."""
-    begun = as_recipe(values).conditioned
-    assert begun is not None
-    mask, kept, masked = begun.mask_of(target), 0, 0
+    recipe = as_recipe(values)
+    if recipe.conditioned is None:  # goes on with a drafter
+        (mask,) = trainable(deer_jax.load_drafter(recipe.drafter, target=target)).reserved
+    else:
+        mask = recipe.conditioned.mask_of(target)
+    kept = masked = 0
     files = [path for run in RUNS if (path := args.work / FILES / f"{run}.jsonl").exists()]
     with Path(values["answers"]).open("w", encoding="utf-8") as output:
         for row in AnswerFiles(files, vocab_size=target.config.vocab_size):

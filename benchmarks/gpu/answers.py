@@ -1,6 +1,7 @@
 """The target answers the training prompts, as `deer-jax answers` does, each greedily and at temperature 0.7.
 
-The answers come back as `answers.tar`, packed and with the state of each file, from which that command goes on.
+It goes on from the answers that benchmarks/smollm2 keeps. They come back as `answers.tar`, packed and with the state of
+each file, from which that command goes on.
 """
 
 import gzip
@@ -26,6 +27,7 @@ from deer_jax.demo import PROMPTS
 RUNS = {"smollm2": ((0.0, 0.0, 0.7), 0), "smollm2_again": ((0.7, 0.7, 0.0), 1)}
 NEW, BATCH = 128, 1024
 FILES = "answers"  # their folder in the phases' working folder
+KEPT = Path(__file__).resolve().parents[1] / "smollm2"
 
 
 class EnoughError(Exception):
@@ -46,6 +48,7 @@ def run(results: Results, args: Any, deadline: float) -> None:
 
     for name, (temperatures, seed) in RUNS.items():
         path = folder / f"{name}.jsonl"
+        before = 0 if args.tiny else begun(path)
         said: dict[str, float] = {}
 
         def progress(done: int, total: int, speed: float, said=said) -> None:
@@ -75,6 +78,16 @@ def run(results: Results, args: Any, deadline: float) -> None:
             card.why(size, flops) + ", for steps alone; launches and prompts come on top",
         )  # fmt: skip
     packed(results, folder)
+
+
+def begun(path: Path) -> int:
+    """How many answers of this file there are already, which are put in its place."""
+    kept = KEPT / f"{path.name}.gz"
+    if not kept.exists():
+        return 0
+    path.write_bytes(gzip.decompress(kept.read_bytes()))
+    shutil.copy(KEPT / f"{path.name}.state.json", path.parent)
+    return path.read_bytes().count(b"\n")
 
 
 def packed(results: Results, folder: Path) -> None:

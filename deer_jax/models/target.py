@@ -128,14 +128,16 @@ class Target:
     def digest(self) -> str:
         """SHA-256, hexadecimal, of all that decides its answers: weights, configuration, stop ids, tokenizer, dtype.
 
-        Of files by their content, without their folder's name; of a target made in memory by its parameters and the
-        files of its tokenizer. Raises RunError if a file was changed since it was loaded.
+        Of files by their content, without their folder's name, or any name where one file is all there is; of a target
+        made in memory by its parameters and the files of its tokenizer. Raises RunError if a file was changed since it
+        was loaded.
         """
         parts: dict[str, Any] = {"dtype": self.dtype.name, "stop_ids": list(self.stop_ids), "config": self.config}
         if self._is_as_loaded():
             for stamp in self.files:
                 self.digests.begin(stamp)
-            parts |= {f"file {stamp.path.name}": self.digests.of(stamp) for stamp in self.files}
+            one = len(self.files) == 1
+            parts |= {"file" if one else f"file {stamp.path.name}": self.digests.of(stamp) for stamp in self.files}
         else:
             parts |= params_digests(self.params)
             digest = getattr(self.tokenizer, "digest", None)

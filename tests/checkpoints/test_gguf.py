@@ -123,6 +123,7 @@ def test_what_decides_the_answers_is_the_one_file(tmp_path):
     assert digest != dataclasses.replace(target, params=jax.tree.map(lambda x: x + 1, target.params)).digest()
     other, _ = model_pair(tmp_path / "other", tiny_gguf("llama"), metadata=metadata, seed=1)
     assert load_target(other).digest() != digest
+    assert load_target(file.rename(tmp_path / "another name.gguf")).digest() == digest
 
 
 def test_public_layouts_name_it_and_take_rows_of_its_head(tmp_path):
