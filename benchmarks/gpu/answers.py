@@ -73,7 +73,7 @@ def run(results: Results, args: Any, deadline: float) -> None:
         context = int(np.sum(np.mean(lengths, 0) * (1, 0.5)))
         size, flops = (count(target.config, batch, 1, context) for count in (pass_bytes, pass_flops))
         results.add(
-            f"{name}.jsonl, batch {batch}", said | {"tokens": int(np.sum(lengths, 0)[1])},
+            f"{name}.jsonl, batch {batch}", said | {"tokens": int(np.sum(lengths, 0)[1]), "answers before": before},
             {"tokens/s": batch / card.seconds(size, flops)},
             card.why(size, flops) + ", for steps alone; launches and prompts come on top",
         )  # fmt: skip
