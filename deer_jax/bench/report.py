@@ -24,7 +24,7 @@ class MethodReport:
     Attributes:
       drafter: its name in the report; None is plain decoding.
       draft_length: k, the largest where it was chosen; 0 is plain decoding.
-      rounds_at: rounds at each draft length, where it was chosen; None where it was given.
+      rounds_at: rounds by the number of drafts that were verified, where it was chosen; None where it was given.
       acceptance_length: tokens committed over rounds, each summed before dividing.
       ci95: 95 % bootstrap interval of it over prompts; None for a single prompt.
       round_cost: decode seconds per round over plain decoding's per step, prefill excluded: what a round costs in plain

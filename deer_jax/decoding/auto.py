@@ -1,7 +1,8 @@
 """The draft length chosen while decoding: what a round costs against what it is likely to commit.
 
-Nothing is looked at but rounds that are over, so every round is exact whatever was chosen for it, and so is the
-distribution of an answer. Which tokens a seed gives depends on the lengths, though, and these on measured times.
+Nothing is looked at but rounds that are over, and, for whether a draft is verified, the distribution that its first
+token is drawn from, not the token. So every round is exact whatever was chosen for it, and so is the distribution of an
+answer. Which tokens a seed gives depends on the lengths, though, and these on measured times.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ MEMORY = 64  # rounds after which an acceptance counts 1/e
 PRIOR = 2.0  # what is thought of a depth, in rounds: it fares as the depth before it
 GUESS = 0.6  # the same of the first depth
 MARGIN = 1.02  # by how much drafting must look better than plain decoding
+SURELY_NOT, SURELY, NEVER = 0.02, 0.95, 2.0  # certainties: the least and the most that is asked for, and more than any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Segment:
 
     Attributes:
       k, rounds: draft length, and rounds that it ran.
+      spared: rounds of these that drafted and did not verify.
       seconds: wall clock without compilation.
       context: tokens of the longest row.
       histogram: [most + 1] rounds of all rows that accepted i drafts.
@@ -38,51 +41,76 @@ class Segment:
 
     k: int
     rounds: int
+    spared: int
     seconds: float
     context: int
     histogram: np.ndarray
 
 
 class AutoLength:
-    """Draft lengths 0, 2, 4, .. up to the drafter's own, with what each costs and how deep drafts are accepted.
+    """Draft lengths 0, 2, 4, .. up to the drafter's own, with what each costs and how deep drafts are accepted; and how
+    certain a draft must be to be verified.
 
     The rates of acceptance are of the drafts that went before, the newest counting most; the costs are per size and
     per context, on a coarse grid. Sizes that were never run are judged by the line through those that were, so a size
     is compiled only if it promises to be the best. Where plain decoding is, drafting is tried again now and then, ever
     more rarely.
+
+    A verification pays if what it is likely to commit takes longer otherwise. That is the certainty of the first draft,
+    times what the rates say of those behind it.
     """
 
     def __init__(self, most: int):
         self.most = most
         self.sizes = sorted({0, most, *(2**i for i in range(1, 16) if 2**i < most)})
-        self.tried, self.kept = np.zeros(most), np.zeros(most)  # by depth
-        self.costs: dict[tuple[int, int, int], float] = {}  # seconds of a round by slots, context and k
+        self.tried, self.kept = np.zeros(most), np.zeros(most)  # by depth, of verified drafts
+        self.drafted, self.verified = PRIOR, PRIOR  # rounds
+        # Seconds of a round by slots, context, drafts verified, and whether there were any.
+        self.costs: dict[tuple[int, int, int, bool], float] = {}
         self.plain_rounds, self.patience = 0, PATIENCE
-        self.k, self.left = min(FIRST, most), 0  # what runs, and for how many rounds more
+        self.k, self.left, self.least = min(FIRST, most), 0, 0.0  # what runs, and for how many rounds more
 
-    def choose(self, slots: int, context: int) -> tuple[int, int]:
-        """Draft length and number of rounds of the next segment."""
+    def choose(self, slots: int, context: int) -> tuple[int, int, float]:
+        """Draft length, number of rounds and least certainty of the next segment."""
         if self.left <= 0:
-            self.k, self.left = self._next(slots, context)
-        return self.k, self.left
+            self.k, self.left, self.least = self._next(slots, bucket(context, 128))
+        return self.k, self.left, self.least
 
     def note(self, slots: int, segment: Segment) -> None:
         """Remember a segment."""
         self.left -= segment.rounds
         if segment.rounds < 1:
             return
-        key = (slots, bucket(segment.context, 128), segment.k)
-        cost, old = segment.seconds / segment.rounds, self.costs.get(key)
-        self.costs[key] = cost if old is None else old + (cost - old) * (0.5 if cost < old else 0.2)
+        self._note_costs(slots, segment)
         if segment.k == 0:
             self.plain_rounds += segment.rounds
             return
-        reached = np.cumsum(segment.histogram[::-1])[::-1]  # [i]: rounds that accepted at least i
         fading = np.exp(-segment.rounds / MEMORY)
+        if 0 < self.least < NEVER:  # otherwise nothing was judged
+            self.drafted = self.drafted * fading + segment.rounds
+            self.verified = self.verified * fading + segment.rounds - segment.spared
+        histogram = segment.histogram.copy()
+        histogram[0] = max(histogram[0] - segment.spared * histogram.sum() / segment.rounds, 0)
+        reached = np.cumsum(histogram[::-1])[::-1]  # [i]: rounds that accepted at least i
         self.tried = self.tried * fading
         self.kept = self.kept * fading
         self.tried[: segment.k] += reached[: segment.k]
         self.kept[: segment.k] += reached[1 : segment.k + 1]
+
+    def _note_costs(self, slots: int, segment: Segment) -> None:
+        """Of rounds with and without verification, the seconds go to each as these were known to differ."""
+        context, each = bucket(segment.context, 128), segment.seconds / segment.rounds
+        parts = {segment.k: segment.rounds - segment.spared, 0: segment.spared} if segment.k else {0: segment.rounds}
+        parts = {k: rounds for k, rounds in parts.items() if rounds}
+        drafted = segment.k > 0
+        guesses = {k: self._nearest(slots, context, k, drafted) or each for k in parts}
+        ratio = segment.seconds / sum(rounds * guesses[k] for k, rounds in parts.items())
+        for k, rounds in parts.items():
+            key, cost = (slots, context, k, drafted), guesses[k] * ratio
+            old = self.costs.get(key, cost)
+            self.costs[key] = old + (cost - old) * (0.5 if cost < old else 0.2) * rounds / segment.rounds
+        if self.least == NEVER and not segment.spared:  # a drafter that does not say how certain it is
+            self.costs[slots, context, 0, True] = self.costs[slots, context, segment.k, True]
 
     def expected(self, k: int) -> float:
         """Tokens that a round of k drafts is thought to commit."""
@@ -94,30 +122,39 @@ class AutoLength:
             total += alive
         return total
 
-    def _next(self, slots: int, context: int) -> tuple[int, int]:
-        known = self._known(slots, bucket(context, 128))
+    def _next(self, slots: int, context: int) -> tuple[int, int, float]:
+        known = {k: cost for k in self.sizes if (cost := self._nearest(slots, context, k, k > 0)) is not None}
         first = min(FIRST, self.most)
         for k in (first, 0):
             if k not in known:
-                return k, TRIAL
-        speeds = {k: self.expected(k) / cost for k, cost in self._all(known).items()}
+                return k, TRIAL, 0.0
+        spared = self._nearest(slots, context, 0, True)
+        if spared is None:
+            return first, TRIAL, NEVER
+        costs, share = self._all(known), self.verified / self.drafted
+        speeds = {
+            k: (1 + share * (self.expected(k) - 1)) / (spared + share * (cost - spared)) for k, cost in costs.items()
+        }
+        speeds[0] = 1 / costs[0]
         best = max(speeds, key=lambda k: speeds[k] / (1 if k else 1 / MARGIN))
+        k, rounds = best, SEGMENT if best in known else TRIAL
         if best:
             self.plain_rounds, self.patience = 0, PATIENCE
-            return best, SEGMENT if best in known else TRIAL
-        if self.plain_rounds >= self.patience:
+        elif self.plain_rounds >= self.patience:
             self.plain_rounds, self.patience = 0, min(2 * self.patience, MOST_PATIENCE)
-            drafting = [k for k in known if k]
-            return max(drafting, key=lambda k: speeds[k]), TRIAL // 2
-        return 0, SEGMENT
+            k, rounds = max([k for k in known if k], key=lambda k: speeds[k]), TRIAL // 2
+        if not k:
+            return 0, rounds, 0.0
+        rate = (self.kept[0] + PRIOR * GUESS) / (self.tried[0] + PRIOR)
+        behind = (self.expected(k) - 1) / rate  # drafts committed with a first one that is
+        least = speeds[best] * (costs[k] - spared) / behind
+        return k, rounds, float(np.clip(least, SURELY_NOT, SURELY))
 
-    def _known(self, slots: int, context: int) -> dict[int, float]:
-        """Measured costs by size, of the contexts nearest to this one."""
-        found: dict[int, tuple[int, float]] = {}
-        for (s, c, k), cost in self.costs.items():
-            if s == slots and (k not in found or abs(c - context) < found[k][0]):
-                found[k] = abs(c - context), cost
-        return {k: cost for k, (_, cost) in found.items()}
+    def _nearest(self, slots: int, context: int, k: int, drafted: bool) -> float | None:
+        """The measured cost of the context nearest to this one."""
+        kind = [slots, k, drafted]
+        found = [(abs(c - context), cost) for (s, c, *rest), cost in self.costs.items() if [s, *rest] == kind]
+        return min(found)[1] if found else None
 
     def _all(self, known: dict[int, float]) -> dict[int, float]:
         """Costs of all sizes: those that were never measured from the line through the drafting sizes next to them.

@@ -52,7 +52,7 @@ class Engine:
         self.order = sorted(range(self.slots), key=lambda row: row % depth)  # in which slots are filled: shards in turn
         self.drafted = k  # tokens per round in the last segment
         self.auto: AutoLength | None = None  # chooses them; None: k in all rounds
-        self.rounds_at: collections.Counter[int] = collections.Counter()  # the rows' rounds by what it chose
+        self.rounds_at: collections.Counter[int] = collections.Counter()  # the rows' rounds by what was verified then
         self.compile_seconds = 0.0
         self.prefill_seconds: float | None = None
         self.fetches = 0
@@ -151,13 +151,18 @@ class Engine:
         return put(x, placement(self.target.mesh, np.shape(x), axes))
 
     def segment(
-        self, max_rounds: int | None = None, max_done: int | None = None, draft_length: int | None = None
-    ) -> dict[str, np.ndarray]:
+        self, max_rounds: int | None = None, max_done: int | None = None, draft_length: int | None = None,
+        least: float = 0.0,
+    ) -> dict[str, np.ndarray]:  # fmt: skip
         """Run rounds until all rows (or max_done) are done, or max_rounds have run; then the one fetch.
 
-        draft_length: of these rounds, up to the engine's k, which is the default; 0 is plain.
+        draft_length: of these rounds, up to the engine's k, which is the default; 0 is plain. least: where the length
+        is given, drafts of less certainty are not verified.
         """
-        plan = self.plan if draft_length is None else dataclasses.replace(self.plan, k=draft_length)
+        plan = self.plan
+        if draft_length is not None:
+            plan = dataclasses.replace(plan, k=draft_length, gated=draft_length > 0)
+            self.knobs = dataclasses.replace(self.knobs, least=self.put(np.float32(least)))
         if plan.k not in (0, self.drafted):
             self.state = self._change(loop.catch_up, (plan,), self.state, self.weights)
         self.drafted = plan.k
@@ -165,7 +170,7 @@ class Engine:
         state = self.state
         return self.fetch(
             {"tokens": state.tokens, "length": state.length, "done": state.done, "rounds": state.rounds,
-             "histogram": state.histogram, "fault": state.fault}
+             "histogram": state.histogram, "spared": state.spared, "fault": state.fault}
         )  # fmt: skip
 
     def not_finite(self, fault: int, new_tokens: int) -> str:
@@ -230,16 +235,17 @@ def chosen(
     auto = engine.auto
     assert auto is not None
     context = int(last["length"].max())
-    k, rounds = auto.choose(engine.slots, context)
+    k, rounds, least = auto.choose(engine.slots, context)
     if processes.count() > 1:  # their clocks differ
-        k, rounds = json.loads(processes.share(json.dumps([k, rounds])))
+        k, rounds, least = json.loads(processes.share(json.dumps([k, rounds, least])))
     begin, compiled = time.perf_counter(), engine.compile_seconds
-    after = engine.segment(rounds if max_rounds is None else min(rounds, max_rounds), max_done, k)
+    after = engine.segment(rounds if max_rounds is None else min(rounds, max_rounds), max_done, k, least)
     seconds = time.perf_counter() - begin - (engine.compile_seconds - compiled)
     ran = after["rounds"] - last["rounds"]
     histogram = np.sum(after["histogram"] - last["histogram"], axis=0)
-    auto.note(engine.slots, Segment(k, int(ran.max()), seconds, context, histogram))
-    engine.rounds_at[k] += int(ran.sum())
+    spared = after["spared"] - last["spared"]
+    auto.note(engine.slots, Segment(k, int(ran.max()), int(spared.max()), seconds, context, histogram))
+    engine.rounds_at.update([0] * int(spared.sum()) + [k] * int(ran.sum() - spared.sum()))
     last |= {name: np.array(after[name]) for name in last}
     return after
 
@@ -262,7 +268,7 @@ def serve(
     holds: list[int | None] = [None] * engine.slots  # place of the prompt that each slot holds
     rounds = [0] * len(prompts) if rounds is None else rounds
     # For `chosen`: what the last segment, or an admission since, left in each slot.
-    sizes = {"length": (), "rounds": (), "histogram": engine.like.histogram.shape[1:]}
+    sizes = {"length": (), "rounds": (), "spared": (), "histogram": engine.like.histogram.shape[1:]}
     last = {name: np.zeros((engine.slots, *shape), np.int64) for name, shape in sizes.items()}
     admitted = 0
     if time_prefill:
@@ -285,7 +291,8 @@ def serve(
                 engine.prefill_seconds += time.perf_counter() - before - (engine.compile_seconds - compiled)
             for row, place in zip(free, taken, strict=True):
                 holds[row] = place
-                last["length"][row], last["rounds"][row], last["histogram"][row] = len(prompts[place]), rounds[place], 0
+                last["length"][row], last["rounds"][row] = len(prompts[place]), rounds[place]
+                last["spared"][row] = last["histogram"][row] = 0
             admitted = taken.stop
         idle = sum(place is None for place in holds)
         refill = max(idle + 1, engine.slots // REFILL) if admitted < len(prompts) else None

@@ -16,7 +16,7 @@ from deer_jax.decoding.accept import Verdict, accept_greedy, accept_sampled
 from deer_jax.decoding.sampling import Kind, Knobs, pick_draft, picked
 from deer_jax.decoding.state import DRAFTER, NONE, TARGET, DecodeState
 from deer_jax.drafters.protocol import Draft, Method, Seen
-from deer_jax.models.cache import write_cache, write_rows
+from deer_jax.models.cache import KVCache, write_cache, write_rows
 from deer_jax.models.transformer import Params, bind, read_prompts
 from deer_jax.sharding import constrain, constrain_tree
 
@@ -29,6 +29,7 @@ class Plan:
     drafter: Method | None
     k: int
     kind: Kind
+    gated: bool = False  # whether drafts of too little certainty, see `Knobs.least`, are not verified
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -46,8 +47,38 @@ class Weights(NamedTuple):
 def one_round(plan: Plan, weights: Weights, state: DecodeState, knobs: Knobs, stop_ids):
     """One draft and one verify: the state with accepted + 1 more tokens in every running row."""
     draft, drafter = propose(plan, weights, state, knobs)
-    block, read = read_block(plan, weights.target, state, draft)
-    logits = bind(plan.target, weights.target).logits(read.hidden)
+    verify = functools.partial(verified, plan, weights.target, state, knobs)
+    spared = jnp.zeros((), bool)
+    if plan.gated and draft.certainty is not None:
+        # A row's own first token has no part in this, only what it is drawn from: so what is verified is exact.
+        spared = ~jnp.any(~state.done & (draft.certainty >= knobs.least))
+        like = jax.eval_shape(verify, draft)
+        check = lax.cond(spared, lambda: padded(verify(none_of(draft)), like), lambda: verify(draft))
+    else:
+        check = verify(draft)
+    after = commit(state, check.verdict, stop_ids, check.faults)
+    if plan.drafter is not None:
+        seen = Seen(check.block, check.tapped, state.length - 1, after.length - state.length)
+        drafter = plan.drafter.observe(weights.drafter, weights.shared, drafter, seen, None)
+    cache = write_cache(state.cache, check.fresh, state.length - 1)
+    counted = state.spared + jnp.where(spared, after.rounds - state.rounds, 0)
+    return placed(plan, dataclasses.replace(after, drafter=drafter, cache=cache, spared=counted))
+
+
+class Checked(NamedTuple):
+    """What the target says about a block of the anchor and k drafts."""
+
+    verdict: Verdict
+    faults: jax.Array  # int32 [B, k+1], see `faults_of`
+    block: jax.Array  # int32 [B, k+1]
+    tapped: jax.Array | None  # [B, k+1, n*D]
+    fresh: KVCache  # keys and values of the block
+
+
+def verified(plan: Plan, params: Params, state: DecodeState, knobs: Knobs, draft: Draft) -> Checked:
+    """The target reads a draft, of whatever length, and says what is kept of it."""
+    block, read = read_block(plan, params, state, draft)
+    logits = bind(plan.target, params).logits(read.hidden)
     if plan.kind.sampled:
         verdict = accept_sampled(
             logits, draft, length=state.length, prompt_index=state.prompt_index, rounds=state.rounds,
@@ -56,12 +87,21 @@ def one_round(plan: Plan, weights: Weights, state: DecodeState, knobs: Knobs, st
     else:
         verdict = accept_greedy(logits, draft)
     best = jnp.max(logits, axis=-1) if plan.kind.sampled else picked(logits, verdict.choice)
-    after = commit(state, verdict, stop_ids, faults_of(best, draft))
-    if plan.drafter is not None:
-        seen = Seen(block, read.tapped, state.length - 1, after.length - state.length)
-        drafter = plan.drafter.observe(weights.drafter, weights.shared, drafter, seen, None)
-    cache = write_cache(state.cache, read.fresh, state.length - 1)
-    return placed(plan, dataclasses.replace(after, drafter=drafter, cache=cache))
+    return Checked(verdict, faults_of(best, draft), block, read.tapped, read.fresh)
+
+
+def none_of(draft: Draft) -> Draft:
+    """A draft of no tokens, of logits as finite as this one's."""
+    return Draft(draft.tokens[:, :0], None, finite=draft.finite)
+
+
+def padded(found: Checked, like: Checked) -> Checked:
+    """What a shorter block gave, zeros behind it as in a longer one; nothing behind what is committed is looked at."""
+
+    def pad(x, to):
+        return jnp.pad(x, [(0, more - size) for size, more in zip(x.shape, to.shape, strict=True)])
+
+    return jax.tree.map(pad, found, like)
 
 
 def placed(plan: Plan, state: DecodeState) -> DecodeState:
@@ -214,6 +254,7 @@ def admit(plan: Plan, state: DecodeState, tokens, length, limit, index, rounds, 
         prompt_index=put(state.prompt_index, index),
         rounds=put(state.rounds, rounds),
         histogram=put(state.histogram, 0),
+        spared=put(state.spared, 0),
         fault=put(state.fault, NONE),
     )
     return placed(plan, state)

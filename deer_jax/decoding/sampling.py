@@ -35,13 +35,17 @@ class Kind:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Knobs:
-    """The numbers of the sampling settings, traced: changing one compiles nothing."""
+    """The numbers of the sampling settings, traced: changing one compiles nothing.
+
+    least: drafts of less certainty are not verified, where the plan is gated.
+    """
 
     temperature: jax.Array  # float32 []
     draft_temperature: jax.Array  # float32 []
     top_k: jax.Array  # int32 []
     top_p: jax.Array  # float32 []
     seed: jax.Array  # PRNG key []
+    least: jax.Array  # float32 []
 
     @classmethod
     def of(cls, sampling: Sampling, seed: int) -> "Knobs":
@@ -52,6 +56,7 @@ class Knobs:
             jnp.int32(sampling.top_k),
             jnp.float32(sampling.top_p),
             jax.random.key(seed),
+            jnp.float32(0),
         )
 
 
@@ -144,9 +149,11 @@ def pick_draft(logits, first: int, ids=None, *, row: Row, rounds, kind: Kind, kn
         # The largest logit is NaN where one is, and infinite where one is or where nothing may be picked.
         if not kind.draft_sampled:
             tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            return Draft(named(tokens), None, finite=jnp.all(jnp.isfinite(picked(logits, tokens)), axis=1))
+            finite = jnp.all(jnp.isfinite(picked(logits, tokens)), axis=1)
+            certainty = jnp.max(jax.nn.softmax(logits[:, 0].astype(jnp.float32), axis=-1), axis=-1)
+            return Draft(named(tokens), None, finite=finite, certainty=certainty)
         finite = jnp.all(jnp.isfinite(jnp.max(logits, axis=-1)), axis=1)
         log_q = log_probabilities(logits, knobs.draft_temperature, kind, knobs)
         position = row.length[:, None] + first + jnp.arange(logits.shape[1])[None]
         keys = keys_for(knobs.seed, row.prompt_index, rounds, position, DRAFT)
-        return Draft(named(draw(keys, log_q)), log_q, ids, finite)
+        return Draft(named(draw(keys, log_q)), log_q, ids, finite, jnp.exp(jnp.max(log_q[:, 0], axis=-1)))

@@ -35,6 +35,7 @@ class DecodeState:
       prompt_index: which prompt the row holds; part of the keys of its random numbers.
       rounds: the row's own count.
       histogram: rounds of the row that committed i + 1 tokens (i accepted drafts), before the limit's cut.
+      spared: rounds of the row whose draft was not verified.
       fault: NONE, or whose logits were not finite in the round that ended the row, which committed nothing.
       drafter: the drafter's own state.
     """
@@ -46,6 +47,7 @@ class DecodeState:
     prompt_index: jax.Array  # int32 [B]
     rounds: jax.Array  # int32 [B]
     histogram: jax.Array  # int32 [B, most k + 1]
+    spared: jax.Array  # int32 [B]
     fault: jax.Array  # int32 [B]
     cache: KVCache
     drafter: Any
@@ -59,8 +61,8 @@ class DecodeState:
         row: Any = ("batch",)
         rows: Any = ("batch", None)
         return DecodeState(
-            tokens=rows, length=row, limit=row, done=row, prompt_index=row, rounds=row, histogram=rows, fault=row,
-            cache=self.cache.axes, drafter=drafter,
+            tokens=rows, length=row, limit=row, done=row, prompt_index=row, rounds=row, histogram=rows, spared=row,
+            fault=row, cache=self.cache.axes, drafter=drafter,
         )  # fmt: skip
 
 
@@ -90,6 +92,7 @@ def idle_state(shape: StateShape, params: Params, shared: Params) -> DecodeState
         prompt_index=ints(batch),
         rounds=ints(batch),
         histogram=ints(batch, shape.most + 1),
+        spared=ints(batch),
         fault=ints(batch),
         cache=empty_cache(shape.target, batch, capacity, build),
         drafter=shape.drafter.state(params, shared, batch, capacity, build) if shape.drafter else (),
@@ -112,7 +115,7 @@ class DecodeStats:
 
     Attributes:
       draft_length: k, the largest where it was chosen ("auto"); 0 is plain decoding.
-      rounds_at: this call's rounds at each draft length, where it was chosen.
+      rounds_at: this call's rounds by the number of drafts that were verified, where it was chosen.
       new_tokens: tokens in the result, stop token included.
       rounds: draft-and-verify rounds.
       accepted_histogram: [k+1] counts: rounds that committed i + 1 tokens, counted up to and including a stop token

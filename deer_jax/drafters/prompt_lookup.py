@@ -46,7 +46,8 @@ class PromptLookup(Method):
     longest: int = LONGEST
 
     def propose(self, params: Params, shared: Params, state: Any, row: Row, k: int, pick: Pick) -> tuple[Draft, Any]:
-        return Draft(look_up_text(row, k, self.longest)[0], None), state
+        tokens, matched = look_up_text(row, k, self.longest)
+        return Draft(tokens, None, certainty=matched.astype(jnp.float32) / self.longest), state
 
 
 def prompt_lookup(target: Target, draft_length: int = 8) -> Drafter:
@@ -123,9 +124,10 @@ def _with_copies(draft: Draft, copied, copies) -> Draft:
     """A draft in which some rows, bool [B], propose other tokens int32 [B, k], for certain."""
     chosen = copies[:, None]
     finite = None if draft.finite is None else draft.finite | copies
+    certainty = None if draft.certainty is None else jnp.where(copies, 1.0, draft.certainty)
     tokens = jnp.where(chosen, copied, draft.tokens)
     if draft.log_q is None:
-        return Draft(tokens, None, finite=finite)
+        return Draft(tokens, None, finite=finite, certainty=certainty)
     log_q, ids, wanted = draft.log_q, draft.ids, copied[..., None]
     if ids is None:
         every = jnp.arange(log_q.shape[-1], dtype=jnp.int32)[None, None]
@@ -134,4 +136,4 @@ def _with_copies(draft: Draft, copied, copies) -> Draft:
         log_q = jnp.pad(log_q, ((0, 0), (0, 0), (0, 1)), constant_values=-jnp.inf)
         wanted = jnp.where(jnp.arange(ids.shape[-1])[None, None] == ids.shape[-1] - 1, wanted, -1)
     certain = jnp.where(every == wanted, 0.0, -jnp.inf)
-    return Draft(tokens, jnp.where(chosen[..., None], certain, log_q), ids, finite)
+    return Draft(tokens, jnp.where(chosen[..., None], certain, log_q), ids, finite, certainty)

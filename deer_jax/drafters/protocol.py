@@ -60,12 +60,14 @@ class Draft(NamedTuple):
       log_q: float32 [B, k, m]; None: each token was certain (point mass).
       ids: int32, broadcast to [B, k, m]: what log_q is of; None: of every id, m = V.
       finite: bool [B], of the logits that the tokens were picked from; None: there were none.
+      certainty: float32 [B], the largest probability in what the first token is drawn from; None: unknown.
     """
 
     tokens: jax.Array
     log_q: jax.Array | None
     ids: jax.Array | None = None
     finite: jax.Array | None = None
+    certainty: jax.Array | None = None
 
 
 def join(parts: Sequence[Draft]) -> Draft:
@@ -74,13 +76,14 @@ def join(parts: Sequence[Draft]) -> Draft:
     def beside(sides):
         return jnp.concatenate(sides, axis=1) if all(side is not None for side in sides) else None
 
-    tokens, log_q, ids, finite = zip(*parts, strict=True)
+    tokens, log_q, ids, finite, certainty = zip(*parts, strict=True)
     known = [each for each in finite if each is not None]
     return Draft(
         jnp.concatenate(tokens, axis=1),
         beside(log_q),
         beside(ids),
         jnp.all(jnp.stack(known), axis=0) if known else None,
+        certainty[0],
     )
 
 

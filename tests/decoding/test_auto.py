@@ -21,7 +21,7 @@ class ByAcceptance(AutoLength):
         self.accepted = 0
 
     def choose(self, slots, context):
-        return self.accepted % (self.most + 1), 1
+        return self.accepted % (self.most + 1), 1, 0.4 * (self.accepted % 2)
 
     def note(self, slots, segment):
         self.accepted += int(np.arange(len(segment.histogram)) @ segment.histogram) + 1
@@ -57,21 +57,35 @@ def test_greedy_answers_are_those_of_plain_decoding():
 
 
 class Machine:
-    """Seconds and acceptances of a machine that is made up, with some noise in both."""
+    """Seconds and acceptances of a machine that is made up, with some noise in both.
 
-    def __init__(self, rates, costs, seed=0):
-        self.rates, self.costs, self.random = rates, costs, np.random.default_rng(seed)
+    rates: by depth; the first draft's differs from round to round by `spread`, and the draft says how high it is.
+    """
+
+    def __init__(self, rates, costs, seed=0, spread=0.0):
+        self.rates, self.costs, self.random, self.spread = rates, costs, np.random.default_rng(seed), spread
 
     def run(self, auto: AutoLength, tokens: int) -> tuple[float, float]:
         """Seconds for so many tokens, and what plain decoding takes."""
         seconds = made = 0.0
         while made < tokens:
-            k, rounds = auto.choose(1, 200)
-            accepted = [next((i for i in range(k) if self.random.random() > self.rates[i]), k) for _ in range(rounds)]
-            took = rounds * self.costs(k) * self.random.normal(1, 0.05)
-            auto.note(1, Segment(k, rounds, took, 200, np.bincount(accepted, minlength=auto.most + 1)))
+            k, rounds, least = auto.choose(1, 200)
+            sure = np.clip(self.random.normal(self.rates[0], self.spread, rounds), 0.01, 0.99)
+            verified = [p for p in sure if p >= least] if k else []
+            accepted = [self.accepted(p, k) for p in verified]
+            took = len(verified) * self.costs(k) + (rounds - len(verified)) * (self.costs(0) + DRAFTING * (k > 0))
+            took *= self.random.normal(1, 0.05)
+            histogram = np.bincount(accepted + [0] * (rounds - len(verified)), minlength=auto.most + 1)
+            auto.note(1, Segment(k, rounds, (rounds - len(verified)) * (k > 0), took, 200, histogram))
             seconds, made = seconds + took, made + rounds + sum(accepted)
         return seconds, made * self.costs(0)
+
+    def accepted(self, first: float, k: int) -> int:
+        """Of k drafts whose first is kept with this probability."""
+        return next((i for i, rate in enumerate([first, *self.rates[1:k]]) if self.random.random() > rate), k)
+
+
+DRAFTING = 0.08  # plain steps
 
 
 def cpu(k: int) -> float:
@@ -87,6 +101,13 @@ def test_speed_is_that_of_the_best_length_or_of_plain_decoding(rates, least):
     assert plain / seconds > least
     best = max((1 + sum(np.prod(rates[:i]) for i in range(1, k + 1))) / cpu(k) for k in auto.sizes)
     assert plain / seconds > 0.93 * best
+
+
+def test_drafts_that_are_hardly_likely_are_not_verified():
+    rates = [0.4, *[0.6] * 7]
+    seconds, plain = Machine(rates, cpu, spread=0.35).run(AutoLength(8), 5000)
+    without, same = Machine(rates, cpu).run(AutoLength(8), 5000)
+    assert plain / seconds > 1.08 * same / without
 
 
 def test_a_change_is_noticed():
