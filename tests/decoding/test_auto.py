@@ -1,13 +1,22 @@
 """draft_length="auto": exact whatever it chooses, and never much slower than plain decoding."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from deer_jax import decode
+from deer_jax.config import Sampling
 from deer_jax.decoding import auto as choosing
+from deer_jax.decoding import loop, sampling
 from deer_jax.decoding.auto import AutoLength, Segment, auto_length
+from deer_jax.decoding.sampling import Kind, Knobs
+from deer_jax.decoding.state import StateShape, idle_state
 from deer_jax.errors import InputError
-from tests.decoding.test_sampling_exact import exact, fixed_logits, make_target, p_value
+from tests.decoding.test_sampling_exact import draft_logits, exact, fixed_logits, make_target, p_value
 from tests.doubles import table_drafters
 
 LEVEL = 1e-4
@@ -41,6 +50,43 @@ def test_the_distribution_is_the_targets_whatever_the_choice_depends_on(monkeypa
     assert min(rounds[k] for k in (0, 1, 2)) > 1000
     assert sum(rounds.values()) == sum(answers.stats.rounds)
     assert p_value(answers.tokens, exact(target, [1], 4, 1.0)) > LEVEL
+
+
+@pytest.mark.parametrize("by", ["distribution", "token"])
+def test_what_is_drafted_has_no_part_in_whether_it_is_verified(monkeypatch, by):
+    """Where a row's own draft decides, the distribution is another one; and that is noticed."""
+    if by == "token":
+        sampled = sampling.pick_draft
+
+        def by_token(*args, **options):
+            draft = sampled(*args, **options)
+            first = jnp.take_along_axis(draft.log_q[:, 0], draft.tokens[:, :1], axis=-1)[:, 0]
+            return draft._replace(certainty=jnp.exp(first))
+
+        monkeypatch.setattr(loop, "pick_draft", by_token)
+    target, rows, new = make_target(4), 16384, 4
+    drafter = fixed_logits(target, by)
+    likely = np.sort(np.max(np.asarray(jax.nn.softmax(draft_logits(target)[:, 0])), axis=-1))
+    least = float(likely[1:3].mean())  # half of the anchors are followed by something that certain
+    plan = loop.Plan(target.config, drafter.method, 2, Kind.of(Sampling(temperature=1.0)), gated=True)
+    knobs = dataclasses.replace(Knobs.of(Sampling(temperature=1.0), 7), least=jnp.float32(least))
+    weights = loop.Weights(target.params, drafter.params, drafter.shared)
+    idle = idle_state(StateShape(target.config, drafter.method, 1, 16, 2, target.build), *weights[1:])
+    stop_ids = jnp.zeros((0,), jnp.int32)
+
+    def answer(index):
+        """Of a batch of this row alone."""
+        state = dataclasses.replace(
+            idle, tokens=idle.tokens.at[0, 0].set(1), limit=idle.limit.at[0].set(1 + new),
+            done=jnp.zeros_like(idle.done), prompt_index=index[None],
+        )  # fmt: skip
+        state = lax.fori_loop(0, new, lambda _, state: loop.one_round(plan, weights, state, knobs, stop_ids), state)
+        return state.tokens[0, 1 : 1 + new], state.spared[0], state.rounds[0]
+
+    answers, spared, rounds = jax.jit(jax.vmap(answer))(jnp.arange(rows, dtype=jnp.int32))
+    assert 0.2 < np.sum(spared) / np.sum(rounds) < 0.8
+    p = p_value(np.asarray(answers).tolist(), exact(target, [1], new, 1.0))
+    assert p > LEVEL if by == "distribution" else p < LEVEL
 
 
 def test_greedy_answers_are_those_of_plain_decoding():

@@ -246,20 +246,24 @@ def cache_copies(text: str, shapes: set[tuple[int, ...]]) -> list[str]:
 )
 @pytest.mark.parametrize("name", ["none", "block_causal", "selector", "lookup or block_causal", "lookup or selector"])
 def test_the_loop_works_in_the_memory_it_was_given(prompts, limits, scan, auto, name):
-    """Every cache is aliased with the donated one, and nothing as large as a cache is copied anywhere."""
+    """Every cache is aliased with the donated one, and nothing as large as one is copied anywhere, also where a draft
+    may go unverified."""
     target = choosing(make_target(scan)) if auto else make_target(scan)
     test_engine = make_engine(target, name, {})
     test_engine.admit(prompts[:1], limits[:1], [0], [0])
     test_engine.segment()
+    plan, gated = test_engine.plan, dataclasses.replace(test_engine.plan, gated=True)
+    if plan.k:
+        test_engine.segment(draft_length=plan.k)
     arrays = jax.tree.leaves([test_engine.state.cache, kept_by(test_engine.state.drafter, 0)[0]])
-    plan = test_engine.plan
-    wanted = {(plan,), (plan.target, plan.drafter)}  # the loop's static arguments, and those of prefill
+    wanted = {(plan,), (gated,), (plan.target, plan.drafter)}  # the loop's static arguments, and those of prefill
     found = [
         (key[0].__name__, program)
         for key, program in programs._compiled.items()
         if key[1] in wanted and _is_for(key, test_engine.weights.target, arrays[0].shape) and bool(key[4]) == auto
     ]
     assert {"prefill", "admit", "run_segment"} <= {function for function, _ in found}
+    assert [function for function, _ in found].count("run_segment") == 1 + (plan.k > 0)
     for function, program in found:
         aliased = program.memory_analysis().alias_size_in_bytes
         assert aliased >= sum(x.nbytes for x in arrays), function
