@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from deer_jax.decoding.programs import bucket
+from deer_jax.decoding.state import CERTAINTIES
 from deer_jax.drafters.drafter import Drafter
 
 AUTO = "auto"
@@ -22,9 +23,9 @@ SEGMENT = 16  # rounds between two choices
 PATIENCE, MOST_PATIENCE = 64, 1024  # plain rounds until drafting is tried again, at first and after many failures
 MEMORY = 64  # rounds after which an acceptance counts 1/e
 PRIOR = 2.0  # what is thought of a depth, in rounds: it fares as the depth before it
-GUESS = 0.6  # the same of the first depth
+GUESS = 0.6  # the same of the second
 MARGIN = 1.02  # by how much drafting must look better than plain decoding
-SURELY_NOT, SURELY, NEVER = 0.02, 0.95, 2.0  # certainties: the least and the most that is asked for, and more than any
+NEVER = 2.0  # a least certainty that no draft has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +34,24 @@ class Segment:
 
     Attributes:
       k, rounds: draft length, and rounds that it ran.
-      spared: rounds of these that drafted and did not verify.
       seconds: wall clock without compilation.
       context: tokens of the longest row.
       histogram: [most + 1] rounds of all rows that accepted i drafts.
+      certain: of all rows, as `DecodeState` has it.
     """
 
     k: int
     rounds: int
-    spared: int
     seconds: float
     context: int
     histogram: np.ndarray
+    certain: np.ndarray
+
+    @property
+    def spared(self) -> int:
+        """Rounds of all rows that drafted and did not verify."""
+        drafted, verified, _ = self.certain.sum(axis=1)
+        return int(drafted - verified)
 
 
 class AutoLength:
@@ -56,15 +63,15 @@ class AutoLength:
     is compiled only if it promises to be the best. Where plain decoding is, drafting is tried again now and then, ever
     more rarely.
 
-    A verification pays if what it is likely to commit takes longer otherwise. That is the certainty of the first draft,
-    times what the rates say of those behind it.
+    How often the first draft is accepted is counted by how certain it was, and how often drafts are as certain: that
+    says what each size commits and costs if only those from some certainty on are verified.
     """
 
     def __init__(self, most: int):
         self.most = most
         self.sizes = sorted({0, most, *(2**i for i in range(1, 16) if 2**i < most)})
         self.tried, self.kept = np.zeros(most), np.zeros(most)  # by depth, of verified drafts
-        self.drafted, self.verified = PRIOR, PRIOR  # rounds
+        self.certain = np.zeros((3, CERTAINTIES))  # as `DecodeState` has it
         # Seconds of a round by slots, context, drafts verified, and whether there were any.
         self.costs: dict[tuple[int, int, int, bool], float] = {}
         self.plain_rounds, self.patience = 0, PATIENCE
@@ -81,26 +88,26 @@ class AutoLength:
         self.left -= segment.rounds
         if segment.rounds < 1:
             return
-        self._note_costs(slots, segment)
+        rounds = segment.histogram.sum()  # of all rows
+        self._note_costs(slots, segment, segment.rounds * segment.spared / max(rounds, 1))
         if segment.k == 0:
             self.plain_rounds += segment.rounds
             return
-        fading = np.exp(-segment.rounds / MEMORY)
-        if 0 < self.least < NEVER:  # otherwise nothing was judged
-            self.drafted = self.drafted * fading + segment.rounds
-            self.verified = self.verified * fading + segment.rounds - segment.spared
-        histogram = segment.histogram.copy()
-        histogram[0] = max(histogram[0] - segment.spared * histogram.sum() / segment.rounds, 0)
+        histogram, certain = segment.histogram.copy(), segment.certain
+        if not certain.any():  # a drafter that does not say how certain it is
+            certain = np.zeros_like(certain)
+            certain[:, -1] = rounds, rounds, rounds - histogram[0]
+        histogram[0] -= segment.spared
         reached = np.cumsum(histogram[::-1])[::-1]  # [i]: rounds that accepted at least i
-        self.tried = self.tried * fading
-        self.kept = self.kept * fading
+        fading = np.exp(-segment.rounds / MEMORY)
+        self.tried, self.kept, self.certain = self.tried * fading, self.kept * fading, self.certain * fading + certain
         self.tried[: segment.k] += reached[: segment.k]
         self.kept[: segment.k] += reached[1 : segment.k + 1]
 
-    def _note_costs(self, slots: int, segment: Segment) -> None:
+    def _note_costs(self, slots: int, segment: Segment, spared: float) -> None:
         """Of rounds with and without verification, the seconds go to each as these were known to differ."""
         context, each = bucket(segment.context, 128), segment.seconds / segment.rounds
-        parts = {segment.k: segment.rounds - segment.spared, 0: segment.spared} if segment.k else {0: segment.rounds}
+        parts = {segment.k: segment.rounds - spared, 0: spared} if segment.k else {0: segment.rounds}
         parts = {k: rounds for k, rounds in parts.items() if rounds}
         drafted = segment.k > 0
         guesses = {k: self._nearest(slots, context, k, drafted) or each for k in parts}
@@ -109,14 +116,14 @@ class AutoLength:
             key, cost = (slots, context, k, drafted), guesses[k] * ratio
             old = self.costs.get(key, cost)
             self.costs[key] = old + (cost - old) * (0.5 if cost < old else 0.2) * rounds / segment.rounds
-        if self.least == NEVER and not segment.spared:  # a drafter that does not say how certain it is
+        if self.least == NEVER and not spared:  # a drafter that does not say how certain it is
             self.costs[slots, context, 0, True] = self.costs[slots, context, segment.k, True]
 
     def expected(self, k: int) -> float:
-        """Tokens that a round of k drafts is thought to commit."""
+        """Tokens that a round is thought to commit whose first of k drafts is accepted, beside the target's own."""
         total = alive = 1.0
         rate = GUESS
-        for tried, kept in zip(self.tried[:k], self.kept[:k], strict=True):
+        for tried, kept in zip(self.tried[1:k], self.kept[1:k], strict=True):
             rate = (kept + PRIOR * rate) / (tried + PRIOR)
             alive *= rate
             total += alive
@@ -131,24 +138,34 @@ class AutoLength:
         spared = self._nearest(slots, context, 0, True)
         if spared is None:
             return first, TRIAL, NEVER
-        costs, share = self._all(known), self.verified / self.drafted
-        speeds = {
-            k: (1 + share * (self.expected(k) - 1)) / (spared + share * (cost - spared)) for k, cost in costs.items()
-        }
-        speeds[0] = 1 / costs[0]
-        best = max(speeds, key=lambda k: speeds[k] / (1 if k else 1 / MARGIN))
-        k, rounds = best, SEGMENT if best in known else TRIAL
-        if best:
+        costs = self._all(known)
+        speeds = {k: self._speed(k, spared, costs[k], slots) for k in costs if k}
+        best = max(speeds, key=lambda k: speeds[k])
+        rounds = SEGMENT if best in known else TRIAL
+        if speeds[best][0] > MARGIN / costs[0]:
             self.plain_rounds, self.patience = 0, PATIENCE
         elif self.plain_rounds >= self.patience:
             self.plain_rounds, self.patience = 0, min(2 * self.patience, MOST_PATIENCE)
-            k, rounds = max([k for k in known if k], key=lambda k: speeds[k]), TRIAL // 2
-        if not k:
-            return 0, rounds, 0.0
-        rate = (self.kept[0] + PRIOR * GUESS) / (self.tried[0] + PRIOR)
-        behind = (self.expected(k) - 1) / rate  # drafts committed with a first one that is
-        least = speeds[best] * (costs[k] - spared) / behind
-        return k, rounds, float(np.clip(least, SURELY_NOT, SURELY))
+            best, rounds = max([k for k in known if k], key=lambda k: speeds[k]), TRIAL // 2
+        else:
+            return 0, SEGMENT, 0.0
+        return best, rounds, speeds[best][1]
+
+    def _speed(self, k: int, spared: float, verified: float, slots: int) -> tuple[float, float]:
+        """The most tokens per second of k drafts, whose rounds take so long without and with verification, and the
+        least certainty that gives them."""
+        drafted, tried, kept = self.certain
+        share = drafted / drafted.sum()
+        middles = (np.arange(CERTAINTIES) + 0.5) / CERTAINTIES  # taken for the rate until there is a better one
+        gains = share * (kept + PRIOR * middles) / (tried + PRIOR) * self.expected(k)
+        found = []
+        for least in range(CERTAINTIES):
+            below = share[:least].sum()
+            along = 1 - below ** (slots - 1)  # a row that is less certain is verified beside one that is not
+            tokens = 1 + gains[least:].sum() + gains[:least].sum() * along
+            cost = spared + (verified - spared) * (1 - below**slots)
+            found.append((tokens / cost, least / CERTAINTIES))
+        return max(found)
 
     def _nearest(self, slots: int, context: int, k: int, drafted: bool) -> float | None:
         """The measured cost of the context nearest to this one."""

@@ -170,7 +170,7 @@ class Engine:
         state = self.state
         return self.fetch(
             {"tokens": state.tokens, "length": state.length, "done": state.done, "rounds": state.rounds,
-             "histogram": state.histogram, "spared": state.spared, "fault": state.fault}
+             "histogram": state.histogram, "certain": state.certain, "fault": state.fault}
         )  # fmt: skip
 
     def not_finite(self, fault: int, new_tokens: int) -> str:
@@ -243,9 +243,10 @@ def chosen(
     seconds = time.perf_counter() - begin - (engine.compile_seconds - compiled)
     ran = after["rounds"] - last["rounds"]
     histogram = np.sum(after["histogram"] - last["histogram"], axis=0)
-    spared = after["spared"] - last["spared"]
-    auto.note(engine.slots, Segment(k, int(ran.max()), int(spared.max()), seconds, context, histogram))
-    engine.rounds_at.update([0] * int(spared.sum()) + [k] * int(ran.sum() - spared.sum()))
+    certain = np.sum(after["certain"] - last["certain"], axis=0)
+    segment = Segment(k, int(ran.max()), seconds, context, histogram, certain)
+    auto.note(engine.slots, segment)
+    engine.rounds_at.update([0] * segment.spared + [k] * int(ran.sum() - segment.spared))
     last |= {name: np.array(after[name]) for name in last}
     return after
 
@@ -268,8 +269,10 @@ def serve(
     holds: list[int | None] = [None] * engine.slots  # place of the prompt that each slot holds
     rounds = [0] * len(prompts) if rounds is None else rounds
     # For `chosen`: what the last segment, or an admission since, left in each slot.
-    sizes = {"length": (), "rounds": (), "spared": (), "histogram": engine.like.histogram.shape[1:]}
-    last = {name: np.zeros((engine.slots, *shape), np.int64) for name, shape in sizes.items()}
+    last = {
+        name: np.zeros(getattr(engine.like, name).shape, np.int64)
+        for name in ("length", "rounds", "histogram", "certain")
+    }
     admitted = 0
     if time_prefill:
         engine.prefill_seconds = 0.0
@@ -292,7 +295,7 @@ def serve(
             for row, place in zip(free, taken, strict=True):
                 holds[row] = place
                 last["length"][row], last["rounds"][row] = len(prompts[place]), rounds[place]
-                last["spared"][row] = last["histogram"][row] = 0
+                last["histogram"][row] = last["certain"][row] = 0
             admitted = taken.stop
         idle = sum(place is None for place in holds)
         refill = max(idle + 1, engine.slots // REFILL) if admitted < len(prompts) else None

@@ -14,7 +14,7 @@ from jax import lax
 from deer_jax.config import ModelConfig
 from deer_jax.decoding.accept import Verdict, accept_greedy, accept_sampled
 from deer_jax.decoding.sampling import Kind, Knobs, pick_draft, picked
-from deer_jax.decoding.state import DRAFTER, NONE, TARGET, DecodeState
+from deer_jax.decoding.state import CERTAINTIES, DRAFTER, NONE, TARGET, DecodeState
 from deer_jax.drafters.protocol import Draft, Method, Seen
 from deer_jax.models.cache import KVCache, write_cache, write_rows
 from deer_jax.models.transformer import Params, bind, read_prompts
@@ -48,21 +48,20 @@ def one_round(plan: Plan, weights: Weights, state: DecodeState, knobs: Knobs, st
     """One draft and one verify: the state with accepted + 1 more tokens in every running row."""
     draft, drafter = propose(plan, weights, state, knobs)
     verify = functools.partial(verified, plan, weights.target, state, knobs)
-    spared = jnp.zeros((), bool)
     if plan.gated and draft.certainty is not None:
         # A row's own first token has no part in this, only what it is drawn from: so what is verified is exact.
-        spared = ~jnp.any(~state.done & (draft.certainty >= knobs.least))
+        worth = jnp.any(~state.done & (draft.certainty >= knobs.least))
         like = jax.eval_shape(verify, draft)
-        check = lax.cond(spared, lambda: padded(verify(none_of(draft)), like), lambda: verify(draft))
+        check = lax.cond(worth, lambda: verify(draft), lambda: padded(verify(none_of(draft)), like))
+        certain = counted(state, draft.certainty, worth, check.verdict)
     else:
-        check = verify(draft)
+        check, certain = verify(draft), state.certain
     after = commit(state, check.verdict, stop_ids, check.faults)
     if plan.drafter is not None:
         seen = Seen(check.block, check.tapped, state.length - 1, after.length - state.length)
         drafter = plan.drafter.observe(weights.drafter, weights.shared, drafter, seen, None)
     cache = write_cache(state.cache, check.fresh, state.length - 1)
-    counted = state.spared + jnp.where(spared, after.rounds - state.rounds, 0)
-    return placed(plan, dataclasses.replace(after, drafter=drafter, cache=cache, spared=counted))
+    return placed(plan, dataclasses.replace(after, drafter=drafter, cache=cache, certain=certain))
 
 
 class Checked(NamedTuple):
@@ -88,6 +87,14 @@ def verified(plan: Plan, params: Params, state: DecodeState, knobs: Knobs, draft
         verdict = accept_greedy(logits, draft)
     best = jnp.max(logits, axis=-1) if plan.kind.sampled else picked(logits, verdict.choice)
     return Checked(verdict, faults_of(best, draft), block, read.tapped, read.fresh)
+
+
+def counted(state: DecodeState, certainty, worth, verdict: Verdict):
+    """`DecodeState.certain` after a round whose drafts were verified, or were not worth it (bool [])."""
+    part = jnp.floor(jnp.nan_to_num(certainty) * CERTAINTIES).astype(jnp.int32)
+    at = jax.nn.one_hot(jnp.clip(part, 0, CERTAINTIES - 1), CERTAINTIES, dtype=jnp.int32)
+    kinds = jnp.stack([~state.done, ~state.done & worth, ~state.done & worth & (verdict.accepted > 0)], axis=1)
+    return state.certain + at[:, None] * kinds[..., None].astype(jnp.int32)
 
 
 def none_of(draft: Draft) -> Draft:
@@ -254,7 +261,7 @@ def admit(plan: Plan, state: DecodeState, tokens, length, limit, index, rounds, 
         prompt_index=put(state.prompt_index, index),
         rounds=put(state.rounds, rounds),
         histogram=put(state.histogram, 0),
-        spared=put(state.spared, 0),
+        certain=put(state.certain, 0),
         fault=put(state.fault, NONE),
     )
     return placed(plan, state)

@@ -17,6 +17,7 @@ from deer_jax.sharding import placements
 
 # What ended a row early: logits that are not finite, and whose. The target's weigh more where both are.
 NONE, DRAFTER, TARGET = 0, 1, 2
+CERTAINTIES = 10  # parts that the certainty of drafts is counted in
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +36,8 @@ class DecodeState:
       prompt_index: which prompt the row holds; part of the keys of its random numbers.
       rounds: the row's own count.
       histogram: rounds of the row that committed i + 1 tokens (i accepted drafts), before the limit's cut.
-      spared: rounds of the row whose draft was not verified.
+      certain: the row's rounds by the certainty of their draft, in equal parts of 0 to 1: all that drafted, those that
+        verified the draft, and of these those that kept its first token. Counted where drafts may go unverified.
       fault: NONE, or whose logits were not finite in the round that ended the row, which committed nothing.
       drafter: the drafter's own state.
     """
@@ -47,7 +49,7 @@ class DecodeState:
     prompt_index: jax.Array  # int32 [B]
     rounds: jax.Array  # int32 [B]
     histogram: jax.Array  # int32 [B, most k + 1]
-    spared: jax.Array  # int32 [B]
+    certain: jax.Array  # int32 [B, 3, CERTAINTIES]
     fault: jax.Array  # int32 [B]
     cache: KVCache
     drafter: Any
@@ -60,9 +62,10 @@ class DecodeState:
         """The logical axes of every array, in their places; drafter: those of the drafter's own state."""
         row: Any = ("batch",)
         rows: Any = ("batch", None)
+        parts: Any = ("batch", None, None)
         return DecodeState(
-            tokens=rows, length=row, limit=row, done=row, prompt_index=row, rounds=row, histogram=rows, spared=row,
-            fault=row, cache=self.cache.axes, drafter=drafter,
+            tokens=rows, length=row, limit=row, done=row, prompt_index=row, rounds=row, histogram=rows,
+            certain=parts, fault=row, cache=self.cache.axes, drafter=drafter,
         )  # fmt: skip
 
 
@@ -92,7 +95,7 @@ def idle_state(shape: StateShape, params: Params, shared: Params) -> DecodeState
         prompt_index=ints(batch),
         rounds=ints(batch),
         histogram=ints(batch, shape.most + 1),
-        spared=ints(batch),
+        certain=ints(batch, 3, CERTAINTIES),
         fault=ints(batch),
         cache=empty_cache(shape.target, batch, capacity, build),
         drafter=shape.drafter.state(params, shared, batch, capacity, build) if shape.drafter else (),

@@ -14,7 +14,7 @@ from deer_jax.decoding import auto as choosing
 from deer_jax.decoding import loop, sampling
 from deer_jax.decoding.auto import AutoLength, Segment, auto_length
 from deer_jax.decoding.sampling import Kind, Knobs
-from deer_jax.decoding.state import StateShape, idle_state
+from deer_jax.decoding.state import CERTAINTIES, StateShape, idle_state
 from deer_jax.errors import InputError
 from tests.decoding.test_sampling_exact import draft_logits, exact, fixed_logits, make_target, p_value
 from tests.doubles import table_drafters
@@ -81,10 +81,12 @@ def test_what_is_drafted_has_no_part_in_whether_it_is_verified(monkeypatch, by):
             done=jnp.zeros_like(idle.done), prompt_index=index[None],
         )  # fmt: skip
         state = lax.fori_loop(0, new, lambda _, state: loop.one_round(plan, weights, state, knobs, stop_ids), state)
-        return state.tokens[0, 1 : 1 + new], state.spared[0], state.rounds[0]
+        return state.tokens[0, 1 : 1 + new], state.certain[0]
 
-    answers, spared, rounds = jax.jit(jax.vmap(answer))(jnp.arange(rows, dtype=jnp.int32))
-    assert 0.2 < np.sum(spared) / np.sum(rounds) < 0.8
+    answers, certain = jax.jit(jax.vmap(answer))(jnp.arange(rows, dtype=jnp.int32))
+    drafted, verified, kept = np.sum(certain, axis=(0, 2))
+    assert 0.2 < verified / drafted < 0.8
+    assert 0.1 < kept / verified < 0.9
     p = p_value(np.asarray(answers).tolist(), exact(target, [1], new, 1.0))
     assert p > LEVEL if by == "distribution" else p < LEVEL
 
@@ -122,7 +124,10 @@ class Machine:
             took = len(verified) * self.costs(k) + (rounds - len(verified)) * (self.costs(0) + DRAFTING * (k > 0))
             took *= self.random.normal(1, 0.05)
             histogram = np.bincount(accepted + [0] * (rounds - len(verified)), minlength=auto.most + 1)
-            auto.note(1, Segment(k, rounds, (rounds - len(verified)) * (k > 0), took, 200, histogram))
+            firsts = [p for p, each in zip(verified, accepted, strict=True) if each]
+            kinds = [sure, verified, firsts] if k else [[], [], []]
+            certain = np.array([np.histogram(kind, CERTAINTIES, (0, 1))[0] for kind in kinds])
+            auto.note(1, Segment(k, rounds, took, 200, histogram, certain))
             seconds, made = seconds + took, made + rounds + sum(accepted)
         return seconds, made * self.costs(0)
 
