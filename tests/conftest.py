@@ -47,7 +47,8 @@ gc.set_threshold(20_000, 20)
 
 def pytest_report_header() -> str:
     found = "found" if DATA.is_dir() else "not found, tests that read it are skipped (set DEER_JAX_DATA)"
-    return f"jax {jax.__version__} on {DEVICES} virtual CPU devices; data: {DATA}, {found}"
+    where = f"{DEVICES} virtual CPU devices" if PLATFORM == "cpu" else PLATFORM
+    return f"jax {jax.__version__} on {where}; data: {DATA}, {found}"
 
 
 @pytest.fixture(autouse=True, scope="module")

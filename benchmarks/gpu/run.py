@@ -32,7 +32,7 @@ from results import Results
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
-SECONDS = {"correct": 60, "rounds": 115, "generate": 35, "answers": 120, "align": 180, "pair": 60, "training": 60}
+SECONDS = {"correct": 60, "rounds": 115, "generate": 35, "answers": 150, "align": 180, "pair": 100, "training": 60}
 LOG, LOG_BYTES = "log.txt", 8 << 20  # only the end of a longer log is kept
 WORDS = 300  # of what a failed phase said last
 

@@ -58,8 +58,9 @@ def decode(
       prompts: a string, a chat (list of messages), or a list of strings, chats or token-id lists; any number.
       drafter: proposes blocks; None decodes plainly, in the same loop with k = 0.
       draft_length: k drafted tokens per round; 0 is plain, None what the drafter was trained for. "auto" chooses it
-        again and again, up to that, by what rounds have cost and committed on this machine, and decodes plainly where
-        drafting does not pay: as exact, but which of the possible answers a seed gives may differ from run to run.
+        again and again, up to that, by what rounds have cost and committed on this machine, verifies no draft that is
+        too uncertain for its cost, and decodes plainly where drafting does not pay: as exact, but which of the possible
+        answers a seed gives may differ from run to run.
       max_new_tokens: one number, or one per prompt.
       temperature: 0 is greedy. top_k: 0 keeps all. top_p: 1 keeps all. Applied in this order, to both models.
       draft_temperature: None is the temperature, 0 drafts the argmax; any value is exact.
