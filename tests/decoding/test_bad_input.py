@@ -164,8 +164,8 @@ def test_drafters_that_are_not_named_are_refused(target, no_work):
 def test_a_cache_that_does_not_fit_names_the_slots_that_would(target, no_work, monkeypatch):
     drafter = drafter_from_target(target)
     # 2 layers, keys and values, one head of 8 floats; target and drafter; the capacity of 4 + 20 tokens is 64.
-    # And the slot's tokens, histogram (k + 1), six numbers and one flag.
-    per_slot = 2 * 2 * 8 * 4 * 64 * 2 + 64 * 4 + 4 * 4 + 6 * 4 + 1
+    # And the slot's tokens, histogram (k + 1), three counts by certainty, six numbers and one flag.
+    per_slot = 2 * 2 * 8 * 4 * 64 * 2 + 64 * 4 + 4 * 4 + 3 * 10 * 4 + 6 * 4 + 1
     monkeypatch.setattr(engine, "free_bytes", lambda devices: 3 * per_slot + 5)
     with pytest.raises(InputError, match=rf"need {8 * per_slot:,} bytes, {3 * per_slot + 5:,} are free: 3 slots would"):
         decode(target, [[1, 2, 3, 4]] * 8, drafter=drafter, draft_length=3, max_new_tokens=20, batch_size=100)
