@@ -100,7 +100,7 @@ def run(argv: Sequence[str]) -> None:
     with Reporter("measuring, runs") as reporter:
         report = bench(
             shown.target, list(shown.measured), drafters={"drafter": shown.drafter}, draft_lengths=shown.draft_lengths,
-            max_new_tokens=shown.new_tokens, repeats=2, progress=reporter.show, command="deer-jax demo",
+            max_new_tokens=shown.new_tokens, repeats=1, progress=reporter.show, command="deer-jax demo",
         )  # fmt: skip
     show(table(report))
     best = max(report.methods, key=lambda name: report.methods[name].speedup)
