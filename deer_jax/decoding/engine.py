@@ -246,7 +246,7 @@ def chosen(
     certain = np.sum(after["certain"] - last["certain"], axis=0)
     segment = Segment(k, int(ran.max()), seconds, context, histogram, certain)
     auto.note(engine.slots, segment)
-    engine.rounds_at.update([0] * segment.spared + [k] * int(ran.sum() - segment.spared))
+    engine.rounds_at += collections.Counter({0: segment.spared, k: int(ran.sum()) - segment.spared})
     last |= {name: np.array(after[name]) for name in last}
     return after
 

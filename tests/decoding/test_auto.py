@@ -107,11 +107,12 @@ def test_greedy_answers_are_those_of_plain_decoding():
 class Machine:
     """Seconds and acceptances of a machine that is made up, with some noise in both.
 
-    rates: by depth; the first draft's differs from round to round by `spread`, and the draft says how high it is.
+    rates: by depth; the first draft's differs from round to round by `spread`, and the draft `says` how high it is.
     """
 
-    def __init__(self, rates, costs, seed=0, spread=0.0):
-        self.rates, self.costs, self.random, self.spread = rates, costs, np.random.default_rng(seed), spread
+    def __init__(self, rates, costs, seed=0, spread=0.0, says=True):
+        self.rates, self.costs, self.spread, self.says = rates, costs, spread, says
+        self.random = np.random.default_rng(seed)
 
     def run(self, auto: AutoLength, tokens: int) -> tuple[float, float]:
         """Seconds for so many tokens, and what plain decoding takes."""
@@ -119,13 +120,13 @@ class Machine:
         while made < tokens:
             k, rounds, least = auto.choose(1, 200)
             sure = np.clip(self.random.normal(self.rates[0], self.spread, rounds), 0.01, 0.99)
-            verified = [p for p in sure if p >= least] if k else []
+            verified = [p for p in sure if p >= least or not self.says] if k else []
             accepted = [self.accepted(p, k) for p in verified]
             took = len(verified) * self.costs(k) + (rounds - len(verified)) * (self.costs(0) + DRAFTING * (k > 0))
             took *= self.random.normal(1, 0.05)
             histogram = np.bincount(accepted + [0] * (rounds - len(verified)), minlength=auto.most + 1)
             firsts = [p for p, each in zip(verified, accepted, strict=True) if each]
-            kinds = [sure, verified, firsts] if k else [[], [], []]
+            kinds = [sure, verified, firsts] if k and self.says else [[], [], []]
             certain = np.array([np.histogram(kind, CERTAINTIES, (0, 1))[0] for kind in kinds])
             auto.note(1, Segment(k, rounds, took, 200, histogram, certain))
             seconds, made = seconds + took, made + rounds + sum(accepted)
@@ -159,6 +160,12 @@ def test_drafts_that_are_hardly_likely_are_not_verified():
     seconds, plain = Machine(rates, cpu, spread=0.35).run(AutoLength(8), 5000)
     without, same = Machine(rates, cpu).run(AutoLength(8), 5000)
     assert plain / seconds > 1.08 * same / without
+
+
+@pytest.mark.parametrize(("rates", "least"), [([0.05] * 8, 0.98), ([0.95] * 8, 2.8)])
+def test_a_drafter_need_not_say_how_certain_it_is(rates, least):
+    seconds, plain = Machine(rates, cpu, says=False).run(AutoLength(8), 5000)
+    assert plain / seconds > least
 
 
 def test_a_change_is_noticed():
