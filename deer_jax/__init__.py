@@ -8,6 +8,7 @@ from deer_jax.checkpoints.load import load_target
 from deer_jax.config import DrafterConfig
 from deer_jax.decoding.answers import AnswersReport, answers
 from deer_jax.decoding.decode import decode
+from deer_jax.decoding.regenerate import Regeneration, regenerate
 from deer_jax.decoding.state import DecodeResult, DecodeStats
 from deer_jax.decoding.stream import stream, stream_blocks
 from deer_jax.demo import demo_pair
@@ -31,6 +32,7 @@ __all__ = [
     "InputError",
     "Method",
     "PretrainReport",
+    "Regeneration",
     "Row",
     "RunError",
     "Seen",
@@ -47,6 +49,7 @@ __all__ = [
     "load_target",
     "make_mesh",
     "pretrain",
+    "regenerate",
     "save_drafter",
     "stream",
     "stream_blocks",

@@ -63,6 +63,7 @@ def check_choice(name: str, value: Any, valid: Iterable[str]) -> None:
 
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
+Verification = Literal["token", "block"]
 Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
 
 # More than any published model has, and little enough that nothing loops or allocates for a mistake.
@@ -232,6 +233,36 @@ class ConditionedConfig(ModelConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Eagle3Config(ModelConfig):
+    """Shape of EAGLE-3's one layer, which reads a token's embedding and a state of the text before it side by side.
+
+    Embedding and head are the target's, so `vocab_size` and `width` are too, and `tied` says nothing.
+
+    Attributes:
+      tapped_width: of the tapped layers' outputs side by side: their number times the target's width.
+      norm_tapped: these are normalised before they are projected.
+      norm_residual: the layer adds to the normalised state, not to the state itself.
+      norm_output: the state of a drafted token is handed on as it predicts, behind the final norm.
+    """
+
+    tapped_width: int
+    norm_tapped: bool = False
+    norm_residual: bool = False
+    norm_output: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.layers != 1 or self.experts:
+            raise InputError(
+                f"EAGLE-3 has one layer with one MLP, got {self.layers} layers and {self.experts} experts: deeper "
+                "drafters of its kind are not supported"
+            )
+        check_whole("tapped_width", self.tapped_width, 1, MOST["width"] * MOST["layers"])
+        for name in ("norm_tapped", "norm_residual", "norm_output"):
+            check_flag(name, getattr(self, name))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DrafterConfig:
     """How a standalone drafter reads and is read.
 
@@ -275,14 +306,18 @@ class Sampling:
       top_k: keep the k likeliest tokens; 0 keeps all.
       top_p: keep the likeliest tokens up to this mass; 1 keeps all.
       draft_temperature: the drafter's own; None is the target's, 0 drafts the argmax. Any value is exact.
+      verification: of sampled drafts, `token`: each token by itself, up to the first that is rejected; `block`: the
+        whole block at once, which keeps as many tokens on average, or more. Both are exact; greedy they are the same.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     draft_temperature: float | None = None
+    verification: Verification = "token"
 
     def __post_init__(self):
+        check_choice("verification", self.verification, get_args(Verification))
         for name in ("temperature", "draft_temperature"):
             value = getattr(self, name)
             if value is None and name == "draft_temperature":

@@ -9,11 +9,13 @@ import numpy as np
 
 from deer_jax import DrafterConfig, Target, drafter_from_target
 from deer_jax.config import ConditionedConfig, ModelConfig
-from deer_jax.drafters.conditioned import ConditionedMethod, ConditionedReading, shared_of
+from deer_jax.drafters.conditioned import ConditionedMethod, ConditionedReading
 from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.eagle3 import Eagle3Method, eagle3_drafter
 from deer_jax.drafters.heads import HEAD, INDEPENDENT, Head, Markov, PathSelector
 from deer_jax.drafters.standalone import MASK as MASK_ENTRY
 from deer_jax.drafters.standalone import StandaloneMethod
+from deer_jax.drafters.tapped import TappedReading, shared_of
 from deer_jax.models.transformer import Params, unstack_layers
 from tests.tiny import random_params, tiny
 
@@ -65,7 +67,12 @@ HEADED: dict[str, tuple[DrafterConfig, Head]] = {
     "standalone vanilla": (DrafterConfig(draft_length=K, head="in_place"), Markov(rank=8)),
     "standalone rnn": (DrafterConfig(draft_length=K, separator=False), Markov(rank=8, form="rnn")),
 }
-KINDS = (*STANDALONE, *HEADED, *CONDITIONED)
+# EAGLE-3: whether its vocabulary is reduced, and its shape.
+EAGLE: dict[str, tuple[bool, dict[str, Any]]] = {
+    "eagle3": (False, {"norm_residual": True}),
+    "eagle3 reduced": (True, {"norm_tapped": True, "norm_output": True, "family": "qwen3", "qk_norm": True}),
+}
+KINDS = (*STANDALONE, *HEADED, *CONDITIONED, *EAGLE)
 
 
 def follows(V: int) -> np.ndarray:
@@ -150,6 +157,23 @@ def standalone(target: Target, reading: DrafterConfig, head: Head) -> Drafter:
     return dataclasses.replace(drafter, method=method, params=drafter.params | {HEAD: head_params})
 
 
+def eagle3(target: Target, kind: str, *, ids=IDS, k: int = K, scan: bool = False) -> Drafter:
+    """The EAGLE-3 drafter of a kind, which has an idea of what follows the token that it reads."""
+    reduced, shape = EAGLE[kind]
+    reading = TappedReading(taps=(1, 0), draft_length=k, draft_vocab=len(ids) if reduced else None)
+    drafter = eagle3_drafter(target, reading, ids=ids if reduced else None, **shape)
+    method = drafter.method
+    assert isinstance(method, Eagle3Method)
+    params = random_params(method.shape, 4)
+    params["norm"] = jnp.ones_like(params["norm"])
+    # What the rows give is mostly the embeddings that they read.
+    layer = {name: np.array(x[0]) for name, x in params["layers"].items()}
+    layer["v"] = np.eye(*layer["v"].shape) + 0.1 * layer["v"]
+    params["layers"] = {name: jnp.asarray(x, jnp.float32)[None] for name, x in layer.items()}
+    params = params if scan else unstack_layers(params, 1)
+    return dataclasses.replace(drafter, params=params)
+
+
 def drafter_of(kind: str, target: Target | None = None) -> Drafter:
     """The drafter of a kind, by its name in KINDS."""
     target = target_of() if target is None else target
@@ -157,6 +181,8 @@ def drafter_of(kind: str, target: Target | None = None) -> Drafter:
         return conditioned(target, CONDITIONED[kind])
     if kind in HEADED:
         return standalone(target, *HEADED[kind])
+    if kind in EAGLE:
+        return eagle3(target, kind)
     return drafter_from_target(target, STANDALONE[kind], layers=(0,))
 
 

@@ -202,3 +202,37 @@ def conditioned(config, params, x, tapped):
         x = x + sublayer("attention_conv", rms_norm(x, w["input_norm"], config.norm_eps), mix)
         x = x + sublayer("mlp_conv", rms_norm(x, w["post_norm"], config.norm_eps), mlp)
     return rms_norm(x, params["norm"], config.norm_eps)
+
+
+def eagle3(config, params, embed, tokens, tapped, chain):
+    """The final state [D] that predicts behind a text and the drafted tokens of `chain`, every row computed anew.
+
+    tokens: the text, whose last token the target has not read; tapped [S, n*D']: of those before it.
+    """
+    w, eps, S = layer(params, 0), config.norm_eps, len(tapped)
+    K, H, D = config.kv_heads, config.head_width, config.width
+    states = [np.zeros(D)]  # before each token; there is nothing before the first
+    for row in np.asarray(tapped, np.float64):
+        row = rms_norm(row, params["tapped_norm"], eps) if config.norm_tapped else row
+        states.append(np.asarray(params["fc"], np.float64) @ row)
+    text = [int(token) for token in tokens]
+    first = min(1, S)  # the first token is no context
+    for j in range(len(chain) + 1):
+        rows = range(first, S + 1 + j)
+        h = np.stack([states[t] for t in rows])
+        normed = rms_norm(h, w["hidden_norm"], eps)
+        read = np.concatenate([rms_norm(np.asarray(embed)[[text[t] for t in rows]], w["input_norm"], eps), normed], -1)
+        split = {}
+        for name, heads in (("q", config.heads), ("k", K), ("v", K)):
+            y = (read @ w[name].T).reshape(1, len(rows), heads, H)
+            if config.qk_norm and name != "v":
+                y = rms_norm(y, w[f"{name}_norm"], eps)
+            split[name] = y if name == "v" else rotate(y, np.array(rows)[None], config.rope)
+        causal = np.tril(np.ones((1, len(rows), len(rows)), bool))
+        mixed = attention(split["q"], split["k"], split["v"], causal).reshape(len(rows), -1)
+        x = ((normed if config.norm_residual else h) + mixed @ w["o"].T)[-1]
+        x = x + gated_mlp(rms_norm(x, w["post_norm"], eps), w["gate"], w["up"], w["down"])
+        final = rms_norm(x, params["norm"], eps)
+        states.append(final if config.norm_output else x)
+        text += chain[j : j + 1]
+    return final

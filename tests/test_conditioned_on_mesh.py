@@ -12,13 +12,14 @@ from deer_jax.decoding.engine import Engine
 from deer_jax.drafters.heads import Markov, PathSelector
 from deer_jax.planning.hlo import Program
 from deer_jax.sharding import on_mesh
-from deer_jax.training.objectives import Objective, drafter_loss, fixed_params
+from deer_jax.training.objectives import ACCEPTANCE, Objective, drafter_loss, fixed_params
 from tests.fast import representing
-from tests.kinds import CONVOLVED, HEADED, Kind, conditioned, standalone
+from tests.kinds import CONVOLVED, EAGLE, HEADED, Kind, conditioned, eagle3, standalone
 from tests.meshes import SCANNED, batches, made, mesh_of, placed
 
 K, RANK, CANDIDATES = 3, 8, 4
 IDS = range(1, 96, 2)  # the mask, which is the last id, among them
+OWN = ", own drafts"  # the third stage
 KINDS = {
     "selector": Kind(PathSelector(rank=RANK, candidates=CANDIDATES), "fill_in", True, CONVOLVED),
     "vanilla": Kind(Markov(rank=RANK), "next_token", shape=(("windows", (8,)), ("window_from", "anchor"))),
@@ -32,6 +33,8 @@ def pair(kind: str, mesh):
     target = made("qwen3", mesh, scan=True)
     if kind in HEADED:
         drafter = standalone(target, *HEADED[kind])
+    elif kind in EAGLE:
+        drafter = eagle3(target, kind, ids=IDS, k=K, scan=True)
     else:
         drafter = conditioned(target, KINDS[kind], ids=IDS, k=K, scan=True)
     return target, usable_drafter(drafter, drafter.params, target)
@@ -48,7 +51,10 @@ def test_a_mesh_drafts_what_one_device_drafts():
 
 @pytest.mark.parametrize(
     ("kind", "shape", "temperature"),
-    representing([("selector", "2x2x2", 1.0), ("rnn", "2x1x4", 0.0)], ("selector", "2x2x2", 1.0)),
+    representing(
+        [("selector", "2x2x2", 1.0), ("rnn", "2x1x4", 0.0), ("eagle3 reduced", "2x2x2", 1.0)],
+        ("selector", "2x2x2", 1.0),
+    ),
 )
 def test_the_same_tokens_on_a_mesh(kind, shape, temperature):
     """Greedy and sampled, more prompts than slots; and as many of them accepted."""
@@ -102,11 +108,12 @@ def test_a_round_moves_rows_and_nothing_else(kind):
 
 def loss_on(mesh, kind: str):
     """Target and drafter on a mesh, the program that gives loss and gradients of a batch, and its arguments."""
-    target, drafter = pair(kind, mesh)
+    own = kind.endswith(OWN)
+    target, drafter = pair(kind.removesuffix(OWN), mesh)
     batch = next(batches("continuation", "block_causal", 1))
-    objective = Objective(ce=0.5, tv=0.5, confidence=0.3, decay=4.0)
+    objective = ACCEPTANCE if own else Objective(ce=0.5, tv=0.5, confidence=0.3, decay=4.0)
     params = drafter.params if mesh is None else place_drafter(drafter, mesh)
-    loss = drafter_loss(drafter.method, target.config, objective, SCANNED.remat)
+    loss = drafter_loss(drafter.method, target.config, objective, SCANNED.remat, own=own)
     fixed = fixed_params(drafter.method, target.config, objective, target.params, drafter.shared)
 
     def of_first(params, batch, fixed):
@@ -132,9 +139,10 @@ def test_a_step_gathers_each_table_once():
     assert found == size(target.params, own) + 2 * size(drafter.params["layers"])
 
 
-@pytest.mark.parametrize("kind", ["selector", "rnn", "standalone rnn"])
+@pytest.mark.parametrize("kind", ["selector", "rnn", "standalone rnn", "eagle3 reduced", f"gated{OWN}"])
 def test_a_mesh_has_the_loss_and_gradients_of_one_device(kind):
-    """Of the target's distribution and the text's tokens, of a selector's choice and of the confidence."""
+    """Of the target's distribution and the text's tokens, of a selector's choice and of the confidence; and of what the
+    drafter drafts on its own."""
 
     def of(mesh):
         _, _, program, arguments = loss_on(mesh, kind)

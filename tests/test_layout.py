@@ -30,9 +30,9 @@ COLLECTIVES = {"psum", "pmax", "pmin", "pmean", "psum_scatter", "all_gather", "a
 # What notebooks, the command line and users build on: a name is added here on purpose, and none is lost.
 PUBLIC_NAMES = {
     "AlignReport", "AnswersReport", "DecodeResult", "DecodeStats", "Draft", "Drafter", "DrafterConfig", "InputError",
-    "Method", "PretrainReport", "Row", "RunError", "Seen", "Target", "align", "answers", "bench", "decode",
-    "demo_pair", "drafter_from_target", "export", "learning_curve", "load_drafter", "load_target", "make_mesh",
-    "pretrain", "save_drafter", "stream", "stream_blocks",
+    "Method", "PretrainReport", "Regeneration", "Row", "RunError", "Seen", "Target", "align", "answers", "bench",
+    "decode", "demo_pair", "drafter_from_target", "export", "learning_curve", "load_drafter", "load_target",
+    "make_mesh", "pretrain", "regenerate", "save_drafter", "stream", "stream_blocks",
 }  # fmt: skip
 
 

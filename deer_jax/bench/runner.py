@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from deer_jax.bench.report import PLAIN, BenchReport, measure
+from deer_jax.config import Verification
 from deer_jax.decoding.agreement import Agreement, compare_greedy
 from deer_jax.decoding.auto import AUTO
 from deer_jax.decoding.checks import check_models
@@ -40,6 +41,7 @@ def bench(
     top_k: int = 0,
     top_p: float = 1.0,
     draft_temperature: float | None = None,
+    verification: Verification = "token",
     batch_size: int = 1,
     repeats: int = 3,
     seed: int = 0,
@@ -89,8 +91,8 @@ def bench(
         try:
             result = decode(
                 target, encoded, drafter=way.drafter, draft_length=way.k, max_new_tokens=max_new_tokens,
-                temperature=temperature, top_k=top_k, top_p=top_p, draft_temperature=draft_temperature, seed=seed,
-                batch_size=batch_size, ignore_stop=ignore_stop, time_prefill=True,
+                temperature=temperature, top_k=top_k, top_p=top_p, draft_temperature=draft_temperature,
+                verification=verification, seed=seed, batch_size=batch_size, ignore_stop=ignore_stop, time_prefill=True,
             )  # fmt: skip
         except NotFiniteError as error:
             raise NotFiniteError(error.index, f"{name}: {error.reason}") from None
@@ -140,6 +142,7 @@ def bench(
             "top_k": top_k,
             "top_p": top_p,
             "draft_temperature": draft_temperature,
+            "verification": verification,
             "seed": seed,
             "ignore_stop": ignore_stop,
         },

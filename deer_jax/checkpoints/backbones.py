@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deer_jax.checkpoints.families import KEYS, Slot, config_from, fill_slots, flag_of, number_of, write_config
-from deer_jax.config import ConditionedConfig, ModelConfig
-from deer_jax.drafters.conditioned import ConditionedMethod
+from deer_jax.config import ConditionedConfig, Eagle3Config, ModelConfig
 from deer_jax.drafters.heads import HEAD
+from deer_jax.drafters.tapped import TappedMethod
 from deer_jax.errors import InputError, shown
 from deer_jax.models.weights import layer_weights, outer_weights
 
@@ -42,6 +42,8 @@ HEAD_KEYS = {
     "confidence": "confidence_head.proj.weight",
     "confidence_bias": "confidence_head.proj.bias",
 }
+EAGLE3_KEYS = {"hidden_norm": "layers.{i}.hidden_norm.weight", "tapped_norm": "input_norm.weight"}  # its own
+MIDLAYER = "midlayer."  # what its authors' folders have instead of layers.0.
 PREFIX, CODEBOOK = "model.", ".weight"  # what some writers put before all names, and behind those of the codebooks
 
 
@@ -57,10 +59,14 @@ def prefix_of(found: Collection[str]) -> str:
     return PREFIX if f"{PREFIX}{BACKBONE_KEYS['fc']}" in found else ""
 
 
-def drafter_slots(method: ConditionedMethod, found: Collection[str] = ()) -> dict[str, Slot]:
-    """The tensors of a drafter by key. found: the keys of its folder, whose spelling of names is followed."""
+def drafter_slots(method: TappedMethod, found: Collection[str] = (), *, midlayer: bool = False) -> dict[str, Slot]:
+    """The tensors of a drafter by key. found: the keys of its folder, whose spelling of names is followed; midlayer:
+    where there are none, EAGLE-3's are those of its authors."""
     shape, head, prefix = method.shape, method.head_weights(), prefix_of(found)
-    backbone = {name: prefix + key for name, key in BACKBONE_KEYS.items()}
+    keys = BACKBONE_KEYS | (EAGLE3_KEYS if isinstance(shape, Eagle3Config) else {})
+    if midlayer or any(key.startswith(prefix + MIDLAYER) for key in found):
+        keys = {name: key.replace("layers.{i}.", MIDLAYER) for name, key in keys.items()}
+    backbone = {name: prefix + key for name, key in keys.items()}
     heads = {name: prefix + key for name, key in HEAD_KEYS.items()}
     for name in ("predecessor", "successor"):
         if heads[name] + CODEBOOK in found:

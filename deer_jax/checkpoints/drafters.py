@@ -18,16 +18,7 @@ from jax.sharding import Mesh
 
 from deer_jax.build import parse_dtype
 from deer_jax.checkpoints.backbones import ItsTarget
-from deer_jax.checkpoints.conditioned import (
-    LAYOUTS,
-    SECTION,
-    Layout,
-    describe,
-    is_conditioned,
-    read_drafter,
-    target_in,
-    write_drafter,
-)
+from deer_jax.checkpoints.eagle3 import is_eagle3
 from deer_jax.checkpoints.families import DRAFTERS, write_config
 from deer_jax.checkpoints.gguf import is_gguf
 from deer_jax.checkpoints.hub import model_name, resolve_folder
@@ -42,15 +33,26 @@ from deer_jax.checkpoints.huggingface import (
 )
 from deer_jax.checkpoints.records import DRAFTER
 from deer_jax.checkpoints.runs import is_run, read_best
+from deer_jax.checkpoints.tapped import (
+    LAYOUTS,
+    SECTION,
+    Layout,
+    describe,
+    is_tapped,
+    read_drafter,
+    target_in,
+    write_drafter,
+)
 from deer_jax.config import DrafterConfig, check_choice, from_mapping
 from deer_jax.data.tokenizer import Tokenizer, differing_ids
-from deer_jax.drafters.conditioned import ConditionedMethod, shared_of
 from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.eagle3 import Eagle3Method
 from deer_jax.drafters.heads import HEAD, INDEPENDENT, head_from
 from deer_jax.drafters.prompt_lookup import lookup_first, prompt_lookup
 from deer_jax.drafters.protocol import Trainable
 from deer_jax.drafters.standalone import MASK, StandaloneMethod, backbone, drafter_from_target, new_entries
 from deer_jax.drafters.start import FROM_TARGET, listed_layers
+from deer_jax.drafters.tapped import TappedMethod, shared_of
 from deer_jax.errors import InputError, named, shown
 from deer_jax.models.target import Target, check_target
 from deer_jax.models.transformer import Params, is_stacked, stack_layers, unstack_layers
@@ -77,11 +79,11 @@ def load_drafter(
 
     Args:
       source: a folder or hub id (see `load_target`): one this library saved, that of an alignment run (its best
-        checkpoint), one in the layout of open-dCoder, of z-lab's dflash (DFlash, DFlash 2) or of speculators (dflash,
-        dflash2, dspark); or `from-target` (`from-target:0,2,4`): an untrained drafter with the target's own weights, of
-        all layers or of those listed; or `prompt-lookup`, which proposes what followed the last time the text ended as
-        it does now; or `prompt-lookup+SOURCE`, which does so where at least three tokens are repeated, and drafts as
-        that source elsewhere.
+        checkpoint), one in the layout of open-dCoder, of z-lab's dflash (DFlash, DFlash 2), of EAGLE-3's authors or of
+        speculators (dflash, dflash2, dspark, eagle3); or `from-target` (`from-target:0,2,4`): an untrained drafter with
+        the target's own weights, of all layers or of those listed; or `prompt-lookup`, which proposes what followed the
+        last time the text ended as it does now; or `prompt-lookup+SOURCE`, which does so where at least three tokens
+        are repeated, and drafts as that source elsewhere.
       dtype: "bfloat16" or "float32"; None is the target's.
       config: how the drafter reads, instead of what its folder says; a folder of a plain model needs it.
       progress: called with the bytes read so far and their total.
@@ -111,8 +113,8 @@ def load_drafter(
     if run is None:
         deciding_files(folder)  # refuses what is no file before anything reads it
     values = read_values(folder)
-    _check_eagle(values, folder)
-    if is_conditioned(values):
+    _check_eagle(values, folder)  # the kinds before EAGLE-3
+    if is_tapped(values):
         if config is not None:
             raise InputError(f"{folder}: the drafter reads its target; config is for drafters that read text alone")
         tokenizer = _own_tokenizer(folder, target)
@@ -181,14 +183,13 @@ def _own_tokenizer(folder: Path, target: Target) -> Tokenizer | None:
 
 
 def _check_eagle(values: Mapping[str, Any], folder: Path) -> None:
-    """InputError for EAGLE's drafters, by architecture or kind, or by the vocabulary that they have of their own."""
+    """InputError for EAGLE's drafters other than EAGLE-3, by architecture or kind."""
     given = values.get("architectures")
     said = [*(given if isinstance(given, list) else ()), values.get("speculators_model_type")]
-    eagle = any(isinstance(each, str) and "eagle" in each.lower() for each in said)
-    if eagle or (given == ["LlamaForCausalLM"] and "draft_vocab_size" in values):
+    if any(isinstance(each, str) and "eagle" in each.lower() for each in said) and not is_eagle3(values):
         raise InputError(
-            f"{folder}: is an EAGLE drafter, which drafts one token after the other with a layer of its own: another "
-            "kind than those that load, DFlash, DFlash 2, DSpark and open-dCoder (docs/drafters.md)"
+            f"{folder}: is an EAGLE drafter of another kind than EAGLE-3, with one layer and a `draft_vocab_size` in "
+            "config.json, which is what loads (docs/drafters.md)"
         )
 
 
@@ -199,7 +200,8 @@ def _check_kind(values: Mapping[str, Any], folder: Path) -> None:
         if isinstance(name, str) and DRAFTERS.search(name):
             raise InputError(
                 f"{folder}: drafters of architecture {named(name)} are not supported; supported: folders of this "
-                "library, open-dCoder, DFlash and DFlash 2 of z-lab, and dflash, dflash2, dspark of speculators"
+                "library, open-dCoder, DFlash and DFlash 2 of z-lab, EAGLE-3, and dflash, dflash2, dspark, eagle3 of "
+                "speculators"
             )
 
 
@@ -234,20 +236,21 @@ def save_drafter(
     """Write a drafter as a folder that `load_drafter` reads; further options as for `save_folder`.
 
     Args:
-      layout: of drafters that read their target: ours, or `dflash` (z-lab) or `speculators`, which say what `target`
-        they are for. InputError where that layout cannot say the drafter.
+      layout: of drafters that read their target: ours, or `dflash` (z-lab), `eagle3` (EAGLE's authors) or
+        `speculators`, which say what `target` they are for. InputError where that layout cannot say the drafter.
     """
     check_choice("layout", layout, LAYOUTS)
     if not isinstance(drafter, Drafter):
         raise InputError(f"drafter must be a Drafter, as load_drafter returns, got {shown(drafter)}")
     tokenizer, method = drafter.tokenizer, trainable(drafter)
     options["tokenizer_source"] = tokenizer.folder if isinstance(tokenizer, Tokenizer) else None
-    if isinstance(method, ConditionedMethod):
+    if isinstance(method, TappedMethod):
         shared = drafter.shared
         its = None if target is None else named_target(target)
+        own_head = "ids" in shared or isinstance(method, Eagle3Method)  # else it is the target's
         write_drafter(
             Path(folder), method, drafter.params, layout=layout, target=its, ids=shared.get("ids"),
-            head=shared["head"] if "ids" in shared else None, **options,
+            head=shared["head"] if own_head else None, **options,
         )  # fmt: skip
         return
     check_own_layout(layout)
@@ -278,7 +281,7 @@ def named_target(target: Target) -> ItsTarget:
 def describe_drafter(folder: Path, drafter: Drafter, stop_ids: Sequence[int] = ()) -> None:
     """Write everything of `save_drafter` but the weights; stop_ids: of the target."""
     tokenizer, method = drafter.tokenizer, trainable(drafter)
-    if isinstance(method, ConditionedMethod):
+    if isinstance(method, TappedMethod):
         values = describe(method, drafter.shared.get("ids"), "float32", stop_ids)
     else:
         values = write_config(method.shape, "float32", stop_ids=stop_ids) | {SECTION: method.section()}
@@ -291,15 +294,17 @@ def kept_by_runs(drafter: Drafter, target: Target) -> Drafter:
     InputError where it came with others. Those that are the target's but for rounding to bfloat16 are none.
     """
     method, shared = drafter.method, drafter.shared
-    if not isinstance(method, ConditionedMethod) or "ids" not in shared:
+    if not isinstance(method, TappedMethod):
         return drafter
-    own = shared_of(method, target, np.asarray(shared["ids"]))
+    own = shared_of(method, target, np.asarray(shared["ids"]) if "ids" in shared else None)
+    if shared["head"] is own["head"]:
+        return drafter
     with on_mesh(target.mesh):
         same = jax.jit(lambda *rows: jnp.array_equal(*(each.astype(jnp.bfloat16) for each in rows)))
         if not same(shared["head"], own["head"]):
             raise InputError(
                 f"{drafter.name}: its output head has other rows than {target.name}'s, and a run keeps no head: give "
-                "the target that it was trained for, or begin another drafter (`conditioned` in a recipe)"
+                "the target that it was trained for, or begin another drafter (`conditioned` or `eagle3` in a recipe)"
             )
     return dataclasses.replace(drafter, shared=own)
 

@@ -13,25 +13,26 @@ import jax
 import jax.numpy as jnp
 
 from deer_jax.build import parse_dtype
-from deer_jax.checkpoints.conditioned import (
-    LAYOUTS,
-    SECTION,
-    Layout,
-    head_rows,
-    is_conditioned,
-    public_values,
-    read_method,
-    target_in,
-    write_drafter,
-)
 from deer_jax.checkpoints.drafters import check_own_layout, own_tensors, standalone_method
 from deer_jax.checkpoints.hub import existing_folder, expanded, resolve_target
 from deer_jax.checkpoints.huggingface import read_bos_id, read_config, read_stop_ids, read_values, save_folder
 from deer_jax.checkpoints.records import DRAFTER, TARGET
 from deer_jax.checkpoints.runs import best_checkpoint, is_run, read_best
+from deer_jax.checkpoints.tapped import (
+    LAYOUTS,
+    SECTION,
+    Layout,
+    head_rows,
+    is_tapped,
+    public_values,
+    read_method,
+    target_in,
+    write_drafter,
+)
 from deer_jax.config import check_choice
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.digests import sha256_of
+from deer_jax.drafters.eagle3 import Eagle3Method
 from deer_jax.errors import InputError, RunError, named
 from deer_jax.files import disk_error
 from deer_jax.formats import json_bytes, read_json
@@ -61,8 +62,9 @@ def export(
       source: the folder of a `pretrain` or `align` run.
       output: the folder to make; if it is the whole export of the same checkpoint at the same dtype, it stays as it is.
       dtype: "bfloat16" or "float32"; values are rounded to it.
-      layout: of drafters that read their target: ours, or that of the packages `dflash` (z-lab) or `speculators`.
-      target: the folder or hub id of the target, which these two say.
+      layout: of drafters that read their target: ours, or that of the packages `dflash` (z-lab) or `speculators`, or
+        `eagle3`, of EAGLE's authors.
+      target: the folder or hub id of the target, which these three say.
 
     Returns the output's path. Raises InputError if the source is no run or has no checkpoint, if the layout cannot say
     the drafter, if the output holds anything else or is being written; RunError for parameters that are not finite, or
@@ -144,7 +146,7 @@ def _write(source: Path, output: Path, dtype: jnp.dtype, about: Mapping[str, Any
     assert run is not None
     described = run / about["kind"]
     values, stop_ids = read_values(described), read_stop_ids(described)
-    conditioned = about["kind"] == DRAFTER and is_conditioned(values)
+    conditioned = about["kind"] == DRAFTER and is_tapped(values)
     standalone = about["kind"] == DRAFTER and not conditioned
     method, ids = read_method(described) if conditioned else (None, None)
     folder = None if target is None else resolve_target(target)
@@ -171,7 +173,8 @@ def _write(source: Path, output: Path, dtype: jnp.dtype, about: Mapping[str, Any
         "tokenizer_source": described if Tokenizer.load(described) else None, "stop_ids": stop_ids, "finish": finish,
     }  # fmt: skip
     if method is not None:
-        head = head_rows(folder, its.config, ids) if ids is not None and folder and its else None
+        own_head = ids is not None or isinstance(method, Eagle3Method)  # else it is the target's
+        head = head_rows(folder, its.config, ids) if own_head and folder and its else None
         write_drafter(output, method, params, layout=layout, target=its, ids=ids, head=head, **options)
         return
     extra, extra_config = (own_tensors(params), {SECTION: values[SECTION]}) if standalone else (None, None)

@@ -1,4 +1,4 @@
-"""Folders of the package `speculators`: dflash, dflash2 and dspark."""
+"""Folders of the package `speculators`: dflash, dflash2 and dspark; its eagle3 is in `checkpoints.eagle3`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,14 +17,16 @@ from deer_jax.checkpoints.backbones import (
 )
 from deer_jax.checkpoints.families import ARCHITECTURES, flag_of, number_of
 from deer_jax.config import ConditionedConfig
-from deer_jax.drafters.conditioned import ConditionedMethod, ConditionedReading, draft_ids
+from deer_jax.drafters.conditioned import ConditionedMethod, ConditionedReading
 from deer_jax.drafters.heads import Head, Independent, Markov, PathSelector
+from deer_jax.drafters.tapped import TappedMethod, draft_ids
 from deer_jax.errors import InputError, shown
 from deer_jax.formats import mapping
 
 KIND, VERSION = "speculators_model_type", "0.9.0"
 LAYERS = "transformer_layer_config"
 CLASSES = {"dflash": "DFlashDraftModel", "dflash2": "DFlash2DraftModel", "dspark": "DSparkDraftModel"}
+OUTSIDE = ("architectures", "dtype", "torch_dtype")  # of a layer's configuration
 FORMS = ("vanilla", "gated", "rnn")
 TO_TARGET, TO_DRAFT = "d2t", "t2d"
 # Of the target, should a folder have them: the package puts the target's own in their place.
@@ -35,7 +37,8 @@ def method_from(values: Mapping[str, Any], where: str) -> ConditionedMethod:
     """The drafter that a config.json describes."""
     kind = values[KIND]
     if not isinstance(kind, str) or kind not in CLASSES:
-        raise InputError(f"{where}: {KIND} {shown(kind)} is not supported; supported: {', '.join(CLASSES)}")
+        supported = ", ".join((*CLASSES, "eagle3"))
+        raise InputError(f"{where}: {KIND} {shown(kind)} is not supported; supported: {supported}")
     inside = f"{where}: {LAYERS}"
     layer = mapping(values.get(LAYERS), inside)
     if layer.get("model_type", "qwen3") not in ("qwen3", "llama"):
@@ -97,7 +100,7 @@ def _head(values: Mapping[str, Any], kind: str, where: str) -> Head:
     return Independent(has_confidence=confidence)
 
 
-def check_taps(method: ConditionedMethod, layers: int) -> None:
+def check_taps(method: TappedMethod, layers: int) -> None:
     """InputError for a tap of the last of so many layers: the package's own training reads it before the target's final
     norm, transformers after it."""
     if layers - 1 in method.taps:
@@ -107,7 +110,7 @@ def check_taps(method: ConditionedMethod, layers: int) -> None:
         )
 
 
-def ids_from(to_target: np.ndarray, method: ConditionedMethod, where: str) -> np.ndarray:
+def ids_from(to_target: np.ndarray, method: TappedMethod, where: str) -> np.ndarray:
     """The ids of a reduced vocabulary, from the tensor d2t."""
     count = method.draft_vocab
     if to_target.shape != (count,) or to_target.dtype.kind not in "iu":
@@ -167,25 +170,32 @@ def write_values(method: ConditionedMethod, dtype, target: ItsTarget) -> dict[st
     else:
         kind = "dflash"
     fill_in = reading.layout == "fill_in"
-    outside = ("architectures", "dtype", "torch_dtype")
-    layer = {k: v for k, v in qwen3_values(shape, dtype, windowed, window).items() if k not in outside}
-    return said | {
-        KIND: kind,
-        "speculators_version": VERSION,
-        "architectures": [CLASSES[kind]],
-        "dtype": np.dtype(dtype).name,
-        "tie_word_embeddings": False,
-        LAYERS: layer,
-        "draft_vocab_size": method.draft_vocab,
+    layer = {k: v for k, v in qwen3_values(shape, dtype, windowed, window).items() if k not in OUTSIDE}
+    return said | described(kind, CLASSES[kind], method, layer, dtype, target) | {
         "block_size": reading.draft_length + fill_in,
         "aux_hidden_state_layer_ids": [tap + 1 for tap in reading.taps],
         "mask_token_id": reading.mask,
         "sample_from_anchor": not fill_in,
         "sliding_window_non_causal": causal == {False} or (not causal and kind == "dflash2"),
+    }  # fmt: skip
+
+
+def described(
+    kind: str, architecture: str, method: TappedMethod, layer: dict[str, Any], dtype, target: ItsTarget
+) -> dict[str, Any]:
+    """What the config.json of any kind has; layer: that of its layers."""
+    return {
+        KIND: kind,
+        "speculators_version": VERSION,
+        "architectures": [architecture],
+        "dtype": np.dtype(dtype).name,
+        "tie_word_embeddings": False,
+        LAYERS: layer,
+        "draft_vocab_size": method.draft_vocab,
         "speculators_config": {
             "algorithm": kind,
             "default_proposal_method": "greedy",
-            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": reading.draft_length}],
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": method.draft_length}],
             "verifier": {
                 "name_or_path": target.name,
                 "architectures": [ARCHITECTURES[target.config.family]],

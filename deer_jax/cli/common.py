@@ -17,7 +17,7 @@ from deer_jax.checkpoints.drafters import PROMPT_LOOKUP, load_drafter
 from deer_jax.checkpoints.load import load_target
 from deer_jax.cli.options import Source
 from deer_jax.cli.progress import Reporter
-from deer_jax.config import DrafterConfig, Sampling
+from deer_jax.config import DrafterConfig, Sampling, Verification
 from deer_jax.data.answer_writer import read_state
 from deer_jax.data.chats import as_chat, is_chat
 from deer_jax.data.sources import Prompt, read_prompts, template_arguments
@@ -155,6 +155,11 @@ class DecodeOptions:
         float | None,
         "the drafter's own temperature; by default the target's. Any value leaves the answers' distribution unchanged",
     ] = None
+    verification: Annotated[
+        Verification,
+        "of sampled drafts: token by token, or as a block, which keeps as much or more; neither changes the answers' "
+        "distribution",
+    ] = "token"
     seed: Annotated[int, "fixes every random choice"] = 0
     ignore_stop: Annotated[bool, "run to --max-new-tokens whatever the target says"] = False
 

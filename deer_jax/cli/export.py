@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from deer_jax.checkpoints.conditioned import Layout
 from deer_jax.checkpoints.export import export, is_exported
+from deer_jax.checkpoints.tapped import Layout
 from deer_jax.cli.common import ConfigOptions
 from deer_jax.cli.options import Source, parse
 from deer_jax.cli.progress import say

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deer_jax import processes
-from deer_jax.config import Sampling
+from deer_jax.config import Sampling, Verification
 from deer_jax.decoding.auto import AUTO, DraftLength
 from deer_jax.decoding.checks import check_models, prepare
 from deer_jax.decoding.engine import Engine, Row, serve
@@ -40,6 +40,7 @@ def decode(
     top_k: int = 0,
     top_p: float = 1.0,
     draft_temperature: float | None = None,
+    verification: Verification = "token",
     seed: int = 0,
     batch_size: int | None = None,
     ignore_stop: bool = False,
@@ -64,6 +65,7 @@ def decode(
       max_new_tokens: one number, or one per prompt.
       temperature: 0 is greedy. top_k: 0 keeps all. top_p: 1 keeps all. Applied in this order, to both models.
       draft_temperature: None is the temperature, 0 drafts the argmax; any value is exact.
+      verification: of sampled drafts, `token` by token, or as a `block`, which keeps as much or more; both are exact.
       seed: with the prompt's number it fixes every random choice, whatever the batch.
       batch_size: slots that run at once (default up to 16); a finished slot takes the next prompt.
       ignore_stop: run to max_new_tokens whatever the target says.
@@ -81,7 +83,10 @@ def decode(
         settings, by something else, or that another process writes.
       RunError: logits that are not finite; an output that cannot be written.
     """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, draft_temperature=draft_temperature)
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, draft_temperature=draft_temperature,
+        verification=verification,
+    )  # fmt: skip
     check_models(target, drafter)
     if ids is not None and output is None:
         raise InputError("ids name the lines of an output: give output too")
@@ -103,8 +108,7 @@ def decode(
                 "target": target.digest(), "drafter": drafter_digest(drafter) if k else None,
                 "prompts": prompts_digest(names, encoded), "draft_length": AUTO if engine.auto else int(k),
                 "max_new_tokens": new[0] if len(set(new)) == 1 else combined({"each": new})[:16],
-                **{name: None if value is None else float(value) for name, value in vars(sampling).items()},
-                "seed": int(seed), "ignore_stop": bool(ignore_stop),
+                **settings_of(sampling), "seed": int(seed), "ignore_stop": bool(ignore_stop),
             }  # fmt: skip
             writer.files = target.digests.records()
             writer.begin(
@@ -142,6 +146,14 @@ def decode(
     tokens = [row.tokens for row in rows]
     texts = None if target.tokenizer is None else [answer_text(target, answer, stops) for answer in tokens]
     return DecodeResult(texts=texts, tokens=tokens, stats=stats)
+
+
+def settings_of(sampling: Sampling) -> dict[str, Any]:
+    """As an output keeps them: numbers, and how drafts are verified where that is not token by token."""
+    values = dict(vars(sampling))
+    verification = values.pop("verification")
+    found = {name: None if value is None else float(value) for name, value in values.items()}
+    return found if verification == "token" else found | {"verification": verification}
 
 
 class Decoded(NamedTuple):

@@ -173,6 +173,12 @@ class Engine:
              "histogram": state.histogram, "certain": state.certain, "fault": state.fault}
         )  # fmt: skip
 
+    def regenerate(self) -> dict[str, np.ndarray]:
+        """A round that commits nothing, see `loop.regenerate`; then the one fetch."""
+        self.state = self._change(loop.regenerate, (self.plan,), self.state, self.weights, self.knobs)
+        state = self.state
+        return self.fetch({"tokens": state.tokens, "histogram": state.histogram, "fault": state.fault})
+
     def not_finite(self, fault: int, new_tokens: int) -> str:
         """What to say of a row that has ended with this `DecodeState.fault`."""
         if fault == TARGET or self.drafter is None:

@@ -208,6 +208,22 @@ def run_segment(
 
 
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
+def regenerate(plan: Plan, state: DecodeState, weights: Weights, knobs: Knobs) -> DecodeState:
+    """A round that commits nothing but counts: its draft lies behind each row's committed tokens, the histogram says
+    how much of it would be kept, of this round alone."""
+    draft, _ = propose(plan, weights, state, knobs)
+    check = verified(plan, weights.target, state, knobs, draft)
+    after = dataclasses.replace(
+        state,
+        tokens=write_rows(state.tokens, draft.tokens, state.length, ("batch", "slots")),
+        rounds=state.rounds + 1,
+        histogram=jax.nn.one_hot(check.verdict.accepted, state.histogram.shape[1], dtype=jnp.int32),
+        fault=jnp.maximum(state.fault, jnp.max(check.faults, axis=1)),
+    )
+    return placed(plan, after)
+
+
+@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
 def catch_up(plan: Plan, state: DecodeState, weights: Weights) -> DecodeState:
     """The state before rounds of this plan, after those of another k."""
     assert plan.drafter is not None

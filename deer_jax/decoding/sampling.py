@@ -25,11 +25,14 @@ class Kind:
     draft_sampled: bool
     top_k: bool
     top_p: bool
+    block: bool = False  # whether the drafts are verified as a whole
 
     @classmethod
     def of(cls, sampling: Sampling) -> "Kind":
         draft = sampling.temperature if sampling.draft_temperature is None else sampling.draft_temperature
-        return cls(sampling.temperature > 0, draft > 0, sampling.top_k > 0, sampling.top_p < 1)
+        sampled = sampling.temperature > 0
+        block = sampled and sampling.verification == "block"
+        return cls(sampled, draft > 0, sampling.top_k > 0, sampling.top_p < 1, block)
 
 
 @jax.tree_util.register_dataclass

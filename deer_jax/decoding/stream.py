@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from deer_jax.config import Sampling
+from deer_jax.config import Sampling, Verification
 from deer_jax.decoding.auto import DraftLength
 from deer_jax.decoding.checks import check_models, prepare
 from deer_jax.decoding.decode import answer_text, decoded, statistics
@@ -29,6 +29,7 @@ def stream(
     top_k: int = 0,
     top_p: float = 1.0,
     draft_temperature: float | None = None,
+    verification: Verification = "token",
     seed: int = 0,
     ignore_stop: bool = False,
     template_arguments: Mapping[str, Any] | None = None,
@@ -38,7 +39,10 @@ def stream(
 
     finished: called after the last piece with what `decode` would report.
     """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, draft_temperature=draft_temperature)
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, draft_temperature=draft_temperature,
+        verification=verification,
+    )  # fmt: skip
     check_models(target, drafter)
     if target.tokenizer is None:
         raise InputError(f"{target.name} has no tokenizer, so there is no text to stream: use stream_blocks")
@@ -58,6 +62,7 @@ def stream_blocks(
     top_k: int = 0,
     top_p: float = 1.0,
     draft_temperature: float | None = None,
+    verification: Verification = "token",
     seed: int = 0,
     ignore_stop: bool = False,
     template_arguments: Mapping[str, Any] | None = None,
@@ -70,7 +75,10 @@ def stream_blocks(
 
         k = 4:  [12, 7, 31], [5], [9, 9, 40, 2, 8]   2 drafts accepted, none, all 4
     """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, draft_temperature=draft_temperature)
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, draft_temperature=draft_temperature,
+        verification=verification,
+    )  # fmt: skip
     check_models(target, drafter)
     encoded = _one(encode_prompts(target, prompt, template_arguments))
     engine, limits = prepare(target, encoded, drafter, draft_length, max_new_tokens, sampling, seed, 1, ignore_stop)

@@ -12,7 +12,8 @@ that follow a random anchor (P's last token .. A's last but one), some of them m
 
 Stage I (continuation): every candidate token is masked with probability t ~ U(0, 1), loss weight 1/t. Stage II
 (refinement): the last R ~ U(1, min(R_max, candidates)) tokens are masked, weight alpha^(R-i) for the i-th of them, so
-that the tokens next to the prefix weigh most. DEER, arXiv 2512.15176, equations 1 to 4.
+that the tokens next to the prefix weigh most. DEER, arXiv 2512.15176, equations 1 to 4. Stage III (acceptance): blocks
+are masked whole, as in a draft, all weights 1.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ class Corruption:
     """How examples of one stage are corrupted.
 
     Attributes:
-      stage: "continuation" (I) or "refinement" (II).
+      stage: "continuation" (I), "refinement" (II), or "acceptance" (III), for what the drafter drafts on its own.
       width: W, tokens per block; block-causal only. None is the drafter's draft length.
       blocks: M, blocks per text; block-causal only.
       max_masked: R_max of stage II.
@@ -38,7 +39,7 @@ class Corruption:
         token is read at a text row, which this keeps as good as an autoregressive model's.
     """
 
-    stage: Literal["continuation", "refinement"]
+    stage: Literal["continuation", "refinement", "acceptance"]
     width: int | None = None
     blocks: int = 8
     max_masked: int = 96
@@ -47,8 +48,8 @@ class Corruption:
     next_token: float = 1.0
 
     def __post_init__(self):
-        if self.stage not in ("continuation", "refinement"):
-            raise InputError(f"stage must be continuation or refinement, got {self.stage!r}")
+        if self.stage not in ("continuation", "refinement", "acceptance"):
+            raise InputError(f"stage must be continuation, refinement or acceptance, got {self.stage!r}")
         for name in ("width", "blocks", "max_masked"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -69,7 +70,7 @@ class Blocks(NamedTuple):
     masked: np.ndarray  # bool [M, W]
     weight: np.ndarray  # float32 [M, W] loss weight, 0 where not masked
     text_weight: np.ndarray  # float32 [n] of predicting the token after each text position; sums to next_token * total
-    total: np.float32  # what the summed loss is divided by: candidates (I) or sum of weights (II)
+    total: np.float32  # what the summed loss is divided by: candidates (I, III) or sum of weights (II)
 
 
 class Cut(NamedTuple):
@@ -97,7 +98,7 @@ def corrupt_blocks(prompt: int, length: int, settings: Corruption, rng: np.rando
     rates = _stratified(count, rng)
     for m in range(count):
         masked[m, : size[m]], weight[m, : size[m]] = _mask(size[m], rates[m], settings, rng)
-    total = size.sum() if settings.stage == "continuation" else weight.sum()
+    total = weight.sum() if settings.stage == "refinement" else size.sum()
     text_weight = np.zeros(length, np.float32)
     text_weight[prompt - 1 : length - 1] = settings.next_token * total / places
     return Blocks(anchor, size, masked, weight, text_weight, np.float32(total))
@@ -123,6 +124,8 @@ def _mask(size: int, rate: float, settings: Corruption, rng: np.random.Generator
 
     size = 4, refinement with R = 3, alpha = 2:  masked F T T T, weight 0 4 2 1
     """
+    if settings.stage == "acceptance":
+        return np.ones(size, bool), np.ones(size, np.float32)
     if settings.stage == "continuation":
         t = max(float(rate), settings.least_rate)
         masked = rng.random(size) < t

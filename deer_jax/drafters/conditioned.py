@@ -16,77 +16,57 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from deer_jax.build import Build, Remat
-from deer_jax.config import (
-    MOST_DRAFT_LENGTH,
-    ConditionedConfig,
-    ModelConfig,
-    check_choice,
-    check_number,
-    check_token_ids,
-    check_whole,
-)
+from deer_jax.config import ConditionedConfig, check_choice, check_number, check_token_ids
 from deer_jax.drafters.drafter import Drafter
 from deer_jax.drafters.heads import (
     HEAD,
     INDEPENDENT,
     Block,
     Head,
+    PathSelector,
     axes_of,
     check_vocabulary,
     initial,
     section_of,
     shapes_of,
 )
-from deer_jax.drafters.protocol import Draft, Pick, Predictions, Row, Seen, Term, Trainable, check_tapped
-from deer_jax.drafters.standalone import chosen_layers
-from deer_jax.errors import InputError, shown
+from deer_jax.drafters.protocol import Draft, Pick, Predictions, Row, Seen, Term, predecessors
+from deer_jax.drafters.tapped import Ids, TappedMethod, TappedReading, shared_of
+from deer_jax.errors import InputError
 from deer_jax.models.blocks import Blocks
 from deer_jax.models.cache import empty_cache, write_cache
 from deer_jax.models.conditioned import context_kv, draft_block, read_blocks
 from deer_jax.models.layers import logits, look_up
-from deer_jax.models.target import Target
+from deer_jax.models.target import Target, chosen_layers
 from deer_jax.models.transformer import Params, abstract_params, bind, init_params, logical_axes, unstack_layers
-from deer_jax.sharding import constrain, on_mesh, placement, whole
+from deer_jax.sharding import constrain, whole
 
 MOST_FACTOR = 1e6
-Ids = Sequence[int] | np.ndarray  # of a reduced vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConditionedReading:
-    """How a conditioned drafter reads and is read.
+class ConditionedReading(TappedReading):
+    """How a conditioned drafter reads and is read, beside what all tapped drafters have.
 
     Attributes:
-      taps: layers of the target whose outputs it reads, from 0; of the last one after the final norm.
       mask: the id of the target whose embedding is the mask; it is never proposed.
-      draft_length: k it was trained for.
       layout: `fill_in`: a row predicts its own token; `next_token`: the one behind it.
-      draft_vocab: how many ids it proposes; None: all of the target's.
       input_scale, output_scale, softcap: factors on the block's embeddings and on its scores, and the bound that these
         approach (cap * tanh(scores / cap)); None has none.
     """
 
-    taps: tuple[int, ...]
     mask: int
-    draft_length: int = 8
     layout: Literal["fill_in", "next_token"] = "fill_in"
-    draft_vocab: int | None = None
     input_scale: float = 1.0
     output_scale: float = 1.0
     softcap: float | None = None
 
     def __post_init__(self):
-        check_token_ids("taps", self.taps)
-        if not self.taps or len(set(self.taps)) != len(self.taps):
-            raise InputError(f"taps must be different layers of the target, one or more, got {list(self.taps)}")
+        super().__post_init__()
         check_token_ids("mask", (self.mask,))
-        check_whole("draft_length", self.draft_length, 1, MOST_DRAFT_LENGTH)
         check_choice("layout", self.layout, ("fill_in", "next_token"))
-        if self.draft_vocab is not None:
-            check_whole("draft_vocab", self.draft_vocab, 2, 2**31)
         for name in ("input_scale", "output_scale"):
             check_number(name, getattr(self, name), 0, MOST_FACTOR, above=True)
         if self.softcap is not None:
@@ -99,22 +79,19 @@ class ConditionedReading:
 
 
 @dataclasses.dataclass(frozen=True)
-class ConditionedMethod(Trainable):
-    """The static half. What it shares with the target: `embed` and `head`, and `ids` int32 [V'] of a reduced
-    vocabulary, whose `head` has a row for each of these."""
+class ConditionedMethod(TappedMethod):
+    """The static half."""
 
     shape: ConditionedConfig
     reading: ConditionedReading
     head: Head = INDEPENDENT
 
     def __post_init__(self):
-        V, reading = self.shape.vocab_size, self.reading
-        if reading.mask >= V:
-            raise InputError(f"the mask is id {reading.mask}, the target's vocabulary ends at {V - 1}")
-        if reading.draft_vocab is not None and reading.draft_vocab > V:
-            raise InputError(f"draft_vocab {reading.draft_vocab} is more than the target's {V} ids")
-        if self.shape.tapped_width % len(reading.taps):
-            raise InputError(f"{len(reading.taps)} taps do not make a context of width {self.shape.tapped_width}")
+        if self.reading.mask >= self.target_vocab:
+            raise InputError(
+                f"the mask is id {self.reading.mask}, the target's vocabulary ends at {self.target_vocab - 1}"
+            )
+        super().__post_init__()
         check_vocabulary(self.head, self.draft_vocab)
 
     def __str__(self) -> str:
@@ -122,32 +99,8 @@ class ConditionedMethod(Trainable):
         return f"conditioned, draft length {self.draft_length}, {shape.layers} layers of width {shape.width}"
 
     @property
-    def target_vocab(self) -> int:
-        return self.shape.vocab_size
-
-    @property
-    def draft_vocab(self) -> int:
-        return self.reading.draft_vocab or self.shape.vocab_size
-
-    @property
-    def draft_length(self) -> int:
-        return self.reading.draft_length
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        return self.reading.taps
-
-    @property
-    def examples(self) -> Literal["blocks", "cut"]:
-        return "blocks"
-
-    @property
     def reserved(self) -> tuple[int, ...]:
         return (self.reading.mask,)
-
-    def borrowed(self, target: ModelConfig) -> dict[str, str]:
-        head = {} if self.reading.draft_vocab else {"head": "embed" if target.tied else "head"}
-        return {"embed": "embed"} | head
 
     def state(self, params: Params, shared: Params, batch: int, capacity: int, build: Build) -> Any:
         build = dataclasses.replace(build, dtype=params["fc"].dtype)
@@ -210,19 +163,10 @@ class ConditionedMethod(Trainable):
 
     def predict(self, params: Params, shared: Params, batch: dict[str, jax.Array], tapped, remat: Remat) -> Predictions:
         """Shapes of the batch as in `corruption.Blocks`: W places behind each anchor, of which those masked count."""
-        tokens, anchor, masked = batch["tokens"], batch["anchor"], batch["masked"]
-        (B, M, W), first = masked.shape, self.reading.first
-        rows = W + first
-        place = (anchor[..., None] + jnp.arange(rows)[None, None]).reshape(B, M * rows)
-        following = jnp.take_along_axis(tokens, place, axis=1, mode="clip")
-        hidden_from_it = masked | (jnp.arange(W)[None, None] >= batch["size"][..., None])  # behind a text are masks
-        is_mask = jnp.pad(hidden_from_it, ((0, 0), (0, 0), (1, 0)))[..., :rows].reshape(B, M * rows)
-        x = self._embed(shared, following, is_mask)
-        states = read_blocks(self._bind(params), x, tapped, Blocks(anchor, rows), remat).reshape(B, M, rows, -1)
-
-        predicted = (anchor[..., None] + 1 + jnp.arange(W)[None, None]).reshape(B, M * W)
-        before = jnp.take_along_axis(tokens, predicted - 1, axis=1, mode="clip").reshape(B, M, W)
-        head = params.get(HEAD, {})
+        (B, M, W), first = batch["masked"].shape, self.reading.first
+        states = self._read(params, shared, batch, tapped, remat)
+        predicted = (batch["anchor"][..., None] + 1 + jnp.arange(W)[None, None]).reshape(B, M * W)
+        before, head = predecessors(batch), params.get(HEAD, {})
         features = states[:, :, first:].reshape(B, M * W, -1) * jnp.asarray(self.reading.output_scale, states.dtype)
         ids, confidence = shared.get("ids"), self.head.confidence(head, states, before)
         every = jnp.arange(self.draft_vocab, dtype=jnp.int32) if ids is None else ids
@@ -239,6 +183,30 @@ class ConditionedMethod(Trainable):
             confidence=None if confidence is None else confidence.reshape(B, M * W),
         )
 
+    def _read(self, params: Params, shared: Params, batch: dict[str, jax.Array], tapped, remat: Remat):
+        """Final states [B, M, rows, D] of the blocks of a batch, of which the last W predict."""
+        tokens, anchor, masked = batch["tokens"], batch["anchor"], batch["masked"]
+        B, M, W = masked.shape
+        rows = W + self.reading.first
+        place = (anchor[..., None] + jnp.arange(rows)[None, None]).reshape(B, M * rows)
+        following = jnp.take_along_axis(tokens, place, axis=1, mode="clip")
+        hidden_from_it = masked | (jnp.arange(W)[None, None] >= batch["size"][..., None])  # behind a text are masks
+        is_mask = jnp.pad(hidden_from_it, ((0, 0), (0, 0), (1, 0)))[..., :rows].reshape(B, M * rows)
+        x = self._embed(shared, following, is_mask)
+        return read_blocks(self._bind(params), x, tapped, Blocks(anchor, rows), remat).reshape(B, M, rows, -1)
+
+    @property
+    def draws(self) -> bool:
+        return not isinstance(self.head, PathSelector)  # whose q is not that of its scores
+
+    def draw(self, params: Params, shared: Params, batch: dict[str, jax.Array], tapped, pick: Pick) -> jax.Array:
+        B, M, W = batch["masked"].shape
+        hidden = self._read(params, shared, batch, tapped, "none").reshape(B * M, -1, self.shape.width)
+        scores = self._scores(shared, hidden[:, self.reading.first :])
+        anchor = predecessors(batch)[..., 0].reshape(B * M)
+        block = Block(hidden, scores, anchor, shared.get("ids"))
+        return self.head.draft(params.get(HEAD, {}), block, pick).tokens.reshape(B, M, W)
+
     def section(self) -> dict[str, Any]:
         shape = self.shape
         names = (
@@ -250,64 +218,6 @@ class ConditionedMethod(Trainable):
             "shape": {name: getattr(shape, name) for name in names},
             "head": section_of(self.head),
         }  # fmt: skip
-
-
-def shared_of(
-    method: ConditionedMethod, target: Target, ids: Ids | None = None, *, rows: jax.Array | None = None
-) -> Params:
-    """What such a drafter reads of its target.
-
-    The head of a reduced vocabulary is gathered unless it is given, everything else are the target's own arrays.
-
-    Args:
-      ids: those of a reduced vocabulary, see `draft_ids`.
-      rows: [V', D] of the head for these, where it is not to have the target's.
-    """
-    config = target.config
-    check_target(method, config, target.name)
-    chosen = draft_ids(method, ids)
-    head = target.params["embed" if config.tied else "head"]
-    shared = {"embed": target.params["embed"], "head": head}
-    if chosen is None:
-        return shared
-    if rows is None:
-        where = placement(target.mesh, (len(chosen), config.width), ("vocab", "width"))
-        with on_mesh(target.mesh):
-            rows = jax.jit(lambda head, ids: head[ids], out_shardings=where)(head, chosen)
-    return shared | {"head": rows, "ids": jnp.asarray(chosen)}
-
-
-def draft_ids(method: ConditionedMethod, ids: Any, where: str = "ids") -> np.ndarray | None:
-    """int32 [V'] the ids of a method's reduced vocabulary, None of a whole one; InputError, which calls them `where`,
-    for what they cannot be: other than so many, not ascending, none of the target."""
-    count = method.reading.draft_vocab
-    if ids is None and count is None:
-        return None
-    if ids is None or count is None:
-        raise InputError(f"{where} and reading.draft_vocab belong together: give both, or neither")
-    found = np.array(ids, object)
-    whole = found.ndim == 1 and all(isinstance(each, int | np.integer) and type(each) is not bool for each in found)
-    right = whole and len(found) == count and bool(np.all(np.diff(found) > 0))
-    if not right or found[0] < 0 or found[-1] >= method.target_vocab:
-        many = f"{len(found):,} of them, " if whole else ""
-        raise InputError(
-            f"{where} must be {count:,} ascending ids of the target's {method.target_vocab:,}, as reading.draft_vocab "
-            f"says, got {many}{shown(ids)}"
-        )
-    return found.astype(np.int32)
-
-
-def check_target(method: ConditionedMethod, config: ModelConfig, target: str) -> None:
-    """InputError unless a drafter of this method is for a target of such sizes, which is called `target`."""
-    shape = method.shape
-    for name, ours, theirs in (
-        ("width", shape.width, config.width),
-        ("vocabulary", shape.vocab_size, config.vocab_size),
-        ("tapped width", shape.tapped_width, len(method.taps) * config.width),
-    ):
-        if ours != theirs:
-            raise InputError(f"the drafter is for another target: one of {name} {ours}, and {target} has {theirs}")
-    check_tapped(method, config.layers, target)
 
 
 def default_taps(layers: int, count: int) -> tuple[int, ...]:

@@ -197,6 +197,15 @@ class Predictions(NamedTuple):
     confidence: jax.Array | None = None  # float32 [B, R] logits of the probability that the token is accepted
 
 
+def predecessors(batch: dict[str, jax.Array]) -> jax.Array:
+    """int32 [B, M, W]: the token before each of the blocks' tokens, those of a text or of drafts."""
+    anchor, (B, M, W) = batch["anchor"], batch["masked"].shape
+    width = 1 if "drafted" in batch else W
+    place = (anchor[..., None] + jnp.arange(width, dtype=anchor.dtype)[None, None]).reshape(B, M * width)
+    found = jnp.take_along_axis(batch["tokens"], place, axis=1, mode="clip").reshape(B, M, width)
+    return jnp.concatenate([found, batch["drafted"][..., :-1]], axis=-1) if "drafted" in batch else found
+
+
 class Trainable(Method):
     """A method that can be trained: what `training` and `checkpoints` ask of it besides.
 
@@ -216,6 +225,11 @@ class Trainable(Method):
     def reserved(self) -> tuple[int, ...]:
         """Ids of the target that are masks to it: texts to train on must not have them."""
         return ()
+
+    @property
+    def draws(self) -> bool:
+        """Whether it can draft the blocks of a batch of examples, see `draw`."""
+        return False
 
     @property
     def has_confidence(self) -> bool:
@@ -240,9 +254,14 @@ class Trainable(Method):
     def predict(self, params: Params, shared: Params, batch: dict[str, jax.Array], tapped, remat: Remat) -> Predictions:
         """What it says about a batch of examples.
 
-        batch: see `diffusion.corruption.Blocks` and `Cut`, with `tokens` int32 [B, T]. tapped [B, T, n*D]: the outputs
-        of the target layers that it taps, of the clean texts.
+        batch: see `diffusion.corruption.Blocks` and `Cut`, with `tokens` int32 [B, T]; with `drafted` int32 [B, M, W]
+        what it says about these blocks, of its own, instead of the text's. tapped [B, T, n*D]: the outputs of the
+        target layers that it taps, of the clean texts.
         """
+        raise NotImplementedError
+
+    def draw(self, params: Params, shared: Params, batch: dict[str, jax.Array], tapped, pick: Pick) -> jax.Array:
+        """int32 [B, M, W]: what it drafts behind the anchors of a batch; `pick` as in `propose`, of B*M rows."""
         raise NotImplementedError
 
     def section(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ separate input-only parameter: no id of the target is shadowed and neither can b
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -23,16 +22,17 @@ from deer_jax.drafters.heads import (
     INDEPENDENT,
     Block,
     Head,
+    PathSelector,
     axes_of,
     check_vocabulary,
     section_of,
     shapes_of,
 )
-from deer_jax.drafters.protocol import Draft, Pick, Predictions, Row, Seen, Term, Trainable
+from deer_jax.drafters.protocol import Draft, Pick, Predictions, Row, Seen, Term, Trainable, predecessors
 from deer_jax.errors import InputError
 from deer_jax.models.cache import KVCache, empty_cache, write_cache, write_rows
 from deer_jax.models.piecewise import Before, BlockMask
-from deer_jax.models.target import Target, check_target
+from deer_jax.models.target import Target, check_target, chosen_layers
 from deer_jax.models.transformer import (
     Params,
     Transformer,
@@ -261,12 +261,25 @@ class StandaloneMethod(Trainable):
         said = Predictions(place, weight, (term,), allowed=~self._unknown(ids))
         return self._with_head(params.get(HEAD, {}), batch, said) if self.cached else said
 
+    @property
+    def draws(self) -> bool:
+        return self.cached and not isinstance(self.head, PathSelector)  # whose q is not that of its scores
+
+    def draw(self, params: Params, shared: Params, batch: dict[str, jax.Array], tapped, pick: Pick) -> jax.Array:
+        B, M, W = batch["masked"].shape
+        model = bind(self.shape, backbone(params))
+        hidden = self._read_blocks(params, batch, "none")[0]
+        hidden = hidden[:, hidden.shape[1] - M * W :].reshape(B * M, W, -1)
+        anchor = predecessors(batch)[..., 0].reshape(B * M)
+        block = Block(hidden, self._fit_vocabulary(model.logits(hidden)), anchor, None)
+        return self.head.draft(params.get(HEAD, {}), block, pick).tokens.reshape(B, M, W)
+
     def _with_head(self, params: Params, batch: dict[str, jax.Array], said: Predictions) -> Predictions:
         """Predictions with the head's part in those of the blocks; those of the text, which come first, have none."""
         B, M, W = batch["masked"].shape
         text = said.place.shape[1] - M * W
         states = said.terms[0].features[:, text:].reshape(B, M, W, -1)
-        before = jnp.take_along_axis(batch["tokens"], said.place[:, text:] - 1, axis=1, mode="clip").reshape(B, M, W)
+        before = predecessors(batch)
 
         def behind_text(x):
             return jnp.pad(x, ((0, 0), (text, 0), *((0, 0),) * (x.ndim - 2)))
@@ -380,14 +393,3 @@ def drafter_from_target(
     params["special"] = new_entries(params["embed"], seed)
     method = StandaloneMethod(model, config or DrafterConfig(), model.vocab_size)
     return Drafter(method=method, params=params, name=name, tokenizer=target.tokenizer)
-
-
-def chosen_layers(target: Target, layers: Sequence[int]) -> Params:
-    """The weights of some layers of a target, without experts, stacked in this order."""
-    wrong = [i for i in layers if not 0 <= i < target.config.layers]
-    if wrong or not layers:
-        raise InputError(f"layers {list(layers)}: the target has layers 0..{target.config.layers - 1}")
-    own = target.params["layers"]
-    if is_stacked(target.params):
-        return {name: w[np.array(layers)] for name, w in own.items()}
-    return {name: jnp.stack([own[i][name] for i in layers]) for name in own[layers[0]]}

@@ -1,4 +1,4 @@
-"""How a drafter begins that a recipe asks for: a conditioned one, and the head of either kind."""
+"""How a drafter begins that a recipe asks for: a conditioned one, EAGLE-3, and the head of a block drafter."""
 
 import dataclasses
 import re
@@ -11,8 +11,11 @@ import numpy as np
 from deer_jax.config import check_choice
 from deer_jax.drafters.conditioned import ConditionedReading, conditioned_drafter, default_taps
 from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.eagle3 import default_taps as eagle3_taps
+from deer_jax.drafters.eagle3 import eagle3_drafter
 from deer_jax.drafters.heads import HEAD, HEADS, INDEPENDENT, Head, initial
 from deer_jax.drafters.standalone import StandaloneMethod
+from deer_jax.drafters.tapped import TappedReading
 from deer_jax.errors import InputError, named
 from deer_jax.models.target import Target
 
@@ -41,7 +44,7 @@ def started_layers(source: str) -> int | tuple[int, ...]:
     if layers is None:
         raise InputError(
             f"drafter {source}: a conditioned drafter begins with layers of its target, as in {FROM_TARGET}:0,2, or "
-            f"with {RANDOM}:2 layers; leave out `conditioned` for one in a folder"
+            f"with {RANDOM}:2 layers, EAGLE-3 with {RANDOM}:1; leave out `conditioned` or `eagle3` for one in a folder"
         )
     return layers
 
@@ -144,6 +147,10 @@ class ConditionedStart:
         )
         return start.make()
 
+    def check(self, target: Target, layers: int | Sequence[int]) -> None:
+        """InputError for what this target, or these layers, cannot begin."""
+        self.mask_of(target)
+
     def mask_of(self, target: Target) -> int:
         """The mask's id."""
         if self.mask is not None:
@@ -176,7 +183,41 @@ class ConditionedStart:
         )
 
 
-def most_frequent(counts: np.ndarray | None, number: int, mask: int, always: Sequence[int]) -> list[int]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eagle3Start:
+    """An untrained EAGLE-3 drafter: one layer of random weights, on the target's embedding and head.
+
+    Attributes:
+      taps: layers of the target that it reads, from 0; None: three, before its third, its middle and its third last.
+      draft_length: k, tokens per draft, and steps of the training-time test.
+      draft_vocab: proposes only so many ids, those most frequent in the answers and the stop ids; None: all.
+      mlp_width: of its layer; None: the target's.
+    """
+
+    taps: tuple[int, ...] | None = None
+    draft_length: int = 8
+    draft_vocab: int | None = None
+    mlp_width: int | None = None
+
+    def check(self, target: Target, layers: int | Sequence[int]) -> None:
+        """InputError for what this target, or these layers, cannot begin."""
+        if layers != 1:
+            raise InputError(f"EAGLE-3 has one layer, which begins with random weights: say drafter: {RANDOM}:1")
+        if self.taps is None and target.config.layers < 6:
+            raise InputError(
+                f"{target.name} has {target.config.layers} layers, too few for the usual taps: name them (eagle3.taps)"
+            )
+
+    def begin(self, target: Target, layers: int | Sequence[int], counts: np.ndarray | None, seed: int) -> Drafter:
+        """The drafter; arguments as for `ConditionedStart.begin`."""
+        taps = eagle3_taps(target.config.layers) if self.taps is None else self.taps
+        reading = TappedReading(taps=taps, draft_length=self.draft_length, draft_vocab=self.draft_vocab)
+        ids = None if self.draft_vocab is None else most_frequent(counts, self.draft_vocab, None, target.stop_ids)
+        sizes: dict[str, Any] = {} if self.mlp_width is None else {"mlp_width": self.mlp_width}
+        return eagle3_drafter(target, reading, ids=ids, seed=seed, dtype=jnp.float32, **sizes)
+
+
+def most_frequent(counts: np.ndarray | None, number: int, mask: int | None, always: Sequence[int]) -> list[int]:
     """The `number` most frequent ids, ascending: `always` among them, the mask never; of equal counts the lower ids."""
     assert counts is not None
     if number >= len(counts):

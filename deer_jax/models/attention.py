@@ -17,7 +17,8 @@ def attend(
     Args:
       q: [B, T, N, H]; k, v: [B, T, K, H], N a multiple of K (grouped queries).
       visible: bool [B or 1, T, T], which fresh key (last axis) a fresh query sees; None is causal. Without a cache also
-        `Before` or `BlockMask`; whatever is not an array goes piece by piece there.
+        `Before` or `BlockMask`; whatever is not an array goes piece by piece there. Where it is an array, the keys may
+        be more than the queries.
       cache: keys and values of earlier passes, all layers; this one's are read at index `layer`. None: there are none.
       start: int [B], number of cached slots that exist; slots from there on are hidden.
       begin: int [B, T], the first cached slot that a query sees; None: 0.

@@ -99,16 +99,22 @@ def write_cache(cache: KVCache, fresh: KVCache, start, rows=None) -> KVCache:
         )
 
 
+def take_rows(buffer, rows, axes: Sequence[Axis]):
+    """A copy of some rows, each of which lies on the shard that is to have it; one that is none holds anything.
+
+    axes: the logical axes of both, among them "batch" for the rows.
+    """
+    at, split = axes.index("batch"), [None if axis == "slots" else axis for axis in axes]
+
+    def local(buffer, rows):
+        own = rows - shard_index("batch") * buffer.shape[at]
+        return buffer.at[(slice(None),) * at + (own,)].get(mode="clip")
+
+    shape = (*buffer.shape[:at], rows.shape[0], *buffer.shape[at + 1 :])
+    return on_shards(local, (here(buffer.shape, *split), here(rows.shape, "batch")), here(shape, *split))(buffer, rows)
+
+
 def rows_of(cache: KVCache, rows) -> KVCache:
-    """A copy of some rows, each of which lies on the shard that is to have it; one that is none holds anything."""
-
-    def local(side, rows):
-        return side.at[:, rows - shard_index("batch") * side.shape[1]].get(mode="clip")
-
+    """A copy of some rows of a cache, see `take_rows`."""
     axes = (None, "batch", "kv_heads", None, None)
-
-    def take(side):
-        shape = (side.shape[0], rows.shape[0], *side.shape[2:])
-        return on_shards(local, (here(side.shape, *axes), here(rows.shape, "batch")), here(shape, *axes))(side, rows)
-
-    return KVCache(take(cache.keys), take(cache.values), cache.block)
+    return KVCache(take_rows(cache.keys, rows, axes), take_rows(cache.values, rows, axes), cache.block)

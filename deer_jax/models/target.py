@@ -18,7 +18,7 @@ from deer_jax.build import Build
 from deer_jax.config import ModelConfig
 from deer_jax.digests import Digests, Stamp, combined
 from deer_jax.errors import InputError, shown
-from deer_jax.models.transformer import Params, bind, in_two_ways
+from deer_jax.models.transformer import Params, bind, in_two_ways, is_stacked
 from deer_jax.sharding import batch_ways, on_mesh
 
 
@@ -157,3 +157,14 @@ class Target:
         with on_mesh(self.mesh):
             tokens = np.pad(tokens, ((0, -rows % batch_ways(self.mesh)), (0, 0)))
             return full_logits(self.params, tokens, self.config)[:rows]
+
+
+def chosen_layers(target: Target, layers: Sequence[int]) -> Params:
+    """The weights of some layers of a target, without experts, stacked in this order."""
+    wrong = [i for i in layers if not 0 <= i < target.config.layers]
+    if wrong or not layers:
+        raise InputError(f"layers {list(layers)}: the target has layers 0..{target.config.layers - 1}")
+    own = target.params["layers"]
+    if is_stacked(target.params):
+        return {name: w[np.array(layers)] for name, w in own.items()}
+    return {name: jnp.stack([own[i][name] for i in layers]) for name in own[layers[0]]}

@@ -7,7 +7,7 @@ nested dict:
     layers: name -> [L, ...] (scanned) or index -> name -> [...] (unrolled)
     experts: gate, up [L, E, F, D], down [L, E, D, F] (mixture of experts only; always stacked)
 
-(a conditioned drafter's, see `models.conditioned`, instead of embed and head: fc [D, n*D'] · hidden_norm [D]), and
+(of drafters that read a target, see `models.conditioned` and `models.eagle3`, others instead of embed and head), and
 `bind` merges it back into modules inside the jitted function. Weights are [out, in], as in Hugging Face folders.
 """
 
@@ -50,18 +50,22 @@ class Layer(nnx.Module):
         for name, weight in layer_weights(config).items():
             setattr(self, name, parameter(weight, rngs, dtype, stack))
 
-    def _weight(self, name: str):
+    def weight(self, name: str):
         return whole(getattr(self, name)[...], layer_weights(self.config)[name].axes)
 
     def _heads(self, h, name: str, groups: int):
         config, (B, T, _) = self.config, h.shape
         K, H = config.kv_heads, config.head_width
-        y = linear(h, self._weight(name), self._weight(f"{name}_bias") if config.qkv_bias else None)
+        y = linear(h, self.weight(name), self.weight(f"{name}_bias") if config.qkv_bias else None)
         y = constrain(y.reshape(B, T, K, groups, H), "batch", None, "kv_heads", "groups", None)
         y = y.reshape(B, T, K * groups, H)
         if config.qk_norm and name != "v":
-            y = rms_norm(y, self._weight(f"{name}_norm"), config.norm_eps)
+            y = rms_norm(y, self.weight(f"{name}_norm"), config.norm_eps)
         return y
+
+    def queries(self, h, cos_sin):
+        """Queries [B, T, N, H] of normalised rows [B, T, D]."""
+        return rotate(self._heads(h, "q", self.config.heads // self.config.kv_heads), cos_sin)
 
     def keys_values(self, h, cos_sin):
         """Keys and values [B, T, K, H] of normalised rows [B, T, D]."""
@@ -74,7 +78,7 @@ class Layer(nnx.Module):
         config = self.config
         if not isinstance(config, ConditionedConfig) or not config.conv_kernel:
             return h, lambda y: y
-        base, dynamic = self._weight(f"{name}_base"), linear(h, self._weight(f"{name}_projection"))
+        base, dynamic = self.weight(f"{name}_base"), linear(h, self.weight(f"{name}_projection"))
         dynamic = constrain(dynamic, "batch", None, "mlp")  # so that these are gathered, and not the projection
         dynamic = constrain(dynamic, "batch", None, None).reshape(*h.shape[:2], *base.shape[:2], -1)
         into, after = ((base[side], dynamic[:, :, side], visible.rows) for side in (0, 1))
@@ -99,21 +103,21 @@ class Layer(nnx.Module):
         """
         config, (B, T, _) = self.config, x.shape
         with jax.named_scope("attention"):
-            h = rms_norm(x, self._weight("input_norm"), config.norm_eps)
+            h = rms_norm(x, self.weight("input_norm"), config.norm_eps)
             h, after = self._convolved("attention_conv", h, visible)
-            q = rotate(self._heads(h, "q", config.heads // config.kv_heads), cos_sin)
+            q = self.queries(h, cos_sin)
             k, v = self.keys_values(h, cos_sin)
             mixed = self._attend(q, k, v, index, visible, cache, start, context)
-            o_bias = self._weight("o_bias") if isinstance(config, ConditionedConfig) and config.o_bias else None
-            out = linear(mixed.reshape(B, T, -1), self._weight("o"), o_bias)
+            o_bias = self.weight("o_bias") if isinstance(config, ConditionedConfig) and config.o_bias else None
+            out = linear(mixed.reshape(B, T, -1), self.weight("o"), o_bias)
             x = constrain(x + after(out), "batch", None, None)
         with jax.named_scope("mlp"):
-            h = rms_norm(x, self._weight("post_norm"), config.norm_eps)
+            h = rms_norm(x, self.weight("post_norm"), config.norm_eps)
             h, after = self._convolved("mlp_conv", h, visible)
             if config.experts:
-                out = moe.mix(h, self._weight("router"), experts, index, config)
+                out = moe.mix(h, self.weight("router"), experts, index, config)
             else:
-                out = gated_mlp(h, self._weight("gate"), self._weight("up"), self._weight("down"))
+                out = gated_mlp(h, self.weight("gate"), self.weight("up"), self.weight("down"))
             x = constrain(x + after(out), "batch", None, None)
         fresh = (constrain(jnp.swapaxes(side, 1, 2), "batch", "kv_heads", None, None) for side in (k, v))
         return x, tuple(fresh)

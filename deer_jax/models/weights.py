@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deer_jax.config import ConditionedConfig, ModelConfig
+from deer_jax.config import ConditionedConfig, Eagle3Config, ModelConfig
 from deer_jax.models import experts as moe
 from deer_jax.sharding import Axis, Heads
 
@@ -43,6 +43,11 @@ def outer_weights(config: ModelConfig) -> dict[str, Weight]:
             "hidden_norm": Weight((D,), (None,), "ones"),
             "norm": Weight((D,), (None,), "ones"),
         }
+    if isinstance(config, Eagle3Config):
+        table = {"fc": Weight((D, config.tapped_width), ("width", "mlp")), "norm": Weight((D,), (None,), "ones")}
+        if config.norm_tapped:
+            table["tapped_norm"] = Weight((config.tapped_width,), (None,), "ones")
+        return table
     table = {"embed": Weight((V, D), ("vocab", "width")), "norm": Weight((D,), (None,), "ones")}
     if not config.tied:
         table["head"] = Weight((V, D), ("vocab", "width"))
@@ -53,12 +58,13 @@ def layer_weights(config: ModelConfig) -> dict[str, Weight]:
     """The weights of one layer, without the experts."""
     D, F, H = config.width, config.mlp_width, config.head_width
     query, key = config.heads * H, config.kv_heads * H
+    read = 2 * D if isinstance(config, Eagle3Config) else D  # an embedding and a state
     queries, keys = Heads(config.kv_heads, config.heads // config.kv_heads), Heads(config.kv_heads)
     table = {
         "input_norm": Weight((D,), (None,), "ones"),
-        "q": Weight((query, D), (queries, "width")),
-        "k": Weight((key, D), (keys, "width")),
-        "v": Weight((key, D), (keys, "width")),
+        "q": Weight((query, read), (queries, "width")),
+        "k": Weight((key, read), (keys, "width")),
+        "v": Weight((key, read), (keys, "width")),
         "o": Weight((D, query), ("width", queries)),
         "post_norm": Weight((D,), (None,), "ones"),
     }
@@ -78,6 +84,8 @@ def layer_weights(config: ModelConfig) -> dict[str, Weight]:
             "up": Weight((F, D), ("mlp", "width")),
             "down": Weight((D, F), ("width", "mlp")),
         }
+    if isinstance(config, Eagle3Config):
+        table["hidden_norm"] = Weight((D,), (None,), "ones")
     if isinstance(config, ConditionedConfig) and config.o_bias:
         table["o_bias"] = Weight((D,), (None,), "zeros")
     if isinstance(config, ConditionedConfig) and config.conv_kernel:

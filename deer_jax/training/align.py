@@ -157,7 +157,8 @@ def read_inputs(recipe: Recipe, claim: Claim, say: Callable[[str], Any]) -> Inpu
         vocab_size=target.config.vocab_size,
         tokenizer=tokenizer.fingerprint if isinstance(tokenizer, Tokenizer) else None,
     )
-    source, begun, start = recipe.drafter, recipe.conditioned, start_digests(recipe.drafter, claim.digests)
+    source, begun = recipe.drafter, recipe.conditioned or recipe.eagle3
+    start = start_digests(source, claim.digests)
     if begun is None:
         drafter = load_drafter(source, target=target, dtype="float32", config=recipe.reading, progress=say_bytes)
         if start_digests(source, claim.digests) != start:
@@ -167,8 +168,8 @@ def read_inputs(recipe: Recipe, claim: Claim, say: Callable[[str], Any]) -> Inpu
             drafter = recipe.draft_head.begin(drafter, recipe.seed)
         layers, cut = (), trainable(drafter).examples == "cut"
     else:
-        begun.mask_of(target)  # before every row is read
         drafter, layers, cut = None, started_layers(source), False
+        begun.check(target, layers)  # before every row is read
     say("reading the training rows")
     prompts = read_held_out(target, recipe.evaluation, claim.begun) if recipe.evaluation else []
     found = survey(records, prompts, recipe.length - cut)  # a cut text has its separator in it
@@ -262,7 +263,9 @@ def work_of(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> Work:
             states = functools.partial(kept.add, hidden=stage.loss.reads_target)
         return StagePlan(
             name=stage.corruption.stage, steps=stage.steps, optimizer=stage.optimizer,
-            loss=drafter_loss(method, target.config, stage.loss, recipe.remat or target.build.remat),
+            loss=drafter_loss(
+                method, target.config, stage.loss, recipe.remat or target.build.remat, own=stage.own
+            ),
             examples=examples, with_states=states,
             fixed=fixed_params(method, target.config, stage.loss, target.params, drafter.shared),
         )  # fmt: skip
@@ -333,6 +336,11 @@ def check(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> None:
             raise InputError(
                 f"{where}: the target reads the texts, so length {recipe.length} must be within its context of "
                 f"{target.config.context}; lower length"
+            )
+        if stage.own and not method.draws:
+            raise InputError(
+                f"{where}: the stage acceptance is for block drafters that read the text causally or their target, "
+                "with no head or a Markov head"
             )
         try:
             method.check(stage.corruption)

@@ -62,6 +62,7 @@ class Rows(NamedTuple):
     choice_loss: jax.Array  # of the selector, not weighted
     choice_agrees: jax.Array  # 1 where the selector's best is the label
     recall: jax.Array  # 1 where the label was among the best K by itself
+    said: jax.Array  # the target's p of the label; without soft labels 0
 
 
 def weighted_cross_entropy(hidden, head, labels, weights, soft: SoftLabels | None = None):
@@ -247,6 +248,7 @@ def _local(mix: Mix, count: int, gradients: bool, terms, labels, weights, soft, 
             loss, chosen_slope = loss + jnp.sum(weight * chosen_loss), chosen_slope * weight
             slope = slope + at_ids(chosen_slope, chosen.ids - ids[0], V)
             to_choice = choice.add_of(to_choice, rows, chosen.ids, chosen_slope) if gradients else None
+        new.append(none if theirs is None else losses.label_probability(view))
         if gradients:
             to_terms = [part.add(one, rows, own, slope) for part, one, own in zip(parts, to_terms, each, strict=True)]
         fresh = jnp.where(counts[rows][:, None], jnp.concatenate(new, axis=-1), 0)

@@ -101,6 +101,11 @@ def log_likelihood(view: View):
     return _sum(jnp.where(view.is_label, view.log_q, 0))
 
 
+def label_probability(view: View):
+    """float32 [r, 1]: the target's p of the label, among all its ids; 0 where it is none of the drafter's."""
+    return _sum(jnp.where(view.is_label, _whole_p(view), 0))
+
+
 def divergence(view: View):
     """KL(p || q), p as it is among the drafter's ids."""
     p = jnp.exp(_target(view).log_p)

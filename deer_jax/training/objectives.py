@@ -27,7 +27,8 @@ from deer_jax.training.cross_entropy import (
     weighted_loss,
 )
 from deer_jax.training.losses import Mix, confidence_loss
-from deer_jax.training.slot_weights import decay, length_at_stake
+from deer_jax.training.own_drafts import drafted, read_drafts
+from deer_jax.training.slot_weights import accepted_at_stake, decay, length_at_stake
 
 MOST_WEIGHT = 1e6  # of a loss
 
@@ -41,6 +42,9 @@ class View(NamedTuple):
     hidden: jax.Array | None  # [B, T, D'] final hidden states over the clean texts; None where nothing needs them
     head: jax.Array  # [V', D']
     tapped: jax.Array | None  # [B, T, n*D']
+    drafted: tuple[jax.Array, jax.Array] | None = (
+        None  # own drafts [B, M, W], and the states [B, M*W, D'] that say them
+    )
 
 
 def read_text(config: ModelConfig, params: Params, tokens, taps: tuple[int, ...] = ()) -> View:
@@ -102,6 +106,7 @@ class Objective:
 
 
 CROSS_ENTROPY = Objective()
+ACCEPTANCE = Objective(ce=0.0, tv=1.0)  # of the drafter's own drafts, see `own_drafts`
 
 
 def drafter_loss(
@@ -109,10 +114,13 @@ def drafter_loss(
     target: ModelConfig | None = None,
     objective: Objective = CROSS_ENTROPY,
     remat: Remat = "none",
+    *,
+    own: bool = False,
 ) -> Loss:
     """The loss of a drafter's stages. Its fixed parameters are those of `fixed_params`.
 
-    target: its shape, where it is read. remat: what its gradients compute again, see `build.Remat`.
+    target: its shape, where it is read. remat: what its gradients compute again, see `build.Remat`. own: blocks are
+    what the drafter itself drafts, see `own_drafts`.
     """
 
     def of(params: Params, batch: dict[str, jax.Array], fixed: Params):
@@ -125,7 +133,15 @@ def drafter_loss(
             weight = batch["weight"]
             batch = batch | {"weight": weight * decay(weight.shape[-1], objective.decay)[None, None]}
         tapped = None if view is None else view.tapped
-        said = method.predict(spread_vocabulary(params), shared, batch, tapped, remat)
+        params = spread_vocabulary(params)
+        if own:
+            assert view is not None
+            assert target is not None
+            drafts = drafted(method, params, shared, batch, tapped)
+            batch = batch | {"drafted": drafts}
+            states = read_drafts(target, fixed["target"], tokens, batch["anchor"], drafts)
+            view = view._replace(drafted=(drafts, states))
+        said = method.predict(params, shared, batch, tapped, remat)
         loss = loss_of(said, tokens, objective, view if objective.reads_target else None, batch["masked"].shape)
         return loss, jnp.sum(batch["masked"])
 
@@ -151,6 +167,9 @@ def reads_target(method: Trainable, objective: Objective) -> bool:
 def loss_of(said: Predictions, tokens, objective: Objective, view: View | None, masked: tuple[int, ...]):
     """float32 []: the summed weighted loss of predictions about texts int32 [B, T]; masked: shape of the masks."""
     labels = jnp.take_along_axis(tokens, said.place, axis=1, mode="clip")
+    text = labels.shape[1] - math.prod(masked[1:])  # so many are of the text itself, and come before those of blocks
+    if view is not None and view.drafted is not None:
+        labels = jnp.concatenate([labels[:, :text], view.drafted[0].reshape(labels.shape[0], -1)], axis=1)
     labels = labels if said.ids is None else draft_labels(labels, said.ids)
     V = said.terms[0].table.shape[-2]
     known = (labels >= 0) & (labels < V)
@@ -158,23 +177,29 @@ def loss_of(said: Predictions, tokens, objective: Objective, view: View | None, 
         known &= said.allowed.at[labels].get(mode="clip")
     labels = jnp.where(known, labels, -1)
     weights = said.weight if objective.mix.reads_target else jnp.where(known, said.weight, 0)
-    text = weights.shape[1] - math.prod(masked[1:])  # so many are of the text itself, and come before those of blocks
     in_blocks = (jnp.arange(weights.shape[1]) >= text)[None]  # where a head has a part
     soft = None
     if view is not None:
         assert view.hidden is not None
         before = (said.place - 1)[..., None]  # the target says the token at `place` one position earlier
         theirs = jnp.take_along_axis(view.hidden, before, axis=1, mode="clip")
+        if view.drafted is not None:
+            theirs = jnp.concatenate([theirs[:, :text], view.drafted[1]], axis=1)
         head, whole = (view.head, None) if said.ids is None else (said.terms[0].table, view.head)
         soft = SoftLabels(theirs, head, said.allowed, whole)
     selector = None
     if said.choice is not None and objective.selector:
         selector = Selector(said.choice.term, objective.selector * jnp.where(in_blocks, weights, 0), said.choice.count)
-    if objective.pace:
+    own = view is not None and view.drafted is not None
+    if objective.pace or own:
         B, M, W = masked
         rows = measured(said.terms, labels, weights, soft, selector)
-        likelihood, counts = (x[:, text:].reshape(B, M, W) for x in (rows.likelihood, weights != 0))
-        factor = length_at_stake(likelihood, counts)
+        likelihood, said_by, counts = (x[:, text:].reshape(B, M, W) for x in (rows.likelihood, rows.said, weights != 0))
+        if own:
+            chance = jnp.minimum(said_by / jnp.where(likelihood > 0, likelihood, 1), 1)
+            factor = accepted_at_stake(chance, counts)
+        else:
+            factor = length_at_stake(likelihood, counts)
         weights = weights * jnp.pad(factor.reshape(B, M * W), ((0, 0), (text, 0)), constant_values=1)
     loss, rows = weighted_loss(said.terms, labels, weights, objective.mix, soft, selector)
     if said.confidence is not None and objective.confidence:

@@ -11,11 +11,11 @@ from deer_jax.build import Remat
 from deer_jax.checkpoints.families import check_family
 from deer_jax.config import DrafterConfig, ModelConfig, Sampling, check_number
 from deer_jax.diffusion.corruption import Corruption
-from deer_jax.drafters.start import ConditionedStart, HeadStart
+from deer_jax.drafters.start import ConditionedStart, Eagle3Start, HeadStart
 from deer_jax.errors import InputError, shown
 from deer_jax.formats import mapping, parse_yaml, read_yaml
 from deer_jax.sharding import MeshShape
-from deer_jax.training.objectives import CROSS_ENTROPY, Objective
+from deer_jax.training.objectives import ACCEPTANCE, CROSS_ENTROPY, Objective
 from deer_jax.training.step import OptimizerConfig
 from deer_jax.training.values import build, check_keys, placed
 
@@ -29,6 +29,7 @@ class Stage:
     Attributes:
       steps: of the optimiser, each over a batch.
       loss: what is minimised, see `objectives.Objective`: by default cross-entropy on what the answers say (the paper).
+        The stage `acceptance` has its own, see `own_drafts`.
     """
 
     steps: int
@@ -39,6 +40,13 @@ class Stage:
     def __post_init__(self):
         if self.steps < 1:
             raise InputError(f"steps must be at least 1, got {self.steps}")
+        if self.own and self.loss != ACCEPTANCE:
+            raise InputError("the stage acceptance has a loss of its own: leave loss out")
+
+    @property
+    def own(self) -> bool:
+        """Whether it trains on what the drafter drafts on its own."""
+        return self.corruption.stage == "acceptance"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,10 +148,11 @@ class Recipe(RunSettings):
       target: folder, GGUF file or hub id. answers: the files its `answers` wrote.
       stages: a list of them, run one after the other.
       drafter: what it starts from: a folder, a hub id, `from-target` or `from-target:0,2`; a conditioned one from such
-        layers of the target, or from `random:2` layers.
+        layers of the target, or from `random:2` layers; EAGLE-3 from `random:1`.
       reading: how a standalone drafter reads and is read; None: as its folder says, or the defaults for `from-target`.
       draft_head: the head that a standalone drafter begins with; None: as its folder says, or none.
       conditioned: begins a drafter that reads the target's hidden states; None: it is standalone, or in a folder.
+      eagle3: begins an EAGLE-3 drafter instead.
       length: T, tokens per text.
       keep_states: GiB of each process's memory for what the target says of the texts, so that it reads each of them
         once and not in every epoch; None: it reads them in every step. A step then has the states of its whole batch on
@@ -158,6 +167,7 @@ class Recipe(RunSettings):
     reading: DrafterConfig | None = None
     draft_head: HeadStart | None = None
     conditioned: ConditionedStart | None = None
+    eagle3: Eagle3Start | None = None
     length: int = 256
     keep_states: float | None = None
     evaluation: Evaluation | None = None
@@ -172,11 +182,14 @@ class Recipe(RunSettings):
             raise InputError("answers is empty: name at least one file")
         if not self.stages:
             raise InputError("stages is empty: give at least one")
-        if self.conditioned is not None and self.reading is not None:
+        begun = [name for name in ("conditioned", "eagle3") if getattr(self, name) is not None]
+        if len(begun) > 1:
+            raise InputError("conditioned and eagle3 begin drafters of two kinds: leave one out")
+        if begun and self.reading is not None:
             raise InputError(
-                "reading is for a standalone drafter, and conditioned begins one of another kind: leave one out"
+                f"reading is for a standalone drafter, and {begun[0]} begins one of another kind: leave one out"
             )
-        if self.conditioned is not None and self.draft_head is not None:
+        if begun and self.draft_head is not None:
             raise InputError(
                 "draft_head is for a standalone drafter; say which head a conditioned one has by conditioned.head"
             )
@@ -239,7 +252,10 @@ def _parameters(model: ModelConfig) -> int:
 CORRUPTION = {field.name for field in dataclasses.fields(Corruption)}
 OPTIMIZER = {field.name for field in dataclasses.fields(OptimizerConfig)}
 OWN = {"steps", "loss"}
-PARTS = {"reading": DrafterConfig, "draft_head": HeadStart, "conditioned": ConditionedStart, "evaluation": Evaluation}
+PARTS = {
+    "reading": DrafterConfig, "draft_head": HeadStart, "conditioned": ConditionedStart, "eagle3": Eagle3Start,
+    "evaluation": Evaluation,
+}  # fmt: skip
 MODEL, MESH = ({field.name for field in dataclasses.fields(kind)} for kind in (ModelConfig, MeshShape))
 # Where keys belong that a recipe does not have itself.
 PLACES: dict[str, str] = {}
@@ -328,6 +344,8 @@ def _stage(values: Any, where: str) -> Stage:
     }
     if "loss" in values:
         parts["loss"] = build(Objective, {"ce": 0.0, **mapping(values["loss"], f"{where}: loss")}, f"{where}: loss")
+    elif values.get("stage") == "acceptance":
+        parts["loss"] = ACCEPTANCE
     return build(Stage, {"steps": values["steps"]} | parts if "steps" in values else parts, where)
 
 

@@ -20,6 +20,27 @@ def decay(count: int, gamma: float) -> np.ndarray:
     return np.exp(-np.arange(count) / gamma).astype(np.float32)
 
 
+def accepted_at_stake(chance, counts) -> jax.Array:
+    """float32 [..., k]: how much of a block's expected accepted length hangs on each draft being acceptable.
+
+    chance float32 [..., k]: that each draft is kept if those before it were. The chance that a place is reached, times
+    one more than the drafts expected to be kept behind it; 0 where it does not count (counts bool [..., k]).
+
+      chance 0.5 0.5 1:  1 * (1 + 0.5 + 0.5), 0.5 * (1 + 1), 0.25 * 1  =  2 1 0.25
+    """
+    chance = jnp.where(counts, chance, 0.0)
+    ones = jnp.ones_like(chance[..., :1])
+    reached = jnp.cumprod(jnp.concatenate([ones, chance[..., :-1]], axis=-1), axis=-1)
+    # Of place i: the sum over j > i of the products over i < m <= j, from the last place on.
+    behind = jnp.zeros_like(chance[..., 0])
+    each = []
+    for i in reversed(range(chance.shape[-1])):
+        each.append(1 + behind)
+        behind = chance[..., i] * (1 + behind)
+    stake = reached * jnp.stack(each[::-1], axis=-1)
+    return lax.stop_gradient(jnp.where(counts, stake, 0.0))
+
+
 def length_at_stake(likelihood, counts, least: float = 0.5) -> jax.Array:
     """float32 [..., k]: how much of a block's expected accepted length is at stake at each draft (D-PACE).
 

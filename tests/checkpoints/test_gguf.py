@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from deer_jax.checkpoints.conditioned import head_rows
 from deer_jax.checkpoints.drafters import load_drafter, named_target
 from deer_jax.checkpoints.huggingface import read_bos_id
 from deer_jax.checkpoints.load import load_target
+from deer_jax.checkpoints.tapped import head_rows
 from deer_jax.config import Rope
 from deer_jax.errors import InputError
 from deer_jax.sharding import make_mesh

@@ -22,7 +22,7 @@ from deer_jax.decoding.programs import bucket
 from deer_jax.drafters.prompt_lookup import lookup_first
 from deer_jax.models.cache import KVCache
 from tests.doubles import Pieces, table_drafter, table_drafters, text_table
-from tests.kinds import CONDITIONED, conditioned
+from tests.kinds import CONDITIONED, EAGLE, conditioned, eagle3
 from tests.tiny import random_params, tiny
 
 V, K, SLOTS, CAPACITY = 48, 3, 4, 64
@@ -67,6 +67,8 @@ def drafter_for(target: Target, name: str):
         return lookup_first(drafter_for(target, name.removeprefix("lookup or ")), longest=2)
     if name in CONDITIONED:
         return conditioned(target, CONDITIONED[name], k=K, scan=target.build.scan)
+    if name in EAGLE:
+        return eagle3(target, name, k=K, scan=target.build.scan)
     return None if name == "none" else drafter_from_target(target, DrafterConfig(attention=name))
 
 
@@ -74,7 +76,9 @@ def kept_by(drafter: Any, length) -> tuple[KVCache | None, Any]:
     """What a drafter keeps of the rows, and int32 [B] how many of their tokens it has."""
     if isinstance(drafter, KVCache):  # a conditioned drafter's: what the target has read
         return drafter, length - 1
-    return (drafter["cache"], drafter["read"]) if drafter else (None, length)
+    if not drafter:
+        return None, length
+    return drafter["cache"], drafter.get("read", length - 1)  # of a standalone one how far it has read
 
 
 def make_engine(target: Target, name: str, settings: dict, slots: int = SLOTS) -> Engine:
@@ -126,6 +130,7 @@ def rows_of(after) -> list[tuple]:
         ("bidirectional", {}),
         ("selector", {}),
         ("rnn reduced", SAMPLED),
+        ("eagle3", SAMPLED),
     ],
     ids=[
         "plain-greedy",
@@ -135,6 +140,7 @@ def rows_of(after) -> list[tuple]:
         "bidirectional-greedy",
         "selector-greedy",
         "rnn-sampled",
+        "eagle3-sampled",
     ],
 )
 def test_garbage_beyond_what_exists_changes_nothing(target, prompts, limits, name, settings):
@@ -244,7 +250,9 @@ def cache_copies(text: str, shapes: set[tuple[int, ...]]) -> list[str]:
 @pytest.mark.parametrize(
     ("scan", "auto"), [(False, False), (True, False), (True, True)], ids=["unrolled", "scanned", "auto_layouts"]
 )
-@pytest.mark.parametrize("name", ["none", "block_causal", "selector", "lookup or block_causal", "lookup or selector"])
+@pytest.mark.parametrize(
+    "name", ["none", "block_causal", "selector", "eagle3", "lookup or block_causal", "lookup or selector"]
+)
 def test_the_loop_works_in_the_memory_it_was_given(prompts, limits, scan, auto, name):
     """Every cache is aliased with the donated one, and nothing as large as one is copied anywhere, also where a draft
     may go unverified."""

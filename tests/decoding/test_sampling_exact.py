@@ -23,7 +23,7 @@ from tests import kinds
 from tests.decoding.processed import processed
 from tests.doubles import anchor_drafter, stepwise_drafter, table_drafter
 from tests.fast import representing
-from tests.kinds import Kind, conditioned
+from tests.kinds import Kind, conditioned, eagle3
 from tests.tiny import random_params, tiny
 
 ROWS = 16384
@@ -69,6 +69,11 @@ def reading(target: Target, head=INDEPENDENT, layout="next_token", *, reduced=Tr
 def headed(target: Target, head):
     """A standalone drafter with a head."""
     return kinds.standalone(target, DrafterConfig(draft_length=3), head)
+
+
+def eagle(target: Target, kind="eagle3 reduced"):
+    """EAGLE-3; reduced it never proposes the first id."""
+    return eagle3(target, kind, ids=range(1, target.config.vocab_size), k=3)
 
 
 def by_position(target: Target, *, chained: bool):
@@ -170,6 +175,7 @@ HEADED = {
     "selector": functools.partial(headed, head=PathSelector(rank=3, candidates=3)),
     "rnn": functools.partial(headed, head=Markov(rank=3, form="rnn")),
 }
+BLOCK = {"verification": "block"}
 CASES = {
     "plain-top-k-top-p": Case(4, 0, None, {"temperature": 0.6, "top_k": 3, "top_p": 0.9}, n=4),
     "causal": Case(4, 2, CAUSAL, {"temperature": 1.0}, prompt=(1, 0, 2)),
@@ -204,6 +210,14 @@ CASES = {
     "rnn-point-mass": Case(4, 2, MARKOV["rnn"], {"temperature": 0.6, "draft_temperature": 0.0}, prompt=(1, 0, 2)),
     "standalone-selector": Case(5, 2, HEADED["selector"], {"temperature": 1.0}, prompt=(1, 0, 2)),
     "standalone-rnn": Case(4, 2, HEADED["rnn"], {"temperature": 0.6, "draft_temperature": 1.7}, prompt=(1, 0, 2)),
+    "eagle3": Case(4, 2, eagle, {"temperature": 1.0}, prompt=(1, 0, 2)),
+    "block": Case(3, 3, fixed_logits, {"temperature": 1.0, **BLOCK}, n=6),
+    "block-top-k-top-p": Case(4, 2, fixed_logits, {"temperature": 0.8, "top_k": 3, "top_p": 0.9, **BLOCK}, n=5),
+    "block-point-mass": Case(3, 3, fixed_logits, {"temperature": 1.0, "draft_temperature": 0.0, **BLOCK}, n=6),
+    "block-few": Case(4, 3, few_logits, {"temperature": 1.0, **BLOCK}),
+    "block-rnn": Case(4, 2, MARKOV["rnn"], {"temperature": 1.0, **BLOCK}, prompt=(1, 0, 2), n=5),
+    "block-eagle3": Case(4, 2, eagle, {"temperature": 1.0, **BLOCK}, n=5),
+    "block-stop": Case(4, 3, fixed_logits, {"temperature": 1.0, **BLOCK}, n=5, stop_ids=(3, 1)),
     "lookup-first": Case(4, 2, functools.partial(lookup_first_of, drafter=fixed_logits), {"temperature": 1.0}, n=5),
     "lookup-first-few": Case(
         5, 2, functools.partial(lookup_first_of, drafter=few_logits), {"temperature": 1.0}, prompt=(1, 0, 2)
@@ -215,7 +229,7 @@ CASES = {
 }  # fmt: skip
 
 # The cases in which mistakes are planted: draft and target differ, so that rejections are common.
-BASE, FEW = CASES["fixed"], CASES["few"]
+BASE, FEW, BLOCK_BASE = CASES["fixed"], CASES["few"], CASES["block"]
 
 
 def planted_accept(logits, draft, *, length, prompt_index, rounds, kind, knobs, mistake=""):
@@ -285,6 +299,22 @@ def without_round(seed, prompt, rounds, position, purpose, *, keys_for=sampling.
     return keys_for(seed, prompt, jnp.zeros_like(rounds), position, purpose)
 
 
+def weights_of_one(log_ratio, *, prefix_weights=accept.prefix_weights):
+    """As if each token stood alone."""
+    return jnp.pad(jnp.exp(jnp.minimum(log_ratio, 0)), ((0, 0), (1, 0)), constant_values=1)
+
+
+def unbounded_weights(log_ratio):
+    """A token that is likelier to the target lends more than was lacking."""
+    return jnp.pad(jnp.minimum(jnp.exp(jnp.cumsum(log_ratio, axis=1)), 1), ((0, 0), (1, 0)), constant_values=1)
+
+
+def up_to_the_first_that_fails(weight, rest, coins, *, longest_prefix=accept.longest_prefix):
+    """Stops at the first prefix that does not pass."""
+    found = [longest_prefix(weight[:, : j + 2], rest[:, : j + 1], coins[:, : j + 1]) for j in range(rest.shape[1])]
+    return accept.accepted_prefix(jnp.stack([each == j + 1 for j, each in enumerate(found)], axis=1))
+
+
 def change_draft(change):
     return [(loop, "pick_draft", functools.partial(changed_draft, change=change))]
 
@@ -310,14 +340,21 @@ MISTAKES_OF_FEW = {
     "few-ids-shifted": change_draft(lambda draft: draft._replace(ids=(draft.ids + 1) % 5)),
     "few-residual-of-places": [(accept, "q_at", places_for_ids)],
 }
+# Those that only verification of whole blocks can have. Keys without the round: what is kept hangs on the tokens behind
+# it, which are then drawn by the same numbers again.
+MISTAKES_OF_BLOCKS = {
+    "block-residual-of-a-token": [(accept, "prefix_weights", weights_of_one)],
+    "block-weights-without-a-bound": [(accept, "prefix_weights", unbounded_weights)],
+    "block-first-that-fails": [(accept, "longest_prefix", up_to_the_first_that_fails)],
+    "block-keys-without-the-round": [(accept, "keys_for", without_round), (sampling, "keys_for", without_round)],
+}
 # Right although it looks different. A second writing of the test; and keys without the round: the numbers of a draft
 # behind a rejection decided nothing, so using them again correlates nothing as long as tokens are judged one by one.
-# (Verification of whole blocks would break this, which is why the round is in the key; `test_sampling` has it there.)
 HARMLESS = {
     "second-writing": accept_with(""),
     "keys-without-the-round": [(accept, "keys_for", without_round), (sampling, "keys_for", without_round)],
 }
-LEVEL_EACH = LEVEL / (len(CASES) + len(MISTAKES) + len(MISTAKES_OF_FEW) + len(HARMLESS))
+LEVEL_EACH = LEVEL / (len(CASES) + len(MISTAKES) + len(MISTAKES_OF_FEW) + len(MISTAKES_OF_BLOCKS) + len(HARMLESS))
 
 
 @pytest.mark.accelerator
@@ -355,6 +392,11 @@ def test_planted_mistakes_are_noticed(name, monkeypatch):
 @pytest.mark.parametrize("name", MISTAKES_OF_FEW)
 def test_planted_mistakes_about_few_ids_are_noticed(name, monkeypatch):
     assert planted_p_value(monkeypatch, name, MISTAKES_OF_FEW[name], FEW) < LEVEL_EACH
+
+
+@pytest.mark.parametrize("name", MISTAKES_OF_BLOCKS)
+def test_planted_mistakes_about_blocks_are_noticed(name, monkeypatch):
+    assert planted_p_value(monkeypatch, name, MISTAKES_OF_BLOCKS[name], BLOCK_BASE) < LEVEL_EACH
 
 
 @pytest.mark.parametrize("name", HARMLESS)

@@ -36,7 +36,7 @@ def from_text(config, method, target, drafter, build, tokens, length, k):
 
 
 @pytest.mark.parametrize(
-    "kind", representing((*STANDALONE, "standalone rnn", "selector", "vanilla", "rnn reduced"), "selector")
+    "kind", representing((*STANDALONE, "standalone rnn", "selector", "rnn reduced", "eagle3"), "selector")
 )
 def test_draft_lengths_in_every_order(kind):
     """Greedy output is plain decoding's, and every draft is the one that is made from the text alone."""

@@ -181,7 +181,7 @@ def test_same_generator_state_same_result(stage):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"stage": "third"}, "stage must be continuation or refinement, got 'third'"),
+        ({"stage": "third"}, "stage must be continuation, refinement or acceptance, got 'third'"),
         ({"width": 0}, "width must be at least 1, got 0"),
         ({"blocks": -1}, "blocks must be at least 1, got -1"),
         ({"max_masked": 0}, "max_masked must be at least 1, got 0"),

@@ -13,7 +13,9 @@ from deer_jax.build import Build
 from deer_jax.config import ModelConfig, Rope
 from deer_jax.decoding import loop
 from deer_jax.drafters.conditioned import ConditionedMethod, default_taps
+from deer_jax.drafters.eagle3 import Eagle3Method
 from deer_jax.drafters.heads import Independent, Markov, PathSelector
+from deer_jax.drafters.start import Eagle3Start
 from deer_jax.models.target import Target
 from deer_jax.models.transformer import abstract_params, logical_axes
 from deer_jax.sharding import bytes_per_device
@@ -53,12 +55,15 @@ UNUSED = {"qwen3_8b": range(151669, 151936), "qwen3_30b_a3b": range(151669, 1519
 
 
 @functools.cache
-def begun(name: str):
-    """What its drafter begins as, of a target that is not there: method, and shapes of parameters and shared arrays."""
+def begun(name: str, eagle3: bool = False):
+    """What its drafter, or EAGLE-3 for its target, begins as, of a target that is not there: method, and shapes of
+    parameters and shared arrays."""
     recipe = read_recipe(FOLDER / f"{name}.yaml")
     config, start, found = TARGETS[recipe.target], recipe.conditioned, []
-    assert start is not None
     layers = int(recipe.drafter.removeprefix("random:"))
+    if eagle3:
+        start, layers = Eagle3Start(draft_vocab=32000), 1
+    assert start is not None
 
     def begin(params):
         target = Target(config=config, params=params, build=Build.of("tpu"))
@@ -68,14 +73,14 @@ def begun(name: str):
 
     params, shared = jax.eval_shape(begin, abstract_params(config, jnp.bfloat16))
     (method,) = found
-    assert isinstance(method, ConditionedMethod)
+    assert isinstance(method, Eagle3Method if eagle3 else ConditionedMethod)
     return method, params, shared
 
 
-def weights_on(mesh, name: str, dtype) -> loop.Weights:
+def weights_on(mesh, name: str, dtype, eagle3: bool = False) -> loop.Weights:
     """Target, drafter in a dtype and what it shares, with their places."""
     config = TARGETS[read_recipe(FOLDER / f"{name}.yaml").target]
-    method, params, shared = begun(name)
+    method, params, shared = begun(name, eagle3)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
     axes = {"embed": ("vocab", "width"), "head": ("vocab", "width"), "ids": (None,)}
     return loop.Weights(
@@ -122,13 +127,14 @@ def test_its_slices_hold_what_it_keeps_and_makes(name):
     check_slices(FOLDER / f"{name}.yaml", held)
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
-def test_its_steps_and_rounds_trace_on_its_slices(name):
-    method = begun(name)[0]
+@pytest.mark.parametrize(("name", "eagle3"), [*((name, False) for name in DRAFTERS), ("qwen3_30b_a3b", True)])
+def test_its_steps_and_rounds_trace_on_its_slices(name, eagle3):
+    """And those of EAGLE-3 for the largest target."""
+    method = begun(name, eagle3)[0]
     for recipe in {each.recipe.mesh: each.recipe for each in slices_of(FOLDER / f"{name}.yaml")}.values():
         assert recipe.evaluation is not None
         mesh, config, slots = abstract_mesh(recipe.mesh), TARGETS[recipe.target], recipe.evaluation.batch_size
-        weights = weights_on(mesh, name, jnp.float32)
+        weights = weights_on(mesh, name, jnp.float32, eagle3)
         for stage in recipe.stages:
             method.check(stage.corruption)
             loss = drafter_loss(method, config, stage.loss, recipe.remat or Build.of("tpu").remat)
@@ -136,4 +142,6 @@ def test_its_steps_and_rounds_trace_on_its_slices(name):
             fixed = fixed_params(method, config, stage.loss, weights.target, weights.shared)
             trace_step(mesh, stage, weights.drafter, loss, batch, fixed)
         assert slots % recipe.mesh.batch_ways == 0
-        trace_segment(mesh, config, method, method.draft_length, slots, 2048, weights_on(mesh, name, jnp.bfloat16))
+        trace_segment(
+            mesh, config, method, method.draft_length, slots, 2048, weights_on(mesh, name, jnp.bfloat16, eagle3)
+        )

@@ -150,7 +150,7 @@ def stage(**changes):
             "evaluation: temperature 1e-09 is too small to divide by in float32: 0 is greedy",
         ),
         (stage(steps=0), "stages[1]: steps must be at least 1, got 0"),
-        (stage(stage="third"), "stages[1]: stage must be one of continuation, refinement, got 'third'"),
+        (stage(stage="third"), "stages[1]: stage must be one of continuation, refinement, acceptance, got 'third'"),
         (stage(width=0), "stages[1]: width must be at least 1, got 0"),
         (stage(learning_rate="fast"), "stages[1]: learning_rate must be a number, got 'fast'"),
         (stage(learning_rate=0), "stages[1]: learning_rate must be positive, got 0.0"),
