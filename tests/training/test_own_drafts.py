@@ -93,7 +93,7 @@ def test_drafts_are_drawn_from_the_scores_that_are_trained(kind):
         np.testing.assert_allclose(p[b, m], jax.nn.softmax(scores, axis=-1), rtol=0, atol=1e-5)
 
 
-@kinds
+@pytest.mark.parametrize("kind", ["vanilla"])
 def test_steps_of_the_stage_raise_what_is_accepted(kind):
     drafter, target = drafter_of(kind), target_of()
     method = drafter.method
