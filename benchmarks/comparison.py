@@ -11,10 +11,11 @@ interrupted goes on from its run in --work; so `run` may be called as often as w
 without. `time`, on a quiet machine, adds tokens/s and speedup of the rows whose runs are there. `table` prints what
 there is.
 
-All rows are trained on the same tokens, 4,000 steps of 4 texts with 24 blocks of 8. `I`, `I+II`: DEER's continuation,
-and then its refinement; `published`: every block masked whole, with the loss of the kind's authors. Counted are the
-weights that one pass over a row multiplies, the output head included, and the passes for a draft of 8; look-ups are
-not.
+All rows are trained on the same tokens, 4,000 steps of 4 texts with 24 blocks of 8, and the last checkpoint is
+measured. `I`, `I+II`: DEER's continuation, and then its refinement; `published`: every block masked whole, with the
+loss of the kind's authors; `III`: 1,000 steps of the third stage, `more`: as many of what was before instead. Counted
+are the weights that one pass over a row multiplies, the output head included, and the passes for a draft of 8;
+look-ups are not.
 
 Expected: 3 to 9 minutes for a cell on two quiet cores.
 """
@@ -96,8 +97,6 @@ def recipe(row: str, seed: int, args) -> dict[str, Any]:
     return COMMON | begin | {
         "target": args.target, "answers": [str(args.data / name) for name in ("sampled.jsonl", "continued.jsonl")],
         "seed": seed, "drafter": source, "stages": stages, "output": str(args.work / name_of(row, seed)),
-        "evaluation": {"prompts": str(args.data / "held_out.jsonl"), "every": STEPS, "limit": PROMPTS,
-                       "draft_lengths": [K], "temperatures": [0, 1], "max_new_tokens": 64, "batch_size": PROMPTS},
     }  # fmt: skip
 
 
@@ -163,7 +162,7 @@ def unseen(target: deer_jax.Target, data: Path) -> list[list[int]]:
 
 
 def show(row: str, seed: int, done: int, steps: int, note: str) -> None:
-    if done % 200 == 0:
+    if done and done % 200 == 0:
         print(f"\r{row}, seed {seed}: {done} of {steps}, {note:60.60}", end="", file=sys.stderr, flush=True)
 
 
