@@ -22,32 +22,29 @@ Expected: 3 to 9 minutes for a cell on two quiet cores.
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from drafter_kinds import BLOCKS, COMMON, KINDS, MASK, PROMPTS, SPLIT, STEPS, TAPS, K, decoded, multiplied, show, unseen
 
 import deer_jax
-from deer_jax.data.answers import AnswerFiles
 from deer_jax.decoding.acceptance import acceptance_by_depth, acceptance_interval
 from deer_jax.drafters.eagle3 import Eagle3Method
-from deer_jax.drafters.heads import Markov, PathSelector
-from deer_jax.training.acceptance import survey
 
-STEPS, SPLIT, THIRD, BLOCKS, K, MASK, PROMPTS = 4000, 1000, 1000, 24, 8, 0, 104
+THIRD = 1000  # steps of the third stage
 LENGTHS, TEMPERATURES = (4, K, 16), (0.0, 1.0)
-COMMON = {"length": 176, "batch": 4, "checkpoint_every": 1000}
-SPARK = {"ce": 0.1, "tv": 0.9, "decay": 4}  # the loss of DSpark
-DFLASH: dict[str, Any] = {"taps": [0, 2, 4]}
-DFLASH2 = DFLASH | {"head": "selector", "rank": 32, "candidates": 16, "conv_kernel": 2, "conv_group": 16}
-DSPARK = DFLASH | {"head": "markov", "rank": 16, "layout": "next_token"}
-BEST = {
-    "head": "markov", "rank": 96, "layout": "next_token", "draft_vocab": 256, "taps": [0, 1, 2, 3, 4],
-    "conv_kernel": 2, "conv_group": 16, "causal": True,
-}  # fmt: skip
+DFLASH, DFLASH2, DSPARK, BEST = (KINDS[kind] for kind in ("dflash", "dflash2", "dspark", "combined"))
+
+
+def conditioned(kind: tuple[dict[str, Any], str, dict[str, Any]], plan: str):
+    """The row of a kind of `drafter_kinds`."""
+    start, source, loss = kind
+    return {"conditioned": {"taps": TAPS} | start}, source, plan, loss
+
+
 # Row -> what begins the drafter, from what, its plan and its loss.
 ROWS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
     "prompt-lookup": ({}, "prompt-lookup", "", {}),
@@ -63,12 +60,12 @@ ROWS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         "I+II",
         {},
     ),
-    "DFlash I+II": ({"conditioned": DFLASH}, "random:2", "I+II", {"kl": 1, "decay": 4}),
-    "DFlash 2 I+II": ({"conditioned": DFLASH2}, "random:2", "I+II", {"kl": 1, "selector": 1, "decay": 4}),
-    "DSpark I+II": ({"conditioned": DSPARK}, "random:2", "I+II", SPARK),
-    "best": ({"conditioned": BEST}, "from-target:3,4", "published", SPARK),
-    "best, III": ({"conditioned": BEST}, "from-target:3,4", "published+III", SPARK),
-    "best, more": ({"conditioned": BEST}, "from-target:3,4", "published+more", SPARK),
+    "DFlash I+II": conditioned(DFLASH, "I+II"),
+    "DFlash 2 I+II": conditioned(DFLASH2, "I+II"),
+    "DSpark I+II": conditioned(DSPARK, "I+II"),
+    "best": conditioned(BEST, "published"),
+    "best, III": conditioned(BEST, "published+III"),
+    "best, more": conditioned(BEST, "published+more"),
 }
 UNTRAINED = ("prompt-lookup", "untrained")
 
@@ -104,21 +101,6 @@ def name_of(row: str, seed: int) -> str:
     return f"{row.replace(', ', '-').replace(' ', '-').replace('+', '-')}-{seed}"
 
 
-def multiplied(method) -> int:
-    """Weights that one pass over a row multiplies."""
-    if not hasattr(method, "shapes"):
-        return 0
-    shapes = method.shapes()
-    count = sum(x.size for x in jax.tree.leaves(shapes["layers"]))
-    count += getattr(method, "draft_vocab", method.target_vocab) * method.shape.width
-    head = getattr(method, "head", None)
-    if isinstance(head, PathSelector):
-        count += head.rank * method.shape.width + head.rank * head.candidates
-    if isinstance(head, Markov):
-        count += sum(x.size for name, x in shapes["draft_head"].items() if name != "w1")
-    return count
-
-
 def run_cell(row: str, seed: int, args) -> dict[str, Any]:
     """Train and measure one; the figures."""
     target = deer_jax.load_target(args.target)
@@ -134,13 +116,10 @@ def run_cell(row: str, seed: int, args) -> dict[str, Any]:
         drafter = deer_jax.load_drafter(values["output"], target=target)
         losses = [line for line in map(json.loads, metrics.open()) if "loss" in line]
         result["predicted"] = int(sum(line["predicted"] for line in losses) / len(losses) * report.steps)
-    prompts, found = unseen(target, args.data), {}
+    prompts, found = unseen(target, args.data)[:PROMPTS], {}
     for k in LENGTHS if seed == 0 else (K,):
         for temperature, verification in ((0.0, "token"), (1.0, "token"), (1.0, "block")):
-            stats = deer_jax.decode(
-                target, prompts, drafter=drafter, draft_length=k, max_new_tokens=64, temperature=temperature,
-                verification=verification, batch_size=128, seed=7,
-            ).stats  # fmt: skip
+            stats = decoded(target, drafter, prompts, k, temperature, verification=verification)
             histograms = np.asarray(stats.accepted_histogram)
             rule = ", block" if verification == "block" else ""
             found[f"k={k} T={temperature:g}{rule}"] = {
@@ -150,20 +129,12 @@ def run_cell(row: str, seed: int, args) -> dict[str, Any]:
     method = drafter.method
     passes = K if isinstance(method, Eagle3Method) else 0 if row == "prompt-lookup" else 1
     parameters = sum(x.size for x in jax.tree.leaves(drafter.params))
-    return result | {"tau": found, "multiplied": multiplied(method), "passes": passes, "parameters": parameters}
-
-
-def unseen(target: deer_jax.Target, data: Path) -> list[list[int]]:
-    """The held-out prompts that occur in no training row."""
-    records = AnswerFiles([data / "sampled.jsonl", data / "continued.jsonl"], vocab_size=target.config.vocab_size)
-    prompts = [json.loads(line)["tokens"] for line in (data / "held_out.jsonl").open()]
-    met = survey(records, prompts, COMMON["length"]).met
-    return [prompt for prompt, seen in zip(prompts, met, strict=True) if not seen][:PROMPTS]
-
-
-def show(row: str, seed: int, done: int, steps: int, note: str) -> None:
-    if done and done % 200 == 0:
-        print(f"\r{row}, seed {seed}: {done} of {steps}, {note:60.60}", end="", file=sys.stderr, flush=True)
+    return result | {
+        "tau": found,
+        "multiplied": multiplied(method) if passes else 0,
+        "passes": passes,
+        "parameters": parameters,
+    }
 
 
 def run(args) -> None:

@@ -137,11 +137,13 @@ def run_cell(row: str, seed: int, args) -> dict[str, Any]:
     return result | {"tau": found, "multiplied": multiplied(drafter.method), "parameters": parameters}
 
 
-def decoded(target: deer_jax.Target, drafter: deer_jax.Drafter, prompts: list[list[int]], k: int, temperature: float):
-    """The statistics of 64 new tokens after each prompt."""
+def decoded(
+    target: deer_jax.Target, drafter: deer_jax.Drafter, prompts: list[list[int]], k: int, temperature: float, **options
+):
+    """The statistics of 64 new tokens after each prompt; further options as for `decode`."""
     return deer_jax.decode(
         target, prompts, drafter=drafter, draft_length=k, max_new_tokens=64, temperature=temperature, batch_size=128,
-        seed=7,
+        seed=7, **options,
     ).stats  # fmt: skip
 
 

@@ -58,7 +58,8 @@ def method_from(values: Mapping[str, Any], layers: int | None, where: str) -> Ea
             raise InputError(f"{where}: {TAPS} has 0, the embedding's output, which is not supported")
         taps = tuple(entry - 1 for entry in entries)  # entry 0 of the package's list is the embedding's output
     else:
-        taps = (0, 1, 2) if layers is None else default_taps(layers)
+        assert layers is not None  # only folders that runs describe, which say their taps, are read without a target
+        taps = default_taps(layers)
     norms = {
         "norm_tapped": flag_of(values, "norm_before_fc", where),
         "norm_residual": flag_of(values, "norm_before_residual", where),

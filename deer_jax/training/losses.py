@@ -103,7 +103,8 @@ def log_likelihood(view: View):
 
 def label_probability(view: View):
     """float32 [r, 1]: the target's p of the label, among all its ids; 0 where it is none of the drafter's."""
-    return _sum(jnp.where(view.is_label, _whole_p(view), 0))
+    log_p = _sum(jnp.where(view.is_label, _target(view).log_p, 0)) + _target(view).log_share
+    return jnp.exp(log_p) * view.has_label
 
 
 def divergence(view: View):
