@@ -69,7 +69,8 @@ from deer_jax.drafters.conditioned import HEAD, ConditionedMethod
 from deer_jax.drafters.heads import Markov, PathSelector
 from deer_jax.drafters.protocol import Draft, Method
 from deer_jax.drafters.standalone import StandaloneMethod
-from deer_jax.drafters.start import ConditionedStart
+from deer_jax.drafters.start import ConditionedStart, Eagle3Start
+from deer_jax.drafters.tapped import TappedMethod
 from deer_jax.models.experts import TILE_ROWS
 from deer_jax.models.piecewise import KEYS, ROWS
 from deer_jax.models.target import Target
@@ -88,18 +89,23 @@ MODELS = PUBLISHED | {
                            head_width=128, mlp_width=14336, context=131072, norm_eps=1e-5,
                            rope=Rope(theta=500000.0, kind="llama3", factor=8.0, original_context=8192)),
 }  # fmt: skip
-# Conditioned drafters of five layers for Qwen3, as published.
-CONDITIONED = {
+# Drafters for Qwen3 that read it: five layers, as published; and EAGLE-3.
+TAPPED = {
     "dflash": ConditionedStart(mask=151669, draft_length=15),
     "dflash2": ConditionedStart(mask=151669, draft_length=15, head="selector", conv_kernel=2),
     "dspark": ConditionedStart(mask=151669, draft_length=15, layout="next_token", head="markov"),
     "dspark32k": ConditionedStart(
         mask=151669, draft_length=15, layout="next_token", head="markov", draft_vocab=32000
     ),
+    "combined": ConditionedStart(
+        mask=151669, draft_length=15, layout="next_token", head="markov", draft_vocab=32000, causal=True, conv_kernel=2
+    ),
+    "eagle3": Eagle3Start(draft_length=8, draft_vocab=32000),
 }  # fmt: skip
 RECIPES = {"qwen3_8b": "8b", "qwen3_30b_a3b": "30b", "llama3_1_8b": "llama8b"}  # and their targets
 SLICES = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v5p": "v5p:2x2x2", "v5e16": "v5e:4x4", "v5e4": "v5e:2x2"}
 Attention = Literal["bidirectional", "block_causal"]
+Start = ConditionedStart | Eagle3Start
 K = 16
 SPECIAL_AXES = (None, "width")
 
@@ -120,7 +126,7 @@ class Decoding:
     """One program of decoding; attention is that of the drafter."""
 
     target: str
-    drafting: str  # "plain", "fixed", "drafter" (standalone), or one of CONDITIONED
+    drafting: str  # "plain", "fixed", "drafter" (standalone), or one of TAPPED
     rows: int
     capacity: int
     slice: str
@@ -166,7 +172,7 @@ def cases() -> dict[str, Decoding | Training | Align]:
                 for drafting in ("plain", "fixed", "drafter"):
                     found[f"8b-{drafting}-b{rows}-{name}-{kind}"] = Decoding("8b", drafting, rows, capacity, kind)
                 found[f"8b-prefill-b{rows}-{name}-{kind}"] = Decoding("8b", "drafter", rows, capacity, kind, True)
-            for drafting in CONDITIONED:
+            for drafting in TAPPED:
                 found[f"8b-{drafting}-b{rows}-4k-{kind}"] = Decoding("8b", drafting, rows, 4096, kind)
         found[f"8b-dflash-prefill-b1-4k-{kind}"] = Decoding("8b", "dflash", 1, 4096, kind, True)
         for drafting in ("plain", "fixed"):
@@ -207,9 +213,9 @@ def drafter_params(mesh, dtype):
     return placed(mesh, params, logical_axes(model) | {"special": SPECIAL_AXES})
 
 
-def begun(start: ConditionedStart, layers: int, config: ModelConfig) -> tuple[ConditionedMethod, dict, dict]:
-    """What a conditioned drafter begins as: its method, and as shapes its parameters and what it shares."""
-    found = []
+def begun(start: Start, layers: int, config: ModelConfig) -> tuple[TappedMethod, dict, dict]:
+    """What such a drafter begins as: its method, and as shapes its parameters and what it shares."""
+    found: list[TappedMethod] = []
 
     def begin(params):
         target = Target(config=config, params=params, build=Build.of("tpu"))
@@ -221,22 +227,24 @@ def begun(start: ConditionedStart, layers: int, config: ModelConfig) -> tuple[Co
     return found[0], params, shared
 
 
-def placed_drafter(mesh, method: ConditionedMethod, params, shared, dtype):
+def placed_drafter(mesh, method: TappedMethod, params, shared, dtype):
     """Its parameters in a dtype and what it shares, with their places."""
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
     axes = {"embed": ("vocab", "width"), "head": ("vocab", "width"), "ids": (None,)}
     return placed(mesh, params, method.axes()), placed(mesh, shared, {name: axes[name] for name in shared})
 
 
-def tables(method: ConditionedMethod, params) -> dict:
+def tables(method: TappedMethod, params) -> dict:
     """Of its head the tables that are only looked up in."""
+    if not isinstance(method, ConditionedMethod):
+        return {}
     names = {PathSelector: ("predecessor", "successor"), Markov: ("w1",)}.get(type(method.head), ())
     return {name: params[HEAD][name] for name in names}
 
 
 def twice(method: Method | None, shared) -> int:
     """Bytes of the target's own arrays in what a drafter shares, which are arguments of a program twice."""
-    if not isinstance(method, ConditionedMethod):
+    if not isinstance(method, TappedMethod):
         return 0
     return bytes_per_device({name: x for name, x in shared.items() if name == "embed" or "ids" not in shared})
 
@@ -262,8 +270,8 @@ def compile_decoding(case: Decoding):
         reading = DrafterConfig(draft_length=K, attention=case.attention)
         method = StandaloneMethod(MODELS["0.5b"], reading, config.vocab_size)
         drafter = drafter_params(mesh, build.dtype)
-    elif case.drafting in CONDITIONED:
-        method, *own = begun(CONDITIONED[case.drafting], 5, config)
+    elif case.drafting in TAPPED:
+        method, *own = begun(TAPPED[case.drafting], layers_of(case), config)
         drafter, shared = placed_drafter(mesh, method, *own, build.dtype)
     weights = loop.Weights(params, drafter, shared)
     state = abstract_state(StateShape(config, method, case.rows, case.capacity, k, build), drafter, shared, mesh)
@@ -283,9 +291,13 @@ def compile_decoding(case: Decoding):
         return compiled(loop.prefill, (config, method), *args, formats=formats, first=False)[0], args
 
 
+def layers_of(case: Decoding) -> int:
+    return 1 if case.drafting == "eagle3" else 5
+
+
 def draft_length(case: Decoding) -> int:
-    if case.drafting in CONDITIONED:
-        return CONDITIONED[case.drafting].draft_length
+    if case.drafting in TAPPED:
+        return TAPPED[case.drafting].draft_length
     return 0 if case.drafting == "plain" else K
 
 
@@ -310,15 +322,18 @@ def minimum_bytes(case: Decoding, args) -> float:
     state, (params, drafter, shared), *_ = args
     if case.prefill:
         weights = read_once(config, params, PREFILL_CHUNK) - bytes_per_device(params["head"])  # no logits are made
-        if case.drafting in CONDITIONED:  # keys and values of the context alone
+        if case.drafting in TAPPED:  # keys and values of the context alone
             weights += bytes_per_device((drafter["fc"], *(drafter["layers"][name] for name in ("k", "v"))))
         elif drafter:
             weights += bytes_per_device(drafter) - bytes_per_device(drafter["embed"])
         return weights + bytes_per_device(state) / case.rows  # of one row
     weights = read_once(config, params, case.rows * (draft_length(case) + 1))
-    if case.drafting in CONDITIONED:
-        method, *_ = begun(CONDITIONED[case.drafting], 5, config)
-        weights += bytes_per_device((drafter, shared["head"])) - bytes_per_device(tables(method, drafter))
+    if case.drafting in TAPPED:
+        method, *_ = begun(TAPPED[case.drafting], layers_of(case), config)
+        own = bytes_per_device((drafter, shared["head"])) - bytes_per_device(tables(method, drafter))
+        # EAGLE-3 passes once for each token of a draft, the tapped outputs go through fc once.
+        again = draft_length(case) - 1 if case.drafting == "eagle3" else 0
+        weights += own + again * (own - bytes_per_device(drafter["fc"]))
     elif drafter:
         weights += read_once(MODELS["0.5b"], drafter, 1)
     return weights + bytes_per_device((state.cache, state.drafter))
@@ -337,8 +352,9 @@ def decoding_trips(case: Decoding) -> dict[str, float]:
 
 def measure_decoding(case: Decoding, executable, args) -> dict:
     program, memory = Program(executable.as_text(), decoding_trips(case)), Memory.of(executable)
-    if case.drafting in CONDITIONED and not case.prefill:  # which reads nothing of what is shared
-        memory = without(memory, twice(begun(CONDITIONED[case.drafting], 5, MODELS[case.target])[0], args[1].shared))
+    if case.drafting in TAPPED and not case.prefill:  # which reads nothing of what is shared
+        method, *_ = begun(TAPPED[case.drafting], layers_of(case), MODELS[case.target])
+        memory = without(memory, twice(method, args[1].shared))
     one = program.whole() if case.prefill else program.per_round()
     minimum = minimum_bytes(case, args)
     state, (params, drafter, _), *_ = args

@@ -1,4 +1,4 @@
-"""What a drafted row costs by the compiled pass, against what `benchmarks/drafter_kinds.py` counts for its table."""
+"""What a drafted row costs by the compiled pass, against what `benchmarks/comparison` counts for its table."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.drafter_kinds import multiplied
+from benchmarks.comparison.rows import multiplied
 from deer_jax import DrafterConfig, Target, drafter_from_target
 from deer_jax.drafters.protocol import Draft, Row
 from deer_jax.drafters.start import ConditionedStart

@@ -1,0 +1,241 @@
+"""One table: EAGLE-3 and the block drafters on one target, with the same answers and text tokens.
+
+    python benchmarks/align_stories.py data --target FOLDER/stories260k --output stories
+    python benchmarks/comparison/run.py run   --plan stories260k --target FOLDER/stories260k --data stories --work runs
+    python benchmarks/comparison/run.py time  --plan stories260k --target FOLDER/stories260k --data stories --work runs
+    python benchmarks/comparison/run.py table --plan stories260k
+
+`run` trains and measures one cell, a row of the plan with a seed, after the other. A cell that is finished, a JSON file
+of --output (default: benchmarks/comparison/PLAN), is skipped, and one that was interrupted goes on from its run in
+--work; so `run` may be called as often as wanted, with --rows and --seeds or without, and two at a time with other
+rows. `time`, on a quiet machine, adds tokens/s and speedup of the rows whose runs are there. `table` prints what there
+is, with the speedup that tau and the bytes of compiled rounds give for Qwen3-8B on 8 v5e (tpu.json, see `computed`).
+
+The plans `stories260k`, `kinds` and `ablations` have the data of align_stories.py; `smollm2` that of
+benchmarks/smollm2/README.md: held_out.jsonl and, of its answers, the first 3,032 lines as answers.jsonl.
+
+Counted are the weights that one pass over a row multiplies, the output head included, and the passes for a draft of 8;
+look-ups are not. The last checkpoint is measured. CPU seconds are those of `align`, with compilation.
+
+Expected: 7 to 20 minutes for a cell of stories260k on one core, 5 to 8 for one of the ablations, 20 to 40 for one of
+smollm2 on two.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rows import PLANS, K, Plan, multiplied, patched, untrained
+
+import deer_jax
+from deer_jax.data.answers import AnswerFiles
+from deer_jax.data.sources import read_prompts
+from deer_jax.decoding.acceptance import acceptance_by_depth, acceptance_interval
+from deer_jax.decoding.prompts import encode_prompts
+from deer_jax.drafters.eagle3 import Eagle3Method
+from deer_jax.training.acceptance import survey
+
+HERE = Path(__file__).resolve().parent
+
+
+def folder_of(row: str, seed: int) -> str:
+    return f"{row.replace(', ', '-').replace(' ', '-').replace('+', '-')}-{seed}"
+
+
+def recipe(plan: Plan, name: str, seed: int, args) -> dict[str, Any]:
+    """What trains the drafter of a row."""
+    row = plan.rows[name]
+    source = row.source
+    if row.after:
+        source = str(args.work / folder_of(row.after, seed))
+        if not (args.work / folder_of(row.after, seed) / "checkpoints").is_dir():
+            sys.exit(f"{name} goes on from {source}, which is not there: run the row {row.after!r} first")
+    return plan.common | row.begin | {
+        "target": args.target, "answers": [str(args.data / file) for file in plan.answers], "seed": seed,
+        "drafter": source, "stages": list(row.stages), "output": str(args.work / folder_of(name, seed)),
+    }  # fmt: skip
+
+
+def unseen(plan: Plan, target: deer_jax.Target, data: Path) -> list[list[int]]:
+    """The held-out prompts that occur in no training row, at most so many as the plan has."""
+    prompts = encode_prompts(target, [prompt.content for prompt in read_prompts(data / "held_out.jsonl")])
+    records = AnswerFiles([data / file for file in plan.answers], vocab_size=target.config.vocab_size)
+    met = survey(records, prompts, plan.common["length"]).met
+    return [prompt for prompt, seen in zip(prompts, met, strict=True) if not seen][: plan.prompts]
+
+
+def show(name: str, seed: int, done: int, steps: int, note: str) -> None:
+    if done % 100 == 0:
+        print(f"\r{name}, seed {seed}: {done} of {steps}, {note:60.60}", end="", file=sys.stderr, flush=True)
+
+
+def run_cell(plan: Plan, name: str, seed: int, args) -> dict[str, Any]:
+    """Train and measure one; the figures."""
+    target, row = deer_jax.load_target(args.target), plan.rows[name]
+    result: dict[str, Any] = {"row": name, "seed": seed, "predicted": 0, "cpu_seconds": 0}
+    if untrained(row):
+        drafter = deer_jax.load_drafter(row.source, target=target)
+    else:
+        values = recipe(plan, name, seed, args)
+        metrics = Path(values["output"]) / "metrics.jsonl"
+        begun, began = metrics.exists(), time.process_time()
+        with patched(plan, row):
+            report = deer_jax.align(values, progress=lambda done, steps, note: show(name, seed, done, steps, note))
+        result["cpu_seconds"] = None if begun else time.process_time() - began
+        drafter = deer_jax.load_drafter(values["output"], target=target)
+        losses = [line for line in map(json.loads, metrics.open()) if "loss" in line]
+        result["predicted"] = int(sum(line["predicted"] for line in losses) / len(losses) * report.steps)
+    prompts, found = unseen(plan, target, args.data), {}
+    for k in plan.lengths if seed == 0 else (K,):
+        for temperature, verification in plan.rules:
+            stats = deer_jax.decode(
+                target, prompts, drafter=drafter, draft_length=k, max_new_tokens=64, temperature=temperature,
+                batch_size=plan.batch, seed=7, verification=verification,
+            ).stats  # fmt: skip
+            histograms = np.asarray(stats.accepted_histogram)
+            rule = ", block" if verification == "block" else ""
+            found[f"k={k} T={temperature:g}{rule}"] = {
+                "tau": stats.acceptance_length, "ci95": acceptance_interval(histograms),
+                "by_depth": acceptance_by_depth(histograms.sum(axis=0)),
+            }  # fmt: skip
+    method = drafter.method
+    passes = K if isinstance(method, Eagle3Method) else 0 if row.source == "prompt-lookup" else 1
+    return result | {
+        "tau": found,
+        "multiplied": multiplied(method) if passes else 0,
+        "passes": passes,
+        "parameters": sum(x.size for x in jax.tree.leaves(drafter.params)),
+    }
+
+
+def run(plan: Plan, args) -> None:
+    rows = [(name, seed) for seed in args.seeds for name in args.rows]
+    cells = [(name, seed) for name, seed in rows if seed == 0 or not untrained(plan.rows[name])]
+    args.output.mkdir(parents=True, exist_ok=True)
+    paths = {cell: args.output / f"{folder_of(*cell)}.json" for cell in cells}
+    took: list[float] = []
+    for (name, seed), path in paths.items():
+        if path.exists():
+            continue
+        begin = time.time()
+        result = run_cell(plan, name, seed, args)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        took.append(time.time() - begin)
+        left = sum(not other.exists() for other in paths.values())
+        shown = {rule: round(each["tau"], 2) for rule, each in result["tau"].items() if f"k={K} " in rule}
+        print(f"\n{name}, seed {seed}: {shown}; about {left * sum(took) / len(took) / 60:.0f} minutes left", flush=True)
+
+
+def timed(plan: Plan, args) -> None:
+    """Adds tokens/s and speedup, all rows in turns: one prompt at a time, 64 tokens, greedy and sampled."""
+    target = deer_jax.load_target(args.target)
+    found = {}
+    for name in args.rows:
+        row, folder = plan.rows[name], args.work / folder_of(name, 0)
+        if untrained(row) or folder.is_dir():
+            found[name] = deer_jax.load_drafter(row.source if untrained(row) else folder, target=target)
+    for temperature in (0.0, 1.0):
+        report = deer_jax.bench(
+            target, unseen(plan, target, args.data)[:16], drafters=found, draft_lengths=[4, K], max_new_tokens=64,
+            temperature=temperature, repeats=3,
+        )  # fmt: skip
+        text = json.dumps(report.as_dict(), indent=1) + "\n"
+        (args.output / f"time-T{temperature:g}.json").write_text(text, encoding="utf-8")
+        print(report.table())
+
+
+# Tables
+
+
+def cells_of(plan: Plan, folder: Path) -> list[dict[str, Any]]:
+    """What is finished, in the order of the rows."""
+    files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = [each for each in files if each.get("row") in plan.rows]
+    return sorted(found, key=lambda each: ([*plan.rows].index(each["row"]), each["seed"]))
+
+
+def interval(each: dict[str, Any]) -> str:
+    low, high = each["ci95"] or (each["tau"],) * 2
+    return f"{each['tau']:.2f} ± {(high - low) / 2:.2f}"
+
+
+def table(plan: Plan, args) -> None:
+    cells = cells_of(plan, args.output)
+    names = {rule: f"T = {t:g}" + (", block" if v == "block" else "")
+             for t, v in plan.rules for rule in [f"T={t:g}" + (", block" if v == "block" else "")]}  # fmt: skip
+    others = [k for k in plan.lengths if k != K]
+    heads = ["row", "seed", *names.values(), *(f"k = {k}" for k in others), "weights x passes", "own parameters",
+             "predicted", "CPU s"]  # fmt: skip
+    print(line(heads), line(["---"] * len(heads)), sep="\n")
+    for each in cells:
+        tau = each["tau"]
+        at = [[tau[f"k={k} {rule}"]["tau"] for rule in names if f"k={k} {rule}" in tau] for k in others]
+        seconds = f"{each['cpu_seconds']:.0f}" if each["cpu_seconds"] else "-"
+        print(line([each["row"], str(each["seed"]), *(interval(tau[f"k={K} {rule}"]) for rule in names),
+                    *(" / ".join(f"{x:.2f}" for x in found) or "-" for found in at),
+                    f"{each['multiplied']:,} x {each['passes']}", f"{each['parameters']:,}",
+                    f"{each['predicted'] / 1e6:.1f} M", seconds]))  # fmt: skip
+    print("\nAcceptance by depth, k = 8, seed 0: T = 0, T = 1\n")
+    for each in cells:
+        if each["seed"] == 0:
+            depths = [each["tau"][f"k={K} T={t}"]["by_depth"] for t in (0, 1)]
+            shown = [" ".join("-" if x is None else f"{x:.2f}" for x in depth) for depth in depths]
+            print(line([each["row"], *shown]))
+    computed(cells)
+
+
+def computed(cells: list[dict[str, Any]]) -> None:
+    """Speedup for Qwen3-8B on 8 v5e: tau times the bytes of a plain step over those of a round with a drafter of the
+    row's kind, as tpu_programs.py has them of compiled programs:
+
+        python benchmarks/tpu_programs.py --case 8b-plain-b1-4k-v5e ... --json benchmarks/comparison/tpu.json
+    """
+    path = HERE / "tpu.json"
+    if not path.is_file():
+        return
+    found = json.loads(path.read_text())
+    bytes_of = {each["case"].split("-")[1]: each["round_gb"] for each in found["results"]}
+    print("\nComputed, Qwen3-8B on 8 v5e: GB of a round, speedup at T = 0, T = 1, T = 1 as a block\n")
+    for each in cells:
+        kind = found["rows"].get(each["row"])
+        if kind is None or each["seed"]:
+            continue
+        rules = [rule for rule in each["tau"] if rule.startswith(f"k={K} ")]
+        speed = [f"{each['tau'][rule]['tau'] * bytes_of['plain'] / bytes_of[kind]:.2f}" for rule in rules]
+        print(line([each["row"], f"{bytes_of[kind]:.3f}", *speed]))
+
+
+def line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "time", "table"))
+    parser.add_argument("--plan", choices=PLANS, default="stories260k")
+    parser.add_argument("--target", help="the target's folder")
+    parser.add_argument("--data", type=Path, help="the folder with the answers and held-out prompts")
+    parser.add_argument("--output", type=Path, help="a folder for the figures, one file for each cell")
+    parser.add_argument("--work", type=Path, help="a folder for the runs")
+    parser.add_argument("--rows", nargs="+", help="default: all of the plan")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    args = parser.parse_args()
+    plan, args.work = PLANS[args.plan], args.work and args.work / args.plan
+    args.output = args.output or HERE / args.plan
+    args.rows = args.rows or [*plan.rows]
+    if unknown := [name for name in args.rows if name not in plan.rows]:
+        parser.error(f"{unknown[0]!r} is no row of {args.plan}; there are: {', '.join(plan.rows)}")
+    if args.what == "table":
+        return table(plan, args)
+    if not args.target or not args.data or not args.work:
+        parser.error(f"{args.what} needs --target, --data and --work")
+    (run if args.what == "run" else timed)(plan, args)
+
+
+if __name__ == "__main__":
+    main()
