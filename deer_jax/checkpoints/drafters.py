@@ -46,7 +46,6 @@ from deer_jax.checkpoints.tapped import (
 from deer_jax.config import DrafterConfig, check_choice, from_mapping
 from deer_jax.data.tokenizer import Tokenizer, differing_ids
 from deer_jax.drafters.drafter import Drafter
-from deer_jax.drafters.eagle3 import Eagle3Method
 from deer_jax.drafters.heads import HEAD, INDEPENDENT, head_from
 from deer_jax.drafters.prompt_lookup import lookup_first, prompt_lookup
 from deer_jax.drafters.protocol import Trainable
@@ -247,10 +246,9 @@ def save_drafter(
     if isinstance(method, TappedMethod):
         shared = drafter.shared
         its = None if target is None else named_target(target)
-        own_head = "ids" in shared or isinstance(method, Eagle3Method)  # else it is the target's
         write_drafter(
             Path(folder), method, drafter.params, layout=layout, target=its, ids=shared.get("ids"),
-            head=shared["head"] if own_head else None, **options,
+            head=shared["head"] if method.carries_head else None, **options,
         )  # fmt: skip
         return
     check_own_layout(layout)

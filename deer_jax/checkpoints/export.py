@@ -32,7 +32,6 @@ from deer_jax.checkpoints.tapped import (
 from deer_jax.config import check_choice
 from deer_jax.data.tokenizer import Tokenizer
 from deer_jax.digests import sha256_of
-from deer_jax.drafters.eagle3 import Eagle3Method
 from deer_jax.errors import InputError, RunError, named
 from deer_jax.files import disk_error
 from deer_jax.formats import json_bytes, read_json
@@ -173,8 +172,7 @@ def _write(source: Path, output: Path, dtype: jnp.dtype, about: Mapping[str, Any
         "tokenizer_source": described if Tokenizer.load(described) else None, "stop_ids": stop_ids, "finish": finish,
     }  # fmt: skip
     if method is not None:
-        own_head = ids is not None or isinstance(method, Eagle3Method)  # else it is the target's
-        head = head_rows(folder, its.config, ids) if own_head and folder and its else None
+        head = head_rows(folder, its.config, ids) if method.carries_head and folder and its else None
         write_drafter(output, method, params, layout=layout, target=its, ids=ids, head=head, **options)
         return
     extra, extra_config = (own_tensors(params), {SECTION: values[SECTION]}) if standalone else (None, None)

@@ -118,7 +118,7 @@ def read_drafter(
         return Drafter(params={}, shared=shared_of(method, target, ids), **made)
     headers = read_headers(folder)
     prefix, reduced = prefix_of(headers), method.reading.draft_vocab is not None
-    slots, ignored, has_head = drafter_slots(method, headers), [], reduced or isinstance(method, Eagle3Method)
+    slots, ignored, has_head = drafter_slots(method, headers), [], method.carries_head
     check_count(headers, len(slots), method.shape.layers, 0, str(folder))
     head = Slot(SHARED, "head", (), (method.draft_vocab, method.shape.width), ("vocab", "width"))
     if has_head and (not own or LM_HEAD in headers):

@@ -33,6 +33,10 @@ class Eagle3Method(TappedMethod):
     shape: Eagle3Config
     reading: TappedReading
 
+    @property
+    def carries_head(self) -> bool:
+        return True
+
     def __str__(self) -> str:
         return f"EAGLE-3, draft length {self.draft_length}, one layer of width {self.shape.width}"
 

@@ -76,6 +76,11 @@ class TappedMethod(Trainable):
         return self.reading.draft_vocab or self.shape.vocab_size
 
     @property
+    def carries_head(self) -> bool:
+        """Whether its folders may have the head it reads; else that is always the target's."""
+        return self.reading.draft_vocab is not None
+
+    @property
     def draft_length(self) -> int:
         return self.reading.draft_length
 
