@@ -99,8 +99,8 @@ def eagle3(stages: Stages, **sizes) -> Row:
     return Row({"eagle3": TAPS | {"draft_length": K} | sizes}, "random:1", stages)
 
 
-def standalone(stages: Stages, rank: int = 0, patch: str = "", **reading) -> Row:
-    head = {"draft_head": {"kind": "markov", "rank": rank}} if rank else {}
+def standalone(stages: Stages, rank: int = 0, form: str = "vanilla", patch: str = "", **reading) -> Row:
+    head = {"draft_head": {"kind": "markov", "rank": rank, "form": form}} if rank else {}
     return Row({"reading": {"draft_length": K} | reading} | head, "from-target", stages, patch=patch)
 
 
@@ -172,6 +172,15 @@ ABLATIONS = {
     "suffix masks": standalone(both(steps=FEWER), patch="suffix"),
     "no separator": standalone(both(steps=FEWER), separator=False),
     "best": best(),
+    "standalone, rnn": standalone(both(steps=FEWER), 64, "rnn"),
+    "standalone, rnn, tv": standalone(both(LOSS, FEWER), 64, "rnn"),
+    "standalone, rnn, published": standalone(published(LOSS, FEWER), 64, "rnn"),
+    "rnn head of 128": best(start={"form": "rnn", "rank": 128}),
+    "rnn head of 128, one layer": Row(
+        {"conditioned": {"mask": 0, "draft_length": K} | COMBINED | {"form": "rnn", "rank": 128}},
+        "from-target:4",
+        published(DSPARK, FEWER),
+    ),
     "gated head": best(start={"form": "gated"}),
     "rnn head": best(start={"form": "rnn", "rank": 64}),
     "rnn head, ce": best({"ce": 1, "decay": 4}, {"form": "rnn", "rank": 64}),
