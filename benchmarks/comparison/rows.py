@@ -297,7 +297,7 @@ def patched(plan: Plan, row: Row) -> Iterator[None]:
     """The library with what a row wants and a recipe cannot say."""
     before = sum(each["steps"] for each in row.stages[:1])
 
-    def in_order(records, settings, *, seed: int, first: int, **options):
+    def in_order(records, settings, *, seed: int, first: int = 0, **options):
         first += before if settings.stage == "refinement" else 0
         return BATCHES(records, settings, seed=0, first=first, **options)
 
