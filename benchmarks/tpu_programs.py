@@ -97,8 +97,9 @@ TAPPED = {
     "dspark32k": ConditionedStart(
         mask=151669, draft_length=15, layout="next_token", head="markov", draft_vocab=32000
     ),
-    "combined": ConditionedStart(
-        mask=151669, draft_length=15, layout="next_token", head="markov", draft_vocab=32000, causal=True, conv_kernel=2
+    "rnn32k": ConditionedStart(
+        mask=151669, draft_length=15, layout="next_token", head="markov", form="rnn", draft_vocab=32000, causal=True,
+        conv_kernel=2,
     ),
     "eagle3": Eagle3Start(draft_length=8, draft_vocab=32000),
 }  # fmt: skip

@@ -3,7 +3,7 @@
 `stories260k`: EAGLE-3, the standalone drafter and those that read the target, on the same answers. `I`, `I+II`: DEER's
 continuation and then its refinement; `published`: every block masked whole, with the loss of the kind's authors; `III`
 and `more` go on from another row's drafter, with the third stage and with as many steps of what that row had last.
-`kinds`: those that read the target, as their authors train them, and the steps from one of them to the best of ours.
+`kinds`: those that read the target, as their authors train them, and the steps from one of them to `combined`.
 `ablations`: one thing at a time of two of these, in 1,500 steps. `smollm2`: five rows on a real target, each with the
 same 300,000 answer tokens in the same order.
 
@@ -74,6 +74,8 @@ CONVOLVED = {"conv_kernel": 2, "conv_group": 16}
 DFLASH, DSPARK = {"kl": 1, "decay": 4}, {"ce": 0.1, "tv": 0.9, "decay": 4}  # their losses
 DFLASH2 = DFLASH | {"selector": 1}
 COMBINED = FEW | CONVOLVED | {"rank": 96, "causal": True}
+RNN = {"form": "rnn", "rank": 128}
+LOSS = {"ce": 0.1, "tv": 0.9}
 LAST_TWO = "from-target:3,4"
 
 
@@ -115,7 +117,8 @@ STORIES = {
     "prompt-lookup": Row({}, "prompt-lookup"),
     "untrained": Row({}, "from-target"),
     "EAGLE-3": eagle3(published({"kl": 1}), mlp_width=172),
-    "EAGLE-3, wide": eagle3(published({"kl": 1}), mlp_width=820),
+    "EAGLE-3, wide": eagle3(published({"kl": 1}), mlp_width=820),  # as many parameters as combined
+    "EAGLE-3, wider": eagle3(published({"kl": 1}), mlp_width=1717),  # as many as best
     "EAGLE-3, 256 ids": eagle3(published({"kl": 1}), draft_vocab=256),
     "standalone I": standalone((stage("continuation", STEPS),)),
     "standalone I+II": standalone(both()),
@@ -123,12 +126,13 @@ STORIES = {
     "DFlash I+II": conditioned({}, "random:2", both(DFLASH)),
     "DFlash 2 I+II": conditioned(SELECTOR | CONVOLVED, "random:2", both(DFLASH2)),
     "DSpark I+II": conditioned(MARKOV, "random:2", both(DSPARK)),
-    "best": conditioned(COMBINED, LAST_TWO, published(DSPARK)),
-    **third("best", *published(DSPARK)),
-    **third("standalone markov I+II", both()[1]),
+    "combined": conditioned(COMBINED, LAST_TWO, published(DSPARK)),
+    "combined, rnn": conditioned(COMBINED | RNN, LAST_TWO, published(DSPARK)),
+    "best": standalone(both(LOSS), 64, "rnn"),
+    **third("best", both(LOSS)[1]),
 }
 
-# Kinds of drafters that read the target, and what leads from DSpark to the best of ours
+# Kinds of drafters that read the target, and what leads from DSpark to `combined`
 
 KINDS = {
     "DFlash published": conditioned({}, "random:2", published(DFLASH)),
@@ -140,11 +144,11 @@ KINDS = {
     "few ids": conditioned(FEW, LAST_TWO, published(DSPARK)),
     "few ids causal": conditioned(FEW | {"causal": True}, LAST_TWO, published(DSPARK)),
     "convolved": conditioned(FEW | CONVOLVED | {"rank": 32}, LAST_TWO, published(DSPARK | {"decay": 6})),
-    "best stages": conditioned(COMBINED, LAST_TWO, both(DSPARK)),
-    "best refined": conditioned(
+    "combined stages": conditioned(COMBINED, LAST_TWO, both(DSPARK)),
+    "combined refined": conditioned(
         COMBINED, LAST_TWO, (*published(DSPARK, STEPS - 1000), stage("refinement", 1000, DSPARK, learning_rate=5e-4))
     ),
-    "best half": conditioned(COMBINED, LAST_TWO, published(DSPARK, STEPS // 2)),
+    "combined half": conditioned(COMBINED, LAST_TWO, published(DSPARK, STEPS // 2)),
 }
 
 # Ablations
@@ -156,11 +160,10 @@ def refined(alpha: float, patch: str = "") -> Row:
     return standalone(both(steps=FEWER, alpha=alpha), patch=patch)
 
 
-def best(loss: dict[str, Any] = DSPARK, start: dict[str, Any] | None = None, **more) -> Row:
+def combined(loss: dict[str, Any] = DSPARK, start: dict[str, Any] | None = None, **more) -> Row:
     return conditioned(COMBINED | (start or {}), LAST_TWO, published(loss, FEWER, **more))
 
 
-LOSS = {"ce": 0.1, "tv": 0.9}
 ABLATIONS = {
     "standalone": standalone(both(steps=FEWER)),
     "alpha 1.00": refined(1.0),
@@ -171,35 +174,35 @@ ABLATIONS = {
     "alpha 1.05, raw": refined(1.05, "raw"),
     "suffix masks": standalone(both(steps=FEWER), patch="suffix"),
     "no separator": standalone(both(steps=FEWER), separator=False),
-    "best": best(),
+    "combined": combined(),
     "standalone, rnn": standalone(both(steps=FEWER), 64, "rnn"),
     "standalone, rnn, tv": standalone(both(LOSS, FEWER), 64, "rnn"),
     "standalone, rnn, published": standalone(published(LOSS, FEWER), 64, "rnn"),
-    "rnn head of 128": best(start={"form": "rnn", "rank": 128}),
+    "rnn head of 128": combined(start=RNN),
     "rnn head of 128, one layer": Row(
-        {"conditioned": {"mask": 0, "draft_length": K} | COMBINED | {"form": "rnn", "rank": 128}},
+        {"conditioned": {"mask": 0, "draft_length": K} | COMBINED | RNN},
         "from-target:4",
         published(DSPARK, FEWER),
     ),
-    "gated head": best(start={"form": "gated"}),
-    "rnn head": best(start={"form": "rnn", "rank": 64}),
-    "rnn head, ce": best({"ce": 1, "decay": 4}, {"form": "rnn", "rank": 64}),
-    "rnn head, no decay": best(LOSS, {"form": "rnn", "rank": 64}),
-    "taps 0, 2, 4": best(start=TAPS),
-    "taps 1, 3": best(start={"taps": [1, 3]}),
-    "tap 4": best(start={"taps": [4]}),
-    "6 anchors": best(blocks=6),
-    "12 anchors": best(blocks=12),
-    "48 anchors": best(blocks=48),
-    "no decay": best(LOSS),
-    "decay 2": best(LOSS | {"decay": 2}),
-    "decay 8": best(LOSS | {"decay": 8}),
-    "pace": best(LOSS | {"pace": True}),
-    "ce": best({"ce": 1, "decay": 4}),
-    "kl": best({"kl": 1, "decay": 4}),
-    "tv": best({"tv": 1, "decay": 4}),
-    "lk_alpha": best({"lk_alpha": 1, "decay": 4}),
-    "lk_lambda": best({"lk_lambda": 1, "decay": 4}),
+    "gated head": combined(start={"form": "gated"}),
+    "rnn head": combined(start={"form": "rnn", "rank": 64}),
+    "rnn head, ce": combined({"ce": 1, "decay": 4}, {"form": "rnn", "rank": 64}),
+    "rnn head, no decay": combined(LOSS, {"form": "rnn", "rank": 64}),
+    "taps 0, 2, 4": combined(start=TAPS),
+    "taps 1, 3": combined(start={"taps": [1, 3]}),
+    "tap 4": combined(start={"taps": [4]}),
+    "6 anchors": combined(blocks=6),
+    "12 anchors": combined(blocks=12),
+    "48 anchors": combined(blocks=48),
+    "no decay": combined(LOSS),
+    "decay 2": combined(LOSS | {"decay": 2}),
+    "decay 8": combined(LOSS | {"decay": 8}),
+    "pace": combined(LOSS | {"pace": True}),
+    "ce": combined({"ce": 1, "decay": 4}),
+    "kl": combined({"kl": 1, "decay": 4}),
+    "tv": combined({"tv": 1, "decay": 4}),
+    "lk_alpha": combined({"lk_alpha": 1, "decay": 4}),
+    "lk_lambda": combined({"lk_lambda": 1, "decay": 4}),
     "scattered masks": conditioned(COMBINED, LAST_TWO, (stage("continuation", FEWER, DSPARK),)),
 }
 
