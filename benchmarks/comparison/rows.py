@@ -128,8 +128,8 @@ STORIES = {
     "DSpark I+II": conditioned(MARKOV, "random:2", both(DSPARK)),
     "combined": conditioned(COMBINED, LAST_TWO, published(DSPARK)),
     "combined, rnn": conditioned(COMBINED | RNN, LAST_TWO, published(DSPARK)),
-    "best": standalone(both(LOSS), 64, "rnn"),
-    **third("best", both(LOSS)[1]),
+    "best": standalone(published(LOSS), 64, "rnn"),
+    **third("best", *published(LOSS)),
 }
 
 # Kinds of drafters that read the target, and what leads from DSpark to `combined`
@@ -231,6 +231,14 @@ SMOLLM2 = {
     "DSpark I+II": smol(SMOL_MARKOV, "random:2", DSPARK, refine=True),
     "best": smol(SMOL_MARKOV | CAUSAL, "from-target:28,29", DSPARK, refine=False),
 }
+
+# The compiled rounds of tpu_programs.py that a row's drafter would have at real size.
+ROUNDS = {
+    "prompt-lookup": "fixed", "EAGLE-3": "eagle3", "EAGLE-3, wide": "eagle3", "EAGLE-3, wider": "eagle3",
+    "standalone I": "drafter", "standalone I+II": "drafter", "standalone markov I+II": "drafter", "best": "drafter",
+    "DFlash I+II": "dflash", "DFlash 2 I+II": "dflash2", "DSpark I+II": "dspark", "combined": "dspark32k",
+    "combined, rnn": "rnn32k",
+}  # fmt: skip
 
 TOKENS = {"length": 176, "batch": 4, "checkpoint_every": 1000}
 STORIES_ANSWERS = ("sampled.jsonl", "continued.jsonl")

@@ -9,7 +9,7 @@
 of --output (default: benchmarks/comparison/PLAN), is skipped, and one that was interrupted goes on from its run in
 --work; so `run` may be called as often as wanted, with --rows and --seeds or without, and two at a time with other
 rows. `time`, on a quiet machine, adds tokens/s and speedup of the rows whose runs are there. `table` prints what there
-is, with the speedup that tau and the bytes of compiled rounds give for Qwen3-8B on 8 v5e (tpu.json, see `computed`).
+is, with the speedup that tau and the bytes of compiled rounds (tpu.json) give for Qwen3-8B on 8 v5e.
 
 The plans `stories260k`, `kinds` and `ablations` have the data of align_stories.py; `smollm2` that of
 benchmarks/smollm2/README.md: held_out.jsonl and, of its answers, the first 3,032 lines as answers.jsonl.
@@ -30,7 +30,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from rows import PLANS, K, Plan, multiplied, patched, untrained
+from rows import PLANS, ROUNDS, K, Plan, multiplied, patched, untrained
 
 import deer_jax
 from deer_jax.data.answers import AnswerFiles
@@ -191,18 +191,21 @@ def table(plan: Plan, args) -> None:
 
 def computed(cells: list[dict[str, Any]]) -> None:
     """Speedup for Qwen3-8B on 8 v5e: tau times the bytes of a plain step over those of a round with a drafter of the
-    row's kind, as tpu_programs.py has them of compiled programs:
+    row's kind, as compiled programs have them, one row and 4,096 tokens:
 
-        python benchmarks/tpu_programs.py --case 8b-plain-b1-4k-v5e ... --json benchmarks/comparison/tpu.json
+        python benchmarks/tpu_programs.py --case '8b-*-b1-4k-v5e' --json benchmarks/comparison/tpu.json
     """
     path = HERE / "tpu.json"
     if not path.is_file():
         return
-    found = json.loads(path.read_text())
-    bytes_of = {each["case"].split("-")[1]: each["round_gb"] for each in found["results"]}
+    bytes_of = {
+        each["case"].split("-")[1]: each["round_gb"]
+        for each in json.loads(path.read_text())["results"]
+        if "prefill" not in each["case"]
+    }
     print("\nComputed, Qwen3-8B on 8 v5e: GB of a round, speedup at T = 0, T = 1, T = 1 as a block\n")
     for each in cells:
-        kind = found["rows"].get(each["row"])
+        kind = ROUNDS.get(each["row"])
         if kind is None or each["seed"]:
             continue
         rules = [rule for rule in each["tau"] if rule.startswith(f"k={K} ")]
