@@ -119,10 +119,8 @@ STORIES = {
     "EAGLE-3": eagle3(published({"kl": 1}), mlp_width=172),
     "EAGLE-3, wide": eagle3(published({"kl": 1}), mlp_width=820),  # as many parameters as combined
     "EAGLE-3, wider": eagle3(published({"kl": 1}), mlp_width=1717),  # as many as best
-    "EAGLE-3, 256 ids": eagle3(published({"kl": 1}), draft_vocab=256),
     "standalone I": standalone((stage("continuation", STEPS),)),
     "standalone I+II": standalone(both()),
-    "standalone markov I+II": standalone(both(), rank=16),
     "DFlash I+II": conditioned({}, "random:2", both(DFLASH)),
     "DFlash 2 I+II": conditioned(SELECTOR | CONVOLVED, "random:2", both(DFLASH2)),
     "DSpark I+II": conditioned(MARKOV, "random:2", both(DSPARK)),
@@ -135,6 +133,7 @@ STORIES = {
 # Kinds of drafters that read the target, and what leads from DSpark to `combined`
 
 KINDS = {
+    "standalone markov": standalone(both(), rank=16),
     "DFlash published": conditioned({}, "random:2", published(DFLASH)),
     "DFlash 2 published": conditioned(SELECTOR | CONVOLVED, "random:2", published(DFLASH2)),
     "DSpark published": conditioned(MARKOV, "random:2", published(DSPARK)),
@@ -235,7 +234,7 @@ SMOLLM2 = {
 # The compiled rounds of tpu_programs.py that a row's drafter would have at real size.
 ROUNDS = {
     "prompt-lookup": "fixed", "EAGLE-3": "eagle3", "EAGLE-3, wide": "eagle3", "EAGLE-3, wider": "eagle3",
-    "standalone I": "drafter", "standalone I+II": "drafter", "standalone markov I+II": "drafter", "best": "drafter",
+    "standalone I": "drafter", "standalone I+II": "drafter", "best": "drafter",
     "DFlash I+II": "dflash", "DFlash 2 I+II": "dflash2", "DSpark I+II": "dspark", "combined": "dspark32k",
     "combined, rnn": "rnn32k",
 }  # fmt: skip
