@@ -8,8 +8,9 @@
 `run` trains and measures one cell, a row of the plan with a seed, after the other. A cell that is finished, a JSON file
 of --output (default: benchmarks/comparison/PLAN), is skipped, and one that was interrupted goes on from its run in
 --work; so `run` may be called as often as wanted, with --rows and --seeds or without, and two at a time with other
-rows. `time`, on a quiet machine, adds tokens/s and speedup of the rows whose runs are there. `table` prints what there
-is, with the speedup that tau and the bytes of compiled rounds (tpu.json) give for Qwen3-8B on 8 v5e.
+rows. `others` measures finished runs on the held-out prompts behind those of the cells, which nothing was chosen by.
+`time`, on a quiet machine, adds tokens/s and speedup of the rows whose runs are there. `table` prints what there is,
+with the speedup that tau and the bytes of compiled rounds (tpu.json) give for Qwen3-8B on 8 v5e.
 
 The plans `stories260k`, `kinds` and `ablations` have the data of align_stories.py; `smollm2` that of
 benchmarks/smollm2/README.md: held_out.jsonl and, of its answers, the first 3,032 lines as answers.jsonl.
@@ -62,11 +63,11 @@ def recipe(plan: Plan, name: str, seed: int, args) -> dict[str, Any]:
 
 
 def unseen(plan: Plan, target: deer_jax.Target, data: Path) -> list[list[int]]:
-    """The held-out prompts that occur in no training row, at most so many as the plan has."""
+    """The held-out prompts that occur in no training row; cells are of the first `plan.prompts` of them."""
     prompts = encode_prompts(target, [prompt.content for prompt in read_prompts(data / "held_out.jsonl")])
     records = AnswerFiles([data / file for file in plan.answers], vocab_size=target.config.vocab_size)
     met = survey(records, prompts, plan.common["length"]).met
-    return [prompt for prompt, seen in zip(prompts, met, strict=True) if not seen][: plan.prompts]
+    return [prompt for prompt, seen in zip(prompts, met, strict=True) if not seen]
 
 
 def show(name: str, seed: int, done: int, steps: int, note: str) -> None:
@@ -90,8 +91,22 @@ def run_cell(plan: Plan, name: str, seed: int, args) -> dict[str, Any]:
         drafter = deer_jax.load_drafter(values["output"], target=target)
         losses = [line for line in map(json.loads, metrics.open()) if "loss" in line]
         result["predicted"] = int(sum(line["predicted"] for line in losses) / len(losses) * report.steps)
-    prompts, found = unseen(plan, target, args.data), {}
-    for k in plan.lengths if seed == 0 else (K,):
+    prompts = unseen(plan, target, args.data)[: plan.prompts]
+    found = measured(plan, target, drafter, prompts, plan.lengths if seed == 0 else (K,))
+    method = drafter.method
+    passes = K if isinstance(method, Eagle3Method) else 0 if row.source == "prompt-lookup" else 1
+    return result | {
+        "tau": found,
+        "multiplied": multiplied(method) if passes else 0,
+        "passes": passes,
+        "parameters": sum(x.size for x in jax.tree.leaves(drafter.params)),
+    }
+
+
+def measured(plan: Plan, target: deer_jax.Target, drafter: deer_jax.Drafter, prompts, lengths) -> dict[str, Any]:
+    """Tau with its interval and by depth, by k, temperature and rule."""
+    found = {}
+    for k in lengths:
         for temperature, verification in plan.rules:
             stats = deer_jax.decode(
                 target, prompts, drafter=drafter, draft_length=k, max_new_tokens=64, temperature=temperature,
@@ -103,14 +118,7 @@ def run_cell(plan: Plan, name: str, seed: int, args) -> dict[str, Any]:
                 "tau": stats.acceptance_length, "ci95": acceptance_interval(histograms),
                 "by_depth": acceptance_by_depth(histograms.sum(axis=0)),
             }  # fmt: skip
-    method = drafter.method
-    passes = K if isinstance(method, Eagle3Method) else 0 if row.source == "prompt-lookup" else 1
-    return result | {
-        "tau": found,
-        "multiplied": multiplied(method) if passes else 0,
-        "passes": passes,
-        "parameters": sum(x.size for x in jax.tree.leaves(drafter.params)),
-    }
+    return found
 
 
 def run(plan: Plan, args) -> None:
@@ -129,6 +137,18 @@ def run(plan: Plan, args) -> None:
         left = sum(not other.exists() for other in paths.values())
         shown = {rule: round(each["tau"], 2) for rule, each in result["tau"].items() if f"k={K} " in rule}
         print(f"\n{name}, seed {seed}: {shown}; about {left * sum(took) / len(took) / 60:.0f} minutes left", flush=True)
+
+
+def others(plan: Plan, args) -> None:
+    """The finished runs on the held-out prompts that no cell is of, and nothing was chosen by."""
+    target = deer_jax.load_target(args.target)
+    prompts = unseen(plan, target, args.data)[plan.prompts :]
+    print(f"{len(prompts)} prompts, k = {K}")
+    for name, seed in [(name, seed) for name in args.rows for seed in args.seeds]:
+        folder = args.work / folder_of(name, seed)
+        if folder.is_dir():
+            found = measured(plan, target, deer_jax.load_drafter(folder, target=target), prompts, (K,))
+            print(line([name, str(seed), *(interval(each) for each in found.values())]), flush=True)
 
 
 def timed(plan: Plan, args) -> None:
@@ -219,7 +239,7 @@ def line(cells: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "time", "table"))
+    parser.add_argument("what", choices=("run", "others", "time", "table"))
     parser.add_argument("--plan", choices=PLANS, default="stories260k")
     parser.add_argument("--target", help="the target's folder")
     parser.add_argument("--data", type=Path, help="the folder with the answers and held-out prompts")
@@ -237,7 +257,7 @@ def main() -> None:
         return table(plan, args)
     if not args.target or not args.data or not args.work:
         parser.error(f"{args.what} needs --target, --data and --work")
-    (run if args.what == "run" else timed)(plan, args)
+    {"run": run, "others": others, "time": timed}[args.what](plan, args)
 
 
 if __name__ == "__main__":
