@@ -159,8 +159,8 @@ def refined(alpha: float, patch: str = "") -> Row:
     return standalone(both(steps=FEWER, alpha=alpha), patch=patch)
 
 
-def combined(loss: dict[str, Any] = DSPARK, start: dict[str, Any] | None = None, **more) -> Row:
-    return conditioned(COMBINED | (start or {}), LAST_TWO, published(loss, FEWER, **more))
+def ours(loss: dict[str, Any] = DSPARK, start: dict[str, Any] | None = None, **more) -> Row:
+    return conditioned(COMBINED | RNN | (start or {}), LAST_TWO, published(loss, FEWER, **more))
 
 
 ABLATIONS = {
@@ -173,36 +173,32 @@ ABLATIONS = {
     "alpha 1.05, raw": refined(1.05, "raw"),
     "suffix masks": standalone(both(steps=FEWER), patch="suffix"),
     "no separator": standalone(both(steps=FEWER), separator=False),
-    "combined": combined(),
     "standalone, rnn": standalone(both(steps=FEWER), 64, "rnn"),
     "standalone, rnn, tv": standalone(both(LOSS, FEWER), 64, "rnn"),
-    "standalone, rnn, published": standalone(published(LOSS, FEWER), 64, "rnn"),
-    "rnn head of 128": combined(start=RNN),
-    "rnn head of 128, one layer": Row(
-        {"conditioned": {"mask": 0, "draft_length": K} | COMBINED | RNN},
-        "from-target:4",
-        published(DSPARK, FEWER),
+    "standalone, rnn, tv, published": standalone(published(LOSS, FEWER), 64, "rnn"),
+    "combined, rnn": ours(),
+    "vanilla head of 96": ours(start={"form": "vanilla", "rank": 96}),
+    "gated head of 128": ours(start={"form": "gated"}),
+    "rnn head of 64": ours(start={"rank": 64}),
+    "one layer": Row(
+        {"conditioned": {"mask": 0, "draft_length": K} | COMBINED | RNN}, "from-target:4", published(DSPARK, FEWER)
     ),
-    "gated head": combined(start={"form": "gated"}),
-    "rnn head": combined(start={"form": "rnn", "rank": 64}),
-    "rnn head, ce": combined({"ce": 1, "decay": 4}, {"form": "rnn", "rank": 64}),
-    "rnn head, no decay": combined(LOSS, {"form": "rnn", "rank": 64}),
-    "taps 0, 2, 4": combined(start=TAPS),
-    "taps 1, 3": combined(start={"taps": [1, 3]}),
-    "tap 4": combined(start={"taps": [4]}),
-    "6 anchors": combined(blocks=6),
-    "12 anchors": combined(blocks=12),
-    "48 anchors": combined(blocks=48),
-    "no decay": combined(LOSS),
-    "decay 2": combined(LOSS | {"decay": 2}),
-    "decay 8": combined(LOSS | {"decay": 8}),
-    "pace": combined(LOSS | {"pace": True}),
-    "ce": combined({"ce": 1, "decay": 4}),
-    "kl": combined({"kl": 1, "decay": 4}),
-    "tv": combined({"tv": 1, "decay": 4}),
-    "lk_alpha": combined({"lk_alpha": 1, "decay": 4}),
-    "lk_lambda": combined({"lk_lambda": 1, "decay": 4}),
-    "scattered masks": conditioned(COMBINED, LAST_TWO, (stage("continuation", FEWER, DSPARK),)),
+    "taps 0, 2, 4": ours(start=TAPS),
+    "taps 1, 3": ours(start={"taps": [1, 3]}),
+    "tap 4": ours(start={"taps": [4]}),
+    "6 anchors": ours(blocks=6),
+    "12 anchors": ours(blocks=12),
+    "48 anchors": ours(blocks=48),
+    "no decay": ours(LOSS),
+    "decay 2": ours(LOSS | {"decay": 2}),
+    "decay 8": ours(LOSS | {"decay": 8}),
+    "pace": ours(LOSS | {"pace": True}),
+    "ce": ours({"ce": 1, "decay": 4}),
+    "kl": ours({"kl": 1, "decay": 4}),
+    "tv": ours({"tv": 1, "decay": 4}),
+    "lk_alpha": ours({"lk_alpha": 1, "decay": 4}),
+    "lk_lambda": ours({"lk_lambda": 1, "decay": 4}),
+    "scattered masks": conditioned(COMBINED | RNN, LAST_TWO, (stage("continuation", FEWER, DSPARK),)),
 }
 
 # SmolLM2-135M-Instruct: 3,032 texts of its answers, read once, have 300,863 answer tokens
@@ -221,7 +217,7 @@ def smol(start: dict[str, Any], source: str, loss: dict[str, Any], *, refine: bo
 
 FEW_IDS = {"draft_vocab": 8192}
 SMOL_MARKOV = {"head": "markov", "rank": 48, "layout": "next_token"} | FEW_IDS
-CAUSAL = {"conv_kernel": 2, "causal": True, "form": "rnn"}
+CAUSAL = {"conv_kernel": 2, "causal": True} | RNN
 SMOLLM2 = {
     "plain": Row({}, "prompt-lookup"),
     "EAGLE-3": smol(FEW_IDS, "random:1", {"kl": 1}, refine=False, kind="eagle3"),
