@@ -20,9 +20,7 @@ from tests.conftest import ROOT
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "comparison"))
-    import run
-
-    return run
+    return importlib.import_module("run")
 
 
 def trained(plan: rows.Plan) -> list[str]:

@@ -133,7 +133,6 @@ def drafter_loss(
             weight = batch["weight"]
             batch = batch | {"weight": weight * decay(weight.shape[-1], objective.decay)[None, None]}
         tapped = None if view is None else view.tapped
-        params = spread_vocabulary(params)
         if own:
             assert view is not None
             assert target is not None
@@ -141,7 +140,7 @@ def drafter_loss(
             batch = batch | {"drafted": drafts}
             states = read_drafts(target, fixed["target"], tokens, batch["anchor"], drafts)
             view = view._replace(drafted=(drafts, states))
-        said = method.predict(params, shared, batch, tapped, remat)
+        said = method.predict(spread_vocabulary(params), shared, batch, tapped, remat)
         loss = loss_of(said, tokens, objective, view if objective.reads_target else None, batch["masked"].shape)
         return loss, jnp.sum(batch["masked"])
 

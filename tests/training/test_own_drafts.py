@@ -1,5 +1,6 @@
 """The third stage: what the drafter drafts on its own is verified as decoding would, and more of it is accepted."""
 
+import contextlib
 import functools
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from deer_jax import regenerate
 from deer_jax.drafters.protocol import Draft
 from deer_jax.models.layers import logits
+from deer_jax.sharding import make_mesh, on_mesh
 from deer_jax.training.objectives import ACCEPTANCE, drafter_loss, fixed_params, read_text
 from deer_jax.training.own_drafts import drafted, read_drafts
 from deer_jax.training.slot_weights import accepted_at_stake
@@ -112,6 +114,19 @@ def test_steps_of_the_stage_raise_what_is_accepted(kind):
     for _ in range(40):
         params = jax.tree.map(lambda x, g: x - 0.01 * g, params, slope(params))
     assert accepted(params) > before + 0.1
+
+
+def test_the_loss_is_the_same_on_a_mesh():
+    """Of a drafter with tables of its own, which lie there as every shard of the rows has them."""
+    drafter, target = drafter_of("standalone rnn"), target_of()
+    method, batch = drafter.method, batch_of(text_of(4, 2), np.tile([4, 7, 9], (2, 1)))
+    loss = drafter_loss(method, target.config, ACCEPTANCE, own=True)
+    fixed = fixed_params(method, target.config, ACCEPTANCE, target.params, drafter.shared)
+    found = []
+    for where in (contextlib.nullcontext(), on_mesh(make_mesh(data=2, devices=jax.devices()[:2]))):
+        with where:
+            found.append(float(jax.jit(lambda params: loss(params, batch, fixed)[0])(drafter.params)))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_a_place_counts_as_much_as_it_is_reached_and_leads_to():
