@@ -139,14 +139,19 @@ def run(plan: Plan, args) -> None:
         print(f"\n{name}, seed {seed}: {shown}; about {left * sum(took) / len(took) / 60:.0f} minutes left", flush=True)
 
 
+def finished(args, name: str, seed: int) -> Path | None:
+    """The run of a cell, if both are there."""
+    folder, cell = args.work / folder_of(name, seed), args.output / f"{folder_of(name, seed)}.json"
+    return folder if folder.is_dir() and cell.is_file() else None
+
+
 def others(plan: Plan, args) -> None:
     """The finished runs on the held-out prompts that no cell is of, and nothing was chosen by."""
     target = deer_jax.load_target(args.target)
     prompts = unseen(plan, target, args.data)[plan.prompts :]
     print(f"{len(prompts)} prompts, k = {K}")
     for name, seed in [(name, seed) for name in args.rows for seed in args.seeds]:
-        folder = args.work / folder_of(name, seed)
-        if folder.is_dir():
+        if folder := finished(args, name, seed):
             found = measured(plan, target, deer_jax.load_drafter(folder, target=target), prompts, (K,))
             print(line([name, str(seed), *(interval(each) for each in found.values())]), flush=True)
 
@@ -156,9 +161,9 @@ def timed(plan: Plan, args) -> None:
     target = deer_jax.load_target(args.target)
     found = {}
     for name in args.rows:
-        row, folder = plan.rows[name], args.work / folder_of(name, 0)
-        if untrained(row) or folder.is_dir():
-            found[name] = deer_jax.load_drafter(row.source if untrained(row) else folder, target=target)
+        row = plan.rows[name]
+        if source := row.source if untrained(row) else finished(args, name, 0):
+            found[name] = deer_jax.load_drafter(source, target=target)
     for temperature in (0.0, 1.0):
         report = deer_jax.bench(
             target, unseen(plan, target, args.data)[:16], drafters=found, draft_lengths=[4, K], max_new_tokens=64,
