@@ -212,6 +212,7 @@ def table(plan: Plan, args) -> None:
             shown = [" ".join("-" if x is None else f"{x:.2f}" for x in depth) for depth in depths]
             print(line([each["row"], *shown]))
     computed(cells)
+    speeds(args.output)
 
 
 def computed(cells: list[dict[str, Any]]) -> None:
@@ -236,6 +237,19 @@ def computed(cells: list[dict[str, Any]]) -> None:
         rules = [rule for rule in each["tau"] if rule.startswith(f"k={K} ")]
         speed = [f"{each['tau'][rule]['tau'] * bytes_of['plain'] / bytes_of[kind]:.2f}" for rule in rules]
         print(line([each["row"], f"{bytes_of[kind]:.3f}", *speed]))
+
+
+def speeds(folder: Path) -> None:
+    """What `time` has measured."""
+    paths = [folder / f"time-T{temperature}.json" for temperature in (0, 1)]
+    if not all(path.is_file() for path in paths):
+        return
+    zero, one = (json.loads(path.read_text())["methods"] for path in paths)
+    print("\nMeasured, one prompt at a time: k, then at T = 0 and T = 1 tokens/s, speedup, round in plain steps\n")
+    for name, method in zero.items():
+        both = [(m["tokens_per_second"], m["speedup"], m["round_cost"]) for m in (method, one[name])]
+        shown = [text for speed, gain, cost in both for text in (f"{speed:,.0f}", f"{gain:.2f}", f"{cost:.2f}")]
+        print(line([method["drafter"] or "plain", str(method["draft_length"]), *shown]))
 
 
 def line(cells: list[str]) -> str:
