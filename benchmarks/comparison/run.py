@@ -169,9 +169,10 @@ def timed(plan: Plan, args) -> None:
             target, unseen(plan, target, args.data)[:16], drafters=found, draft_lengths=[4, K], max_new_tokens=64,
             temperature=temperature, repeats=3,
         )  # fmt: skip
-        text = json.dumps(report.as_dict(), indent=1) + "\n"
+        kept = {name: value for name, value in report.as_dict().items() if name in ("methods", "machine", "date")}
+        text = json.dumps(kept, indent=1) + "\n"
         (args.output / f"time-T{temperature:g}.json").write_text(text, encoding="utf-8")
-        print(report.table())
+    speeds(args.output)
 
 
 # Tables
