@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "comparison"))
-    return importlib.import_module("run")
+    return importlib.import_module("benchmarks.comparison.run")  # benchmarks/gpu has a module run too
 
 
 def trained(plan: rows.Plan) -> list[str]:
@@ -30,10 +30,15 @@ def trained(plan: rows.Plan) -> list[str]:
 @pytest.mark.parametrize("plan", rows.PLANS)
 def test_every_row_is_a_recipe(plan: str, program, tmp_path: Path):
     of = program.PLANS[plan]
-    args = argparse.Namespace(target="target", data=tmp_path, work=tmp_path)
+    args = argparse.Namespace(target="target", data=tmp_path, work=tmp_path, output=tmp_path)
     for name in trained(of):
         if of.rows[name].after:
-            (tmp_path / program.folder_of(of.rows[name].after, 0) / "checkpoints").mkdir(parents=True, exist_ok=True)
+            before = program.folder_of(of.rows[name].after, 0)
+            (tmp_path / before).mkdir(exist_ok=True)
+            if not (tmp_path / f"{before}.json").exists():  # that run is not finished
+                with pytest.raises(SystemExit, match="run that row first"):
+                    program.recipe(of, name, 0, args)
+            (tmp_path / f"{before}.json").touch()
         recipe_from(program.recipe(of, name, 0, args), name)
 
 

@@ -53,13 +53,26 @@ def recipe(plan: Plan, name: str, seed: int, args) -> dict[str, Any]:
     row = plan.rows[name]
     source = row.source
     if row.after:
-        source = str(args.work / folder_of(row.after, seed))
-        if not (args.work / folder_of(row.after, seed) / "checkpoints").is_dir():
-            sys.exit(f"{name} goes on from {source}, which is not there: run the row {row.after!r} first")
+        if (found := finished(args, row.after, seed)) is None:
+            sys.exit(
+                f"{name} goes on from the run of {row.after!r}, which is not in {args.work} or not finished: "
+                f"run that row first, where {args.output} has its figures already with another --output"
+            )
+        source = str(found)
     return plan.common | row.begin | {
         "target": args.target, "answers": [str(args.data / file) for file in plan.answers], "seed": seed,
         "drafter": source, "stages": list(row.stages), "output": str(args.work / folder_of(name, seed)),
     }  # fmt: skip
+
+
+def finished(args, name: str, seed: int) -> Path | None:
+    """The run of a cell, if both are there."""
+    folder, cell = args.work / folder_of(name, seed), args.output / f"{folder_of(name, seed)}.json"
+    return folder if folder.is_dir() and cell.is_file() else None
+
+
+def rule_of(temperature: float, verification: str) -> str:
+    return f"T={temperature:g}" + (", block" if verification == "block" else "")
 
 
 def unseen(plan: Plan, target: deer_jax.Target, data: Path) -> list[list[int]]:
@@ -113,8 +126,7 @@ def measured(plan: Plan, target: deer_jax.Target, drafter: deer_jax.Drafter, pro
                 batch_size=plan.batch, seed=7, verification=verification,
             ).stats  # fmt: skip
             histograms = np.asarray(stats.accepted_histogram)
-            rule = ", block" if verification == "block" else ""
-            found[f"k={k} T={temperature:g}{rule}"] = {
+            found[f"k={k} {rule_of(temperature, verification)}"] = {
                 "tau": stats.acceptance_length, "ci95": acceptance_interval(histograms),
                 "by_depth": acceptance_by_depth(histograms.sum(axis=0)),
             }  # fmt: skip
@@ -139,12 +151,6 @@ def run(plan: Plan, args) -> None:
         print(f"\n{name}, seed {seed}: {shown}; about {left * sum(took) / len(took) / 60:.0f} minutes left", flush=True)
 
 
-def finished(args, name: str, seed: int) -> Path | None:
-    """The run of a cell, if both are there."""
-    folder, cell = args.work / folder_of(name, seed), args.output / f"{folder_of(name, seed)}.json"
-    return folder if folder.is_dir() and cell.is_file() else None
-
-
 def others(plan: Plan, args) -> None:
     """The finished runs on the held-out prompts that no cell is of, and nothing was chosen by."""
     target = deer_jax.load_target(args.target)
@@ -164,9 +170,10 @@ def timed(plan: Plan, args) -> None:
         row = plan.rows[name]
         if source := row.source if untrained(row) else finished(args, name, 0):
             found[name] = deer_jax.load_drafter(source, target=target)
+    prompts = unseen(plan, target, args.data)[:16]
     for temperature in (0.0, 1.0):
         report = deer_jax.bench(
-            target, unseen(plan, target, args.data)[:16], drafters=found, draft_lengths=[4, K], max_new_tokens=64,
+            target, prompts, drafters=found, draft_lengths=[4, K], max_new_tokens=64,
             temperature=temperature, repeats=3,
         )  # fmt: skip
         kept = {name: value for name, value in report.as_dict().items() if name in ("methods", "machine", "date")}
@@ -192,11 +199,10 @@ def interval(each: dict[str, Any]) -> str:
 
 def table(plan: Plan, args) -> None:
     cells = cells_of(plan, args.output)
-    names = {rule: f"T = {t:g}" + (", block" if v == "block" else "")
-             for t, v in plan.rules for rule in [f"T={t:g}" + (", block" if v == "block" else "")]}  # fmt: skip
+    names = [rule_of(*rule) for rule in plan.rules]
     others = [k for k in plan.lengths if k != K]
-    heads = ["row", "seed", *names.values(), *(f"k = {k}" for k in others), "weights x passes", "own parameters",
-             "predicted", "CPU s"]  # fmt: skip
+    heads = ["row", "seed", *(name.replace("=", " = ") for name in names), *(f"k = {k}" for k in others),
+             "weights x passes", "own parameters", "predicted", "CPU s"]  # fmt: skip
     print(line(heads), line(["---"] * len(heads)), sep="\n")
     for each in cells:
         tau = each["tau"]
