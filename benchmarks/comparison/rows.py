@@ -13,8 +13,11 @@ by the sum of their weights).
 """
 
 import dataclasses
+import hashlib
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -267,14 +270,45 @@ def multiplied(method) -> int:
 # What a recipe has no switch for
 
 
-class SharedStates(TargetStates):
-    """All rows of a process have read the target's texts once."""
+class StateFiles(dict[bytes, dict[str, np.ndarray]]):
+    """What a target says of texts, a file each."""
 
-    kept: ClassVar[dict[bytes, dict[str, np.ndarray]]] = {}
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, key) -> Path:
+        return self.folder / f"{hashlib.sha256(key).hexdigest()}.npz"
+
+    def __contains__(self, key: object) -> bool:
+        return self.path(key).is_file()
+
+    def __getitem__(self, key: bytes) -> dict[str, np.ndarray]:
+        with np.load(self.path(key)) as states:
+            return dict(states)
+
+    def __setitem__(self, key: bytes, states: dict[str, np.ndarray]) -> None:
+        part = self.path(key).with_suffix(".part.npz")
+        np.savez(part, **states)
+        part.replace(self.path(key))
+
+
+class SharedStates(TargetStates):
+    """All rows have read the target's texts once; the seconds that this took are counted apart."""
+
+    folder: ClassVar[Path]
+    seconds: ClassVar[float] = 0
 
     def __init__(self, *args):
         super().__init__(*args)
-        self._kept = SharedStates.kept
+        self._kept = StateFiles(SharedStates.folder)
+
+    def _read(self, *args) -> dict[str, np.ndarray]:
+        began = time.process_time()
+        states = super()._read(*args)
+        SharedStates.seconds += time.process_time() - began
+        return states
 
 
 def suffix(size: int, rate: float, settings: corruption.Corruption, rng: np.random.Generator):

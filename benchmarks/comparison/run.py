@@ -31,7 +31,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from rows import PLANS, ROUNDS, K, Plan, multiplied, patched, untrained
+from rows import PLANS, ROUNDS, K, Plan, SharedStates, multiplied, patched, untrained
 
 import deer_jax
 from deer_jax.data.answers import AnswerFiles
@@ -97,10 +97,11 @@ def run_cell(plan: Plan, name: str, seed: int, args) -> dict[str, Any]:
     else:
         values = recipe(plan, name, seed, args)
         metrics = Path(values["output"]) / "metrics.jsonl"
-        begun, began = metrics.exists(), time.process_time()
+        begun, began, read = metrics.exists(), time.process_time(), SharedStates.seconds
         with patched(plan, row):
             report = deer_jax.align(values, progress=lambda done, steps, note: show(name, seed, done, steps, note))
         result["cpu_seconds"] = None if begun else time.process_time() - began
+        result["read_cpu_seconds"] = SharedStates.seconds - read  # of these, what later rows are spared
         drafter = deer_jax.load_drafter(values["output"], target=target)
         losses = [line for line in map(json.loads, metrics.open()) if "loss" in line]
         result["predicted"] = int(sum(line["predicted"] for line in losses) / len(losses) * report.steps)
@@ -275,6 +276,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     args = parser.parse_args()
     plan, args.work = PLANS[args.plan], args.work and args.work / args.plan
+    SharedStates.folder = args.work and args.work / "states"
     args.output = args.output or HERE / args.plan
     args.rows = args.rows or [*plan.rows]
     if unknown := [name for name in args.rows if name not in plan.rows]:

@@ -231,7 +231,8 @@ def test_what_a_layout_cannot_say_is_refused(target, tmp_path, layout, reading, 
     values: dict[str, Any] = vars(TARGET) | {"layers": 2, "windows": (0, 0), "causal": (False, False)}
     config = ConditionedConfig(**values | {"tapped_width": 64} | shape)
     method = ConditionedMethod(config, reading, head or INDEPENDENT)
-    drafter = Drafter(method=method, params={"norm": jnp.zeros(())}, shared={})
+    shared = {"head": jnp.zeros((method.draft_vocab, method.shape.width))} if method.carries_head else {}
+    drafter = Drafter(method=method, params={"norm": jnp.zeros(())}, shared=shared)
     with pytest.raises(InputError, match=rf"\Alayout {layout}: {problem}[^\n]*\Z"):
         deer_jax.save_drafter(tmp_path / "no", drafter, layout=layout, target=target)
     assert not (tmp_path / "no").exists()
