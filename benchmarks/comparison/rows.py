@@ -141,7 +141,6 @@ KINDS = {
     "DFlash 2 published": conditioned(SELECTOR | CONVOLVED, "random:2", published(DFLASH2)),
     "DSpark published": conditioned(MARKOV, "random:2", published(DSPARK)),
     "DSpark kl": conditioned(MARKOV, "random:2", published(DFLASH)),
-    "DSpark pace": conditioned(MARKOV, "random:2", published({"kl": 0.5, "tv": 0.5, "pace": True})),
     "started": conditioned(MARKOV, LAST_TWO, published(DSPARK)),
     "few ids": conditioned(FEW, LAST_TWO, published(DSPARK)),
     "few ids causal": conditioned(FEW | {"causal": True}, LAST_TWO, published(DSPARK)),
@@ -195,12 +194,9 @@ ABLATIONS = {
     "no decay": ours(LOSS),
     "decay 2": ours(LOSS | {"decay": 2}),
     "decay 8": ours(LOSS | {"decay": 8}),
-    "pace": ours(LOSS | {"pace": True}),
     "ce": ours({"ce": 1, "decay": 4}),
     "kl": ours({"kl": 1, "decay": 4}),
     "tv": ours({"tv": 1, "decay": 4}),
-    "lk_alpha": ours({"lk_alpha": 1, "decay": 4}),
-    "lk_lambda": ours({"lk_lambda": 1, "decay": 4}),
     "scattered masks": conditioned(COMBINED | RNN, LAST_TWO, (stage("continuation", FEWER, DSPARK),)),
 }
 

@@ -347,8 +347,8 @@ def check(recipe: Recipe, stages: Sequence[Stage], inputs: Inputs) -> None:
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         if method.examples == "cut":
-            if stage.loss.decay is not None or stage.loss.pace:
-                raise InputError(f"{where}: loss: decay and pace are for blocks, which this drafter is not trained on")
+            if stage.loss.decay is not None:
+                raise InputError(f"{where}: loss: decay is for blocks, which this drafter is not trained on")
             continue
         assert width is not None
         if width >= recipe.length:

@@ -22,9 +22,6 @@ from jax import lax
 from deer_jax.errors import InputError
 from deer_jax.sharding import gathered, largest, total
 
-LEAST_ACCEPTANCE = 1e-30  # below it -log(acceptance) grows no further
-SHARPNESS = 3.0  # of `lk_lambda`: how fast it turns from KL to total variation as acceptance grows
-
 
 class Target(NamedTuple):
     """What the target says at some rows, among the drafter's ids."""
@@ -52,16 +49,11 @@ class Mix:
       ce: cross-entropy on the label; 0 at rows whose label is none of the drafter's.
       kl: KL(p || q), p as it is among the drafter's ids.
       tv: total variation, 1/2 sum |p - q| = 1 - acceptance.
-      lk_alpha: -log of the acceptance sum min(p, q) (arXiv 2602.23881).
-      lk_lambda: KL where little is accepted, total variation where much is: lambda KL + (1 - lambda) TV with lambda =
-        exp(-3 acceptance), which is not differentiated (the same paper).
     """
 
     ce: float = 0.0
     kl: float = 0.0
     tv: float = 0.0
-    lk_alpha: float = 0.0
-    lk_lambda: float = 0.0
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
@@ -78,12 +70,8 @@ class Mix:
 
 def mixed(mix: Mix, view: View):
     """The weighted sum of a mix's losses."""
-    parts = [
-        (mix.ce, cross_entropy), (mix.kl, divergence), (mix.tv, total_variation), (mix.lk_alpha, log_acceptance),
-        (mix.lk_lambda, divergence_then_variation),
-    ]  # fmt: skip
     loss, slope = jnp.zeros_like(view.has_label), jnp.zeros_like(view.log_q)
-    for weight, function in parts:
+    for weight, function in (mix.ce, cross_entropy), (mix.kl, divergence), (mix.tv, total_variation):
         if weight:
             one, its_slope = function(view)
             loss, slope = loss + weight * one, slope + weight * its_slope
@@ -131,20 +119,6 @@ def total_variation(view: View):
     outside = -jnp.expm1(_target(view).log_share)
     loss = (_sum(jnp.abs(_whole_p(view) - jnp.exp(view.log_q))) + outside) / 2
     return loss, -acceptance(view)[1]
-
-
-def log_acceptance(view: View):
-    """-log of the acceptance."""
-    accepted, slope = acceptance(view)
-    accepted = jnp.maximum(accepted, LEAST_ACCEPTANCE)
-    return -jnp.log(accepted), -slope / accepted
-
-
-def divergence_then_variation(view: View):
-    """Lambda KL + (1 - lambda) TV, lambda = exp(-3 acceptance)."""
-    share = jnp.exp(-SHARPNESS * acceptance(view)[0])
-    (far, far_slope), (near, near_slope) = divergence(view), total_variation(view)
-    return share * far + (1 - share) * near, share * far_slope + (1 - share) * near_slope
 
 
 def agreement(view: View):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deer_jax.build import Remat
-from deer_jax.config import ModelConfig, check_flag, check_number
+from deer_jax.config import ModelConfig, check_number
 from deer_jax.drafters.protocol import Predictions, Trainable
 from deer_jax.models.transformer import Params, bind
 from deer_jax.sharding import spread
@@ -28,7 +28,7 @@ from deer_jax.training.cross_entropy import (
 )
 from deer_jax.training.losses import Mix, confidence_loss
 from deer_jax.training.own_drafts import drafted, read_drafts
-from deer_jax.training.slot_weights import accepted_at_stake, decay, length_at_stake
+from deer_jax.training.slot_weights import accepted_at_stake, decay
 
 MOST_WEIGHT = 1e6  # of a loss
 
@@ -69,35 +69,30 @@ class Objective:
     Where a recipe has `loss`, `ce` is 0 unless it is named there.
 
     Attributes:
-      ce, kl, tv, lk_alpha, lk_lambda: weights of a row's losses, see `losses.Mix`. `ce` alone reads nothing but the
-        texts (the paper); the others read the target's distributions.
+      ce, kl, tv: weights of a row's losses, see `losses.Mix`. `ce` alone reads nothing but the texts (the paper); the
+        others read the target's distributions.
       selector: weight of the choice that a path selector makes, for drafters that have one.
       confidence: weight of the confidence head's loss, for drafters that have one; it needs the target as well.
       decay: the i-th token of a block, from 0, weighs exp(-i / decay); None: all the same. Blocks only.
-      pace: tokens weigh as much as of the expected accepted length hangs on them (D-PACE). Blocks only.
     """
 
     ce: float = 1.0
     kl: float = 0.0
     tv: float = 0.0
-    lk_alpha: float = 0.0
-    lk_lambda: float = 0.0
     selector: float = 1.0
     confidence: float = 0.0
     decay: float | None = None
-    pace: bool = False
 
     def __post_init__(self):
         for name in ("selector", "confidence"):
             check_number(name, getattr(self, name), 0, MOST_WEIGHT)
         if self.decay is not None:
             check_number("decay", self.decay, 0, MOST_WEIGHT, above=True)
-        check_flag("pace", self.pace)
         _ = self.mix
 
     @property
     def mix(self) -> Mix:
-        return Mix(ce=self.ce, kl=self.kl, tv=self.tv, lk_alpha=self.lk_alpha, lk_lambda=self.lk_lambda)
+        return Mix(ce=self.ce, kl=self.kl, tv=self.tv)
 
     @property
     def reads_target(self) -> bool:
@@ -189,16 +184,12 @@ def loss_of(said: Predictions, tokens, objective: Objective, view: View | None, 
     selector = None
     if said.choice is not None and objective.selector:
         selector = Selector(said.choice.term, objective.selector * jnp.where(in_blocks, weights, 0), said.choice.count)
-    own = view is not None and view.drafted is not None
-    if objective.pace or own:
+    if view is not None and view.drafted is not None:
         B, M, W = masked
         rows = measured(said.terms, labels, weights, soft, selector)
         likelihood, said_by, counts = (x[:, text:].reshape(B, M, W) for x in (rows.likelihood, rows.said, weights != 0))
-        if own:
-            chance = jnp.minimum(said_by / jnp.where(likelihood > 0, likelihood, 1), 1)
-            factor = accepted_at_stake(chance, counts)
-        else:
-            factor = length_at_stake(likelihood, counts)
+        chance = jnp.minimum(said_by / jnp.where(likelihood > 0, likelihood, 1), 1)
+        factor = accepted_at_stake(chance, counts)
         weights = weights * jnp.pad(factor.reshape(B, M * W), ((0, 0), (text, 0)), constant_values=1)
     loss, rows = weighted_loss(said.terms, labels, weights, objective.mix, soft, selector)
     if said.confidence is not None and objective.confidence:

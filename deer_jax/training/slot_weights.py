@@ -39,15 +39,3 @@ def accepted_at_stake(chance, counts) -> jax.Array:
         behind = chance[..., i] * (1 + behind)
     stake = reached * jnp.stack(each[::-1], axis=-1)
     return lax.stop_gradient(jnp.where(counts, stake, 0.0))
-
-
-def length_at_stake(likelihood, counts, least: float = 0.5) -> jax.Array:
-    """float32 [..., k]: how much of a block's expected accepted length is at stake at each draft (D-PACE).
-
-    arXiv 2605.18810. For draft j the sum over i >= j of the product over m <= i of (1 - least) * likelihood_m + least;
-    0 where it does not count. likelihood float32 [..., k]: the drafter's probability of the right token, not
-    differentiated. counts bool [..., k]: others (given, or behind the end) are taken as right and add no length.
-    """
-    sure = jnp.where(counts, (1 - least) * likelihood + least, 1.0)
-    reached = jnp.where(counts, jnp.cumprod(sure, axis=-1), 0.0)
-    return lax.stop_gradient(jnp.where(counts, lax.cumsum(reached, axis=reached.ndim - 1, reverse=True), 0.0))

@@ -19,13 +19,8 @@ def naive_losses(scores, label, theirs, rest):
     q = jnp.pad(jax.nn.softmax(scores, axis=-1), [(0, 0)] * (scores.ndim - 1) + [(0, rest.shape[-1])])
     log_q, among = jax.nn.log_softmax(scores, axis=-1), jax.nn.softmax(theirs, axis=-1)
     kl = jnp.sum(jnp.where(among > 0, among * (jnp.log(jnp.where(among > 0, among, 1.0)) - log_q), 0.0), axis=-1)
-    tv, accepted = jnp.sum(jnp.abs(p - q), axis=-1) / 2, jnp.sum(jnp.minimum(p, q), axis=-1)
-    share = jax.lax.stop_gradient(jnp.exp(-3 * accepted))
     said = jnp.take_along_axis(log_q, jnp.maximum(label, 0)[..., None], axis=-1)[..., 0]
-    return {
-        "ce": jnp.where(label >= 0, -said, 0.0), "kl": kl, "tv": tv, "lk_alpha": -jnp.log(accepted),
-        "lk_lambda": share * kl + (1 - share) * tv,
-    }  # fmt: skip
+    return {"ce": jnp.where(label >= 0, -said, 0.0), "kl": kl, "tv": jnp.sum(jnp.abs(p - q), axis=-1) / 2}
 
 
 def naive_choice(scores, label, extra, count):

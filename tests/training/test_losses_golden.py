@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deer_jax.training.cross_entropy import Selector, SoftLabels, measured, weighted_loss
+from deer_jax.training.cross_entropy import Selector, SoftLabels, weighted_loss
 from deer_jax.training.losses import Mix, confidence_loss
 from deer_jax.training.scores import Term
-from deer_jax.training.slot_weights import decay, length_at_stake
+from deer_jax.training.slot_weights import decay
 
 FILE = Path(__file__).resolve().parent.parent / "drafters" / "golden" / "losses.npz"
-MIXES = {"kl_div": "kl", "ce": "ce", "tv": "tv", "nla": "lk_alpha", "lk_hybrid": "lk_lambda"}
+MIXES = {"kl_div": "kl", "ce": "ce", "tv": "tv"}
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
@@ -29,18 +29,14 @@ def arguments(golden, logits):
     return [Term(jnp.asarray(logits), jnp.eye(V), trained=False)], None, theirs
 
 
-def slot_weights(golden, layout, kind, likelihood=None):
-    """Weights of the slots, divided by how many count."""
+def slot_weights(golden, layout):
+    """Weights of the slots, which decay, divided by how many count."""
     counts = golden[f"counts_{layout}"]
-    if kind == "decay":
-        first, count = (1, counts.shape[1] - 1) if layout == "fill_in" else (0, counts.shape[1])
-        factor = np.zeros(counts.shape[1], np.float32)
-        factor[first:] = decay(count, 4.0)
-        np.testing.assert_allclose(factor, golden[f"weights_{layout}_4"][0], **CLOSE)
-        weights = jnp.asarray(counts * factor)
-    else:
-        weights = length_at_stake(likelihood, counts)
-    return weights / np.float32(counts.sum())
+    first, count = (1, counts.shape[1] - 1) if layout == "fill_in" else (0, counts.shape[1])
+    factor = np.zeros(counts.shape[1], np.float32)
+    factor[first:] = decay(count, 4.0)
+    np.testing.assert_allclose(factor, golden[f"weights_{layout}_4"][0], **CLOSE)
+    return jnp.asarray(counts * factor) / np.float32(counts.sum())
 
 
 @pytest.mark.parametrize("name", MIXES)
@@ -53,14 +49,11 @@ def test_each_loss_of_a_row(golden, name):
 
 
 @pytest.mark.parametrize("layout", ["fill_in", "next_token"])
-@pytest.mark.parametrize(("case", "mix"), [("kl", Mix(kl=1)), ("ce", Mix(ce=1)), ("ce_dpace", Mix(ce=1))])
+@pytest.mark.parametrize(("case", "mix"), [("kl", Mix(kl=1)), ("ce", Mix(ce=1))])
 def test_dflash(golden, layout, case, mix):
     def loss(logits):
         terms, labels, soft = arguments(golden, logits)
-        kind, likelihood = "decay", None
-        if case == "ce_dpace":
-            kind, likelihood = "dpace", measured(terms, labels, jnp.ones(logits.shape[:2]), soft).likelihood
-        return weighted_loss(terms, labels, slot_weights(golden, layout, kind, likelihood), mix, soft)[0]
+        return weighted_loss(terms, labels, slot_weights(golden, layout), mix, soft)[0]
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(golden["logits"])
     np.testing.assert_allclose(value, golden[f"dflash_{layout}_{case}"], **CLOSE)
@@ -71,7 +64,7 @@ def test_dflash(golden, layout, case, mix):
 def test_dspark(golden, layout):
     def loss(logits, confidence):
         terms, labels, soft = arguments(golden, logits)
-        weights = slot_weights(golden, layout, "decay")
+        weights = slot_weights(golden, layout)
         value, rows = weighted_loss(terms, labels, weights, Mix(ce=0.1, tv=0.9), soft)
         return value + confidence_loss(confidence, rows.acceptance, weights)
 
@@ -81,25 +74,19 @@ def test_dspark(golden, layout):
         np.testing.assert_allclose(gradient, golden[f"dspark_{layout}_gradient_{name}"], **CLOSE)
 
 
-@pytest.mark.parametrize(("case", "mix"), [("fixed_exp_decay", Mix(kl=1)), ("dpace", Mix(ce=1))])
-def test_dflash2(golden, case, mix):
+def test_dflash2(golden):
     K = golden["candidates"].shape[-1]
     counts = golden["counts_fill_in"]
 
     def loss(logits, transitions):
         terms, labels, soft = arguments(golden, logits)
         term = Term(transitions, jnp.eye(logits.shape[-1]))
-        if case == "dpace":
-            rows = measured(terms, labels, jnp.ones(counts.shape), soft, Selector(term, jnp.ones(counts.shape), K))
-            weights = slot_weights(golden, "fill_in", "dpace", rows.likelihood)
-            choice_weights = slot_weights(golden, "fill_in", "dpace", jnp.exp(-rows.choice_loss))
-        else:
-            weights = choice_weights = slot_weights(golden, "fill_in", "decay")
-        return weighted_loss(terms, labels, weights, mix, soft, Selector(term, choice_weights, K))
+        weights = slot_weights(golden, "fill_in")
+        return weighted_loss(terms, labels, weights, Mix(kl=1), soft, Selector(term, weights, K))
 
     one = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
     (found, rows), gradients = one(golden["logits"], golden["transitions"])
-    np.testing.assert_allclose(found, golden[f"dflash2_{case}"], **CLOSE)
+    np.testing.assert_allclose(found, golden["dflash2_fixed_exp_decay"], **CLOSE)
     for name, gradient in zip(("logits", "transitions"), gradients, strict=True):
-        np.testing.assert_allclose(gradient, golden[f"dflash2_{case}_gradient_{name}"], **CLOSE)
+        np.testing.assert_allclose(gradient, golden[f"dflash2_fixed_exp_decay_gradient_{name}"], **CLOSE)
     np.testing.assert_array_equal(rows.recall, golden["target_was_candidate"] & counts)

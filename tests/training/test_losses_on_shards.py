@@ -19,7 +19,7 @@ from tests.training.naive import naive_choice, naive_losses
 
 B, R, D, RANK, V, OTHERS = 4, 8, 8, 4, 20, 12  # the target has V + OTHERS ids, of which the drafter has V
 IDS = np.sort(np.random.default_rng(3).choice(V + OTHERS, V, replace=False)).astype(np.int32)
-EVERYTHING = Mix(ce=0.1, kl=0.2, tv=0.9, lk_alpha=0.3, lk_lambda=0.4)
+EVERYTHING = Mix(ce=0.1, kl=0.2, tv=0.9)
 
 
 @dataclasses.dataclass(frozen=True)
