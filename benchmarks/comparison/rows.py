@@ -48,8 +48,8 @@ class Row:
 class Plan:
     """Rows of one target, and how they are measured.
 
-    answers: files of --data. common: what all recipes have. rules: temperature and verification. prompts: how many of
-    those in held_out.jsonl. batch: prompts at once.
+    answers: files of --data. common: what all recipes have. rules: temperature and verification; as a block, at the
+    lengths of `block_lengths` alone. prompts: how many of those in held_out.jsonl. batch: prompts at once.
     """
 
     rows: dict[str, Row]
@@ -57,6 +57,7 @@ class Plan:
     common: dict[str, Any]
     rules: tuple[tuple[float, str], ...]
     lengths: tuple[int, ...]
+    block_lengths: tuple[int, ...] = (4, K, 16)
     prompts: int = 104
     batch: int = 128
     in_order: bool = False  # stages go on in the texts where the one before ended, and rows share the target's states
@@ -218,7 +219,7 @@ FEW_IDS = {"draft_vocab": 8192}
 SMOL_MARKOV = {"head": "markov", "rank": 48, "layout": "next_token"} | FEW_IDS
 CAUSAL = {"conv_kernel": 2, "causal": True} | RNN
 SMOLLM2 = {
-    "plain": Row({}, "prompt-lookup"),
+    "prompt-lookup": Row({}, "prompt-lookup"),
     "EAGLE-3": smol(FEW_IDS, "random:1", {"kl": 1}, refine=False, kind="eagle3"),
     "standalone I+II": smol({}, "from-target:0,10,19,29", {}, refine=True, kind="reading"),
     "DFlash I+II": smol(FEW_IDS, "random:2", DFLASH, refine=True),
@@ -244,7 +245,7 @@ PLANS = {
     "ablations": Plan(ABLATIONS, STORIES_ANSWERS, TOKENS, ((0.0, "token"), (1.0, "token")), (K,)),
     "smollm2": Plan(
         SMOLLM2, ("answers.jsonl",), {"length": 256, "batch": 8, "keep_states": 8, "checkpoint_every": 100},
-        ((0.0, "token"), (1.0, "token"), (1.0, "block")), (4, K, 16), prompts=24, batch=24, in_order=True,
+        ((0.0, "token"), (1.0, "token"), (1.0, "block")), (4, K, 16), (K,), prompts=24, batch=24, in_order=True,
     ),
 }  # fmt: skip
 

@@ -122,6 +122,8 @@ def measured(plan: Plan, target: deer_jax.Target, drafter: deer_jax.Drafter, pro
     found = {}
     for k in lengths:
         for temperature, verification in plan.rules:
+            if verification == "block" and k not in plan.block_lengths:
+                continue
             stats = deer_jax.decode(
                 target, prompts, drafter=drafter, draft_length=k, max_new_tokens=64, temperature=temperature,
                 batch_size=plan.batch, seed=7, verification=verification,
