@@ -76,3 +76,14 @@ def test_masks_and_weights_that_no_recipe_says():
     assert raw.total == normalised.masked.sum() < normalised.total
     np.testing.assert_array_equal(raw.weight, normalised.weight)
     assert raw.text_weight.sum() == pytest.approx(raw.total)
+
+
+def test_states_of_a_text_outlive_the_process_that_read_them(tmp_path: Path):
+    key, states = np.arange(3).tobytes(), {"hidden": np.ones((3, 2), np.float32), "tapped": np.zeros((3, 4))}
+    assert key not in rows.StateFiles(tmp_path)
+    rows.StateFiles(tmp_path)[key] = states
+    again = rows.StateFiles(tmp_path)
+    assert key in again and np.arange(4).tobytes() not in again
+    assert again[key].keys() == states.keys()
+    for name, value in states.items():
+        np.testing.assert_array_equal(again[key][name], value)

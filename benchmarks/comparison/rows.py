@@ -14,7 +14,6 @@ by the sum of their weights).
 
 import dataclasses
 import hashlib
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -292,20 +291,13 @@ class StateFiles(dict[bytes, dict[str, np.ndarray]]):
 
 
 class SharedStates(TargetStates):
-    """All rows have read the target's texts once; the seconds that this took are counted apart."""
+    """All rows have read the target's texts once, the first of them."""
 
     folder: ClassVar[Path]
-    seconds: ClassVar[float] = 0
 
     def __init__(self, *args):
         super().__init__(*args)
         self._kept = StateFiles(SharedStates.folder)
-
-    def _read(self, *args) -> dict[str, np.ndarray]:
-        began = time.process_time()
-        states = super()._read(*args)
-        SharedStates.seconds += time.process_time() - began
-        return states
 
 
 def suffix(size: int, rate: float, settings: corruption.Corruption, rng: np.random.Generator):
