@@ -207,11 +207,12 @@ SMOL_TAPS = [1, 14, 26]
 
 
 def smol(start: dict[str, Any], source: str, loss: dict[str, Any], *, refine: bool, kind: str = "conditioned") -> Row:
-    reads = {"taps": SMOL_TAPS} if kind in ("conditioned", "eagle3") else {}
+    reads = {} if kind == "reading" else {"taps": SMOL_TAPS}
+    kept = {} if kind == "reading" else {"keep_states": 8}
     mask = {"mask_token": "<reponame>"} if kind == "conditioned" else {}
     common: dict[str, Any] = {"learning_rate": 1e-3, "warmup": 30, "blocks": SMOL_BLOCKS}
     stages = both(loss, SMOL_STEPS, **common) if refine else published(loss, SMOL_STEPS, **common)
-    return Row({kind: reads | mask | {"draft_length": K} | start}, source, stages)
+    return Row({kind: reads | mask | {"draft_length": K} | start} | kept, source, stages)
 
 
 FEW_IDS = {"draft_vocab": 8192}
@@ -243,7 +244,7 @@ PLANS = {
     "kinds": Plan(KINDS, STORIES_ANSWERS, TOKENS, ((0.0, "token"), (1.0, "token")), (4, K, 16)),
     "ablations": Plan(ABLATIONS, STORIES_ANSWERS, TOKENS, ((0.0, "token"), (1.0, "token")), (K,)),
     "smollm2": Plan(
-        SMOLLM2, ("answers.jsonl",), {"length": 256, "batch": 8, "keep_states": 8, "checkpoint_every": 100},
+        SMOLLM2, ("answers.jsonl",), {"length": 256, "batch": 8, "checkpoint_every": 100},
         ((0.0, "token"), (1.0, "token"), (1.0, "block")), (4, K, 16), (K,), prompts=24, batch=24, in_order=True,
     ),
 }  # fmt: skip
