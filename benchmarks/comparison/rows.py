@@ -224,7 +224,7 @@ SMOLLM2 = {
     "standalone I+II": smol({}, "from-target:0,10,19,29", {}, refine=True, kind="reading"),
     "DFlash I+II": smol(FEW_IDS, "random:2", DFLASH, refine=True),
     "DSpark I+II": smol(SMOL_MARKOV, "random:2", DSPARK, refine=True),
-    "best": smol(SMOL_MARKOV | CAUSAL, "from-target:28,29", DSPARK, refine=False),
+    "combined, rnn": smol(SMOL_MARKOV | CAUSAL, "from-target:28,29", DSPARK, refine=False),
 }
 
 # The compiled rounds of tpu_programs.py that a row's drafter would have at real size.

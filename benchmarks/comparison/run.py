@@ -13,7 +13,9 @@ rows. `others` measures finished runs on the held-out prompts behind those of th
 with the speedup that tau and the bytes of compiled rounds (tpu.json) give for Qwen3-8B on 8 v5e.
 
 The plans `stories260k`, `kinds` and `ablations` have the data of align_stories.py; `smollm2` that of
-benchmarks/smollm2/README.md: held_out.jsonl and, of its answers, the first 3,032 lines as answers.jsonl.
+benchmarks/smollm2/README.md, held_out.jsonl and of its answers the first 3,032 lines:
+
+    gunzip -c benchmarks/smollm2/smollm2.jsonl.gz | head -n 3032 > smol/answers.jsonl
 
 Counted are the weights that one pass over a row multiplies, the output head included, and the passes for a draft of 8;
 look-ups are not. The last checkpoint is measured. CPU seconds are those of `align`, with compilation; the first row of
