@@ -53,7 +53,7 @@ def prepare(
             f"{drafter.name} drafts for a vocabulary of {drafter.method.target_vocab}, {target.name} has {vocab}: "
             "load it for this target, load_drafter(..., target=target)"
         )
-    if drafter is not None and k > drafter.draft_length:
+    if drafter is not None and drafter.params and k > drafter.draft_length:  # prompt lookup is not trained
         warnings.warn(
             f"draft_length {k} is beyond the {drafter.draft_length} that {drafter.name} was trained for", stacklevel=3
         )

@@ -1,6 +1,7 @@
 """Wrong input of decode and stream is refused in one line, before any work."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from deer_jax import (
 from deer_jax.decoding import engine
 from deer_jax.decoding.engine import Engine
 from deer_jax.drafters.drafter import Drafter
+from deer_jax.drafters.prompt_lookup import prompt_lookup
 from deer_jax.drafters.protocol import Method
 from tests.doubles import Pieces, table_drafter
 from tests.tiny import random_params, tiny
@@ -187,3 +189,9 @@ def test_a_draft_longer_than_trained_warns(target):
     drafter = drafter_from_target(target, DrafterConfig(draft_length=2))
     with pytest.warns(UserWarning, match="draft_length 3 is beyond the 2 that from-target was trained for"):
         decode(target, [[1, 2, 3]], drafter=drafter, draft_length=K, max_new_tokens=4)
+
+
+def test_prompt_lookup_is_trained_for_no_length(target):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode(target, [[1, 2, 3]], drafter=prompt_lookup(target, 2), draft_length=K, max_new_tokens=4)
