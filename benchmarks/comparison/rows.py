@@ -70,6 +70,7 @@ def untrained(row: Row) -> bool:
 
 STEPS, THIRD, BLOCKS = 4000, 1000, 24
 TAPS = {"taps": [0, 2, 4]}
+COLD = {"mask": 0, "draft_length": K, "warm": False}
 MARKOV = {"head": "markov", "rank": 16, "layout": "next_token"}
 SELECTOR = {"head": "selector", "rank": 32, "candidates": 16}
 FEW = MARKOV | {"rank": 64, "draft_vocab": 256, "taps": [0, 1, 2, 3, 4]}
@@ -97,7 +98,7 @@ def both(loss: dict[str, Any] | None = None, steps: int = STEPS, alpha: float = 
 
 
 def conditioned(start: dict[str, Any], source: str, stages: Stages, **more) -> Row:
-    return Row({"conditioned": TAPS | {"mask": 0, "draft_length": K} | start}, source, stages, **more)
+    return Row({"conditioned": TAPS | COLD | start}, source, stages, **more)
 
 
 def eagle3(stages: Stages, **sizes) -> Row:
@@ -182,9 +183,7 @@ ABLATIONS = {
     "vanilla head of 96": ours(start={"form": "vanilla", "rank": 96}),
     "gated head of 128": ours(start={"form": "gated"}),
     "rnn head of 64": ours(start={"rank": 64}),
-    "one layer": Row(
-        {"conditioned": {"mask": 0, "draft_length": K} | COMBINED | RNN}, "from-target:4", published(DSPARK, FEWER)
-    ),
+    "one layer": Row({"conditioned": COLD | COMBINED | RNN}, "from-target:4", published(DSPARK, FEWER)),
     "taps 0, 2, 4": ours(start=TAPS),
     "taps 1, 3": ours(start={"taps": [1, 3]}),
     "tap 4": ours(start={"taps": [4]}),
@@ -197,6 +196,7 @@ ABLATIONS = {
     "ce": ours({"ce": 1, "decay": 4}),
     "kl": ours({"kl": 1, "decay": 4}),
     "tv": ours({"tv": 1, "decay": 4}),
+    "warm": ours(start={"warm": True}),
     "scattered masks": conditioned(COMBINED | RNN, LAST_TWO, (stage("continuation", FEWER, DSPARK),)),
 }
 
@@ -224,7 +224,8 @@ SMOLLM2 = {
     "standalone I+II": smol({}, "from-target:0,10,19,29", {}, refine=True, kind="reading"),
     "DFlash I+II": smol(FEW_IDS, "random:2", DFLASH, refine=True),
     "DSpark I+II": smol(SMOL_MARKOV, "random:2", DSPARK, refine=True),
-    "combined, rnn": smol(SMOL_MARKOV | CAUSAL, "from-target:28,29", DSPARK, refine=False),
+    "combined, rnn": smol(SMOL_MARKOV | CAUSAL | {"warm": False}, "from-target:28,29", DSPARK, refine=False),
+    "combined, rnn, warm": smol(SMOL_MARKOV | CAUSAL, "from-target:28,29", DSPARK, refine=False),
 }
 
 # The compiled rounds of tpu_programs.py that a row's drafter would have at real size.
@@ -232,7 +233,7 @@ ROUNDS = {
     "prompt-lookup": "fixed", "EAGLE-3": "eagle3", "EAGLE-3, wide": "eagle3", "EAGLE-3, wider": "eagle3",
     "standalone I": "drafter", "standalone I+II": "drafter", "best": "drafter",
     "DFlash I+II": "dflash", "DFlash 2 I+II": "dflash2", "DSpark I+II": "dspark", "combined": "dspark32k",
-    "combined, rnn": "rnn32k",
+    "combined, rnn": "rnn32k", "combined, rnn, warm": "rnn32k",
 }  # fmt: skip
 
 TOKENS = {"length": 176, "batch": 4, "checkpoint_every": 1000}

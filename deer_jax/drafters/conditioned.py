@@ -232,6 +232,7 @@ def conditioned_drafter(
     reading: ConditionedReading,
     *,
     layers: int | Sequence[int] = 2,
+    warm: bool = True,
     head: Head | None = None,
     ids: Ids | None = None,
     seed: int = 0,
@@ -243,6 +244,10 @@ def conditioned_drafter(
 
     Args:
       layers: how many random layers, or those of the target that it starts from.
+      warm: whether one that starts from layers of the target reads it as they do: `fc` hands on the last tap, normed as
+        they norm what they read (with the tap before it, a layer's keys and values of the context are the target's
+        own), and a Markov head's table begins with the target's embedding. Otherwise these are random, as with random
+        layers always.
       ids: the ids that it proposes, ascending; their number is `reading.draft_vocab`.
       dtype: of its parameters; None: the target's.
       shape: of its backbone, where it differs from the target's, see `ConditionedConfig`.
@@ -263,8 +268,13 @@ def conditioned_drafter(
         if key in own and own[key].shape != weight.shape:
             raise InputError(f"a drafter of other sizes than {target.name} cannot start from its layers: see {key}")
         params["layers"][key] = own.get(key, weight)
+    embedding = None
+    if own is not None and warm:
+        embedding = target.params["embed"]
+        params["fc"] = jnp.eye(config.width, method.shape.tapped_width, method.shape.tapped_width - config.width)
+        params["hidden_norm"] = jnp.mean(own["input_norm"], axis=0)
     if found := method.head_weights():
-        params[HEAD] = initial(found, seed + 1)
+        params[HEAD] = initial(found, seed + 1, embedding=embedding)
     params = jax.tree.map(lambda x: x.astype(target.dtype if dtype is None else dtype), params)
     if not target.build.scan:
         params = unstack_layers(params, count)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from deer_jax.config import check_choice, check_flag, check_whole, from_mapping
@@ -173,7 +174,7 @@ class Markov(Independent):
     def weights(self, width: int, vocab: int, draft_vocab: int) -> dict[str, Weight]:
         r = self.rank
         table = {
-            "w1": Weight((vocab, r), ("vocab", "width")),
+            "w1": Weight((vocab, r), ("vocab", "width"), "tokens"),
             "w2": Weight((draft_vocab, r), ("vocab", "width"), "zeros"),  # it begins as if it were not there
         }
         if self.form == "gated":
@@ -286,13 +287,21 @@ def best_of(scores, count: int):
     return on_shards(local, (here(scores.shape, "batch", None, "vocab"),), (rows, rows))(scores)
 
 
-def initial(weights: dict[str, Weight], seed: int, dtype=jnp.float32) -> Params:
-    """Arrays for a table of weights."""
+def initial(weights: dict[str, Weight], seed: int, dtype=jnp.float32, embedding: jax.Array | None = None) -> Params:
+    """Arrays for a table of weights.
+
+    embedding: [V, D] of the target, which a table of its tokens begins with: projected at random to the table's rank,
+    with mean square 1, so that tokens alike are alike there. None: it begins with a random row per token.
+    """
     params: dict[str, Any] = {}
     for key, (name, weight) in zip(
         jax.random.split(jax.random.key(seed), max(len(weights), 1)), weights.items(), strict=False
     ):
-        if weight.init == "normal":
+        if weight.init == "tokens" and embedding is not None:
+            projection = np.asarray(jax.random.normal(key, (embedding.shape[1], weight.shape[1])), embedding.dtype)
+            rows = jnp.matmul(embedding, projection, preferred_element_type=jnp.float32)
+            params[name] = (rows * lax.rsqrt(jnp.mean(rows**2))).astype(dtype)
+        elif weight.init in ("normal", "tokens"):
             params[name] = jax.random.normal(key, weight.shape, dtype) / math.sqrt(weight.shape[-1])
         else:
             params[name] = jnp.zeros(weight.shape, dtype)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from deer_jax.config import check_choice
+from deer_jax.config import check_choice, check_flag
 from deer_jax.drafters.conditioned import ConditionedReading, conditioned_drafter, default_taps
 from deer_jax.drafters.drafter import Drafter
 from deer_jax.drafters.eagle3 import default_taps as eagle3_taps
@@ -111,6 +111,8 @@ class ConditionedStart:
       window: how far its layers see; 0: everything. causal: rows of a block see only those before them.
       conv_kernel, conv_group: convolutions around attention and MLP (DFlash 2); conv_kernel 0 has none.
       mlp_width, heads, kv_heads, head_width: of its layers; None: the target's.
+      warm: whether one that starts from layers of the target also begins to read it as they do, and a Markov head with
+        the target's embedding; see `conditioned_drafter`.
     """
 
     taps: tuple[int, ...] | None = None
@@ -132,9 +134,11 @@ class ConditionedStart:
     heads: int | None = None
     kv_heads: int | None = None
     head_width: int | None = None
+    warm: bool = True
 
     def __post_init__(self):
         check_choice("head", self.head, HEADS)
+        check_flag("warm", self.warm)
         self.make_head()
         if (self.mask is None) == (self.mask_token is None):
             raise InputError(
@@ -179,8 +183,9 @@ class ConditionedStart:
         }  # fmt: skip
         ids = None if self.draft_vocab is None else most_frequent(counts, self.draft_vocab, mask, target.stop_ids)
         return conditioned_drafter(
-            target, reading, layers=layers, head=self.make_head(), ids=ids, seed=seed, dtype=jnp.float32, **shape
-        )
+            target, reading, layers=layers, warm=self.warm, head=self.make_head(), ids=ids, seed=seed,
+            dtype=jnp.float32, **shape,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ class Weight(NamedTuple):
 
     shape: tuple[int, ...]
     axes: tuple[Axis, ...]
-    # "normal": std 1/sqrt(in); "ones"; "zeros"; "identity": of a convolution [.., kernel, D], 1 for the row itself
+    # "normal": std 1/sqrt(in); "ones"; "zeros"; "identity": of a convolution [.., kernel, D], 1 for the row itself;
+    # "tokens": of a head's table of the target's tokens, see `heads.initial`
     init: str = "normal"
 
 
