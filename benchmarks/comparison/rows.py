@@ -48,7 +48,8 @@ class Plan:
     """Rows of one target, and how they are measured.
 
     answers: files of --data. common: what all recipes have. rules: temperature and verification; as a block, at the
-    lengths of `block_lengths` alone. prompts: how many of those in held_out.jsonl. batch: prompts at once.
+    lengths of `block_lengths` alone. prompts: how many of those in held_out.jsonl. timed: of how many the
+    speed is. batch: prompts at once.
     """
 
     rows: dict[str, Row]
@@ -58,6 +59,7 @@ class Plan:
     lengths: tuple[int, ...]
     block_lengths: tuple[int, ...] = (4, K, 16)
     prompts: int = 104
+    timed: int = 16
     batch: int = 128
     in_order: bool = False  # stages go on in the texts where the one before ended, and rows share the target's states
 
@@ -246,7 +248,8 @@ PLANS = {
     "ablations": Plan(ABLATIONS, STORIES_ANSWERS, TOKENS, ((0.0, "token"), (1.0, "token")), (K,)),
     "smollm2": Plan(
         SMOLLM2, ("answers.jsonl",), {"length": 256, "batch": 8, "checkpoint_every": 100},
-        ((0.0, "token"), (1.0, "token"), (1.0, "block")), (4, K, 16), (K,), prompts=24, batch=24, in_order=True,
+        ((0.0, "token"), (1.0, "token"), (1.0, "block")), (4, K, 16), (K,), prompts=24, timed=6, batch=24,
+        in_order=True,
     ),
 }  # fmt: skip
 

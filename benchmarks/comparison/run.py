@@ -175,7 +175,7 @@ def timed(plan: Plan, args) -> None:
         row = plan.rows[name]
         if source := row.source if untrained(row) else finished(args, name, 0):
             found[name] = deer_jax.load_drafter(source, target=target)
-    prompts = unseen(plan, target, args.data)[:16]
+    prompts = unseen(plan, target, args.data)[: plan.timed]
     for temperature in (0.0, 1.0):
         report = deer_jax.bench(
             target, prompts, drafters=found, draft_lengths=[4, K], max_new_tokens=64,
