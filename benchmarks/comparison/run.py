@@ -253,14 +253,18 @@ def computed(cells: list[dict[str, Any]]) -> None:
 
 def speeds(folder: Path) -> None:
     """What `time` has measured."""
-    paths = [folder / f"time-T{temperature}.json" for temperature in (0, 1)]
-    if not all(path.is_file() for path in paths):
+    paths = {temperature: folder / f"time-T{temperature}.json" for temperature in (0, 1)}
+    found = {each: json.loads(path.read_text())["methods"] for each, path in paths.items() if path.is_file()}
+    if not found:
         return
-    zero, one = (json.loads(path.read_text())["methods"] for path in paths)
-    print("\nMeasured, one prompt at a time: k, then at T = 0 and T = 1 tokens/s, speedup, round in plain steps\n")
-    for name, method in zero.items():
-        both = [(m["tokens_per_second"], m["speedup"], m["round_cost"]) for m in (method, one[name])]
-        shown = [text for speed, gain, cost in both for text in (f"{speed:,.0f}", f"{gain:.2f}", f"{cost:.2f}")]
+    at = " and ".join(f"T = {temperature}" for temperature in found)
+    print(f"\nMeasured, one prompt at a time: k, then at {at} tokens/s, speedup, round in plain steps\n")
+    for name, method in next(iter(found.values())).items():
+        shown = [
+            text
+            for m in (each[name] for each in found.values())
+            for text in (f"{m['tokens_per_second']:,.0f}", f"{m['speedup']:.2f}", f"{m['round_cost']:.2f}")
+        ]
         print(line([method["drafter"] or "plain", str(method["draft_length"]), *shown]))
 
 
