@@ -48,8 +48,8 @@ class Plan:
     """Rows of one target, and how they are measured.
 
     answers: files of --data. common: what all recipes have. rules: temperature and verification; as a block, at the
-    lengths of `block_lengths` alone. prompts: how many of those in held_out.jsonl. timed: of how many the
-    speed is. batch: prompts at once.
+    lengths of `block_lengths` alone. prompts: how many of those in held_out.jsonl; timed: of how many the speed is
+    measured. batch: prompts at once.
     """
 
     rows: dict[str, Row]

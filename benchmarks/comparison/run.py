@@ -22,7 +22,8 @@ look-ups are not. The last checkpoint is measured. CPU seconds are those of `ali
 smollm2 that reads the target does so for all, and keeps what it says in --work (7 GB).
 
 Expected on one core: 7 to 20 minutes for a cell of stories260k, 5 to 8 for one of the ablations, 25 to 50 for one of
-smollm2, and another hour for the first.
+smollm2, 90 for its standalone drafter, and another hour for the first; `time` of smollm2 takes half an hour for each
+temperature.
 """
 
 import argparse
