@@ -94,8 +94,8 @@ def target_for(given, layers: int = 8) -> Target:
     return Target(config=config, params=params)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def drafted(method, params, shared, text, states, length, following):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def drafted(method, build, params, shared, text, states, length, following):
     """What `pick` is given in drafts behind texts, float32 [R, k, V'], if `following` is picked."""
     (R, T), k, found = text.shape, method.draft_length, []
 
@@ -103,7 +103,7 @@ def drafted(method, params, shared, text, states, length, following):
         found.append(scores)
         return Draft(following[:, first : first + 1], None)
 
-    state = method.state(params, shared, R, T + k + 1, target_of().build)
+    state = method.state(params, shared, R, T + k + 1, build)
     seen = Seen(text, states, jnp.zeros_like(length), length - 1, first=True)
     state = method.observe(params, shared, state, seen, jnp.arange(R))
     method.propose(params, shared, state, Row(text, length, jnp.arange(R)), k, pick)
@@ -127,7 +127,8 @@ def test_features_to_logits_of_every_step_equal_those_of_the_package(case):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
     following = np.stack([text[0, anchor + 1 : anchor + 1 + steps] for anchor in anchors[:-1]])
     rows = [np.repeat(x, len(following), axis=0) for x in (text, states)]
-    drafts = drafted(method, drafter.params, drafter.shared, *rows, anchors[:-1].astype(np.int32) + 1, following)
+    length = anchors[:-1].astype(np.int32) + 1
+    drafts = drafted(method, target_of().build, drafter.params, drafter.shared, *rows, length, following)
     np.testing.assert_allclose(drafts, expected[:-1], rtol=0, atol=1e-4)
 
 
